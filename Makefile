@@ -1,0 +1,68 @@
+# PIP_ARGS goes to every pip install (an index, say), ARGS to the demo or to pytest.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+PIP_ARGS ?=
+ARGS ?=
+
+OLDEST := $(VENV)-oldest
+RUFF := $(VENV)/bin/ruff
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-fast test-oldest quality fix build clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.dev  ## make $(VENV) with everything that development needs
+
+demo: $(VENV)/.demo  ## train, compare and generate on a small scale (ARGS="...")
+	$(VENV)/bin/python scripts/demo.py $(ARGS)
+
+# One thread a worker: torch would start as many as there are cores, in each of them.
+test test-fast test-oldest: export OMP_NUM_THREADS := 1
+
+test: $(VENV)/.dev  ## run all tests (ARGS="-k layer")
+	$(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-fast: $(VENV)/.dev  ## run the tests that are not marked slow
+	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-oldest: $(OLDEST)/.dev  ## run the tests with the oldest supported transformers
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+quality: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+quality: $(VENV)/.dev .typings/mot_hf/modeling  ## lint, check the format and the types
+	$(RUFF) check .
+	$(RUFF) format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+fix: $(VENV)/.dev  ## repair what ruff can repair
+	$(RUFF) check --fix --exit-zero .
+	$(RUFF) format .
+
+build: $(VENV)/.dev  ## make the sdist and the wheel in dist/
+	rm -rf build dist
+	$(VENV)/bin/python -m build --no-isolation
+
+clean:  ## remove everything that make made
+	rm -rf $(VENV) $(OLDEST) .typings build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) -c constraints.txt torch
+	touch $@
+
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch setup.py
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[$*]"
+	touch $@
+
+$(OLDEST)/.dev: setup.py constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(huggingface_hub|transformers)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install $(PIP_ARGS) -c constraints-oldest.txt -c $(OLDEST)/constraints.txt -e ".[dev]"
+	touch $@
+
+.typings/mot_hf/modeling:
+	mkdir -p $(@D)
+	ln -s ../../modeling $@

@@ -1,0 +1,61 @@
+"""Metadata, dependencies and extras of the package."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def version() -> str:
+    """Read the version as text: importing `mot_hf` would need torch at build time."""
+    found = re.search(r'^__version__ = "(.+)"$', (ROOT / "mot_hf" / "version.py").read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError('mot_hf/version.py has no line `__version__ = "..."`')
+    return found.group(1)
+
+
+EXTRAS = {
+    "train": ["accelerate>=1.1", "datasets>=4.4", "tensorboard>=2.16"],
+    "report": ["matplotlib>=3.9", "rich>=13.7"],
+}
+EXTRAS["demo"] = EXTRAS["train"] + EXTRAS["report"]
+EXTRAS["dev"] = EXTRAS["demo"] + [
+    "build>=1.2",
+    "hypothesis>=6.100",
+    "pre-commit>=4.0",
+    "pyright[nodejs]>=1.1.400",
+    "pytest>=8.3",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "ruff>=0.12",
+]
+
+setup(
+    name="mot_hf",
+    version=version(),
+    description="Mixture of Tokens language models for Hugging Face transformers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["mixture of tokens", "mixture of experts", "language model", "transformers", "pytorch"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.11",
+    install_requires=["torch>=2.11", "transformers>=5.17"],
+    extras_require=EXTRAS,
+    packages=[*find_packages(include=["mot_hf", "mot_hf.*"]), "mot_hf.modeling"],
+    package_dir={"mot_hf": "mot_hf", "mot_hf.modeling": "modeling"},
+    package_data={"mot_hf": ["py.typed"]},
+)

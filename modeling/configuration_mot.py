@@ -1,0 +1,279 @@
+"""Mixture-of-Tokens model configuration."""
+
+from math import gcd, isfinite
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+MixingMode = Literal["cross_example", "per_sequence", "moe"]
+
+_AT_LEAST_ONE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "num_experts",
+)
+
+
+@strict
+class MoTConfig(PreTrainedConfig):
+    r"""
+    Configuration of a Mixture-of-Tokens (MoT) model: a Qwen3 backbone in which some feed-forward layers are MoT layers
+    (arXiv 2310.15961). The defaults are about the paper's MoT-Medium/32E/8: 8 blocks of width 512, the later half of
+    them MoT, groups of 32 tokens, 256 experts of an eighth of the dense width each.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 50257):
+            Number of tokens in the vocabulary.
+        hidden_size (`int`, *optional*, defaults to 512):
+            Model width D, in features.
+        intermediate_size (`int`, *optional*, defaults to 1408):
+            Width of the dense SwiGLU feed-forward layers, in features; also the width whose FLOPs a MoT layer matches.
+        num_hidden_layers (`int`, *optional*, defaults to 8):
+            Number of Transformer blocks.
+        num_attention_heads (`int`, *optional*, defaults to 8):
+            Number of query heads.
+        num_key_value_heads (`int`, *optional*):
+            Number of key/value heads (grouped-query attention); must divide `num_attention_heads`. Defaults to
+            `num_attention_heads`.
+        head_dim (`int`, *optional*):
+            Width of one attention head, in features; even, because of the rotary embedding. Defaults to
+            `hidden_size / num_attention_heads`.
+        hidden_act (`str`, *optional*, defaults to `"silu"`):
+            Activation of the gate of every feed-forward layer, dense or expert (a name of transformers' `ACT2FN`).
+        max_position_embeddings (`int`, *optional*, defaults to 2048):
+            Longest sequence the model is meant for, in tokens.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the normal distribution that weights are drawn from.
+        rms_norm_eps (`float`, *optional*, defaults to 1e-6):
+            Epsilon of the RMS norms.
+        use_cache (`bool`, *optional*, defaults to `True`):
+            Whether the model returns key/value caches.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether the output projection shares the input embedding's weight.
+        rope_parameters (`dict`, *optional*):
+            Rotary embedding parameters in the format of transformers (`rope_type`, `rope_theta` and those of the
+            type). Defaults to the plain rotary embedding with theta 10000.
+        attention_bias (`bool`, *optional*, defaults to `False`):
+            Whether the attention projections have biases.
+        attention_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout probability of the attention weights in training, in [0, 1).
+        is_causal (`bool`, *optional*, defaults to `True`):
+            Whether attention sees only the past. `MoTForMaskedLM` works on a copy of the configuration in which this
+            is `False`; `MoTForCausalLM` refuses `False`.
+        mlp_layer_types (`list[str]`, *optional*):
+            Activation of the gate of every feed-forward layer, dense or expert (a name in `ACT2FN` of transformers).
+        group_size (`int`, *optional*, defaults to 32):
+            Number G of rows (examples) whose tokens at one column are mixed together in training, at least 2.
+        num_experts (`int`, *optional*, defaults to 256):
+            Number E of experts of a MoT layer.
+        moe_intermediate_size (`int`, *optional*):
+            Width F of one expert, in features. Defaults to the FLOP match
+            `intermediate_size * group_size / num_experts`, at which a MoT layer in mode `cross_example` costs a token
+            what the dense feed-forward layer costs.
+        num_experts_per_tok (`int`, *optional*):
+            Number K of experts run for one token in modes `per_sequence` and `moe`, from 1 to `num_experts`. Defaults
+            to `max(1, num_experts // group_size)`, the FLOPs of training.
+        norm_topk_prob (`bool`, *optional*, defaults to `True`):
+            Whether mode `moe` renormalises the weights of the K selected experts to sum to 1.
+        output_router_logits (`bool`, *optional*, defaults to `False`):
+            Whether the controllers' logits are returned, and in mode `moe` the load-balancing loss added to the loss.
+        router_aux_loss_coef (`float`, *optional*, defaults to 0.01):
+            Weight of the load-balancing loss (mode `moe` only), in units of the loss.
+        mixing (`str`, *optional*, defaults to `"cross_example"`):
+            Mixing mode in training: `"cross_example"`, `"per_sequence"` or `"moe"`.
+        inference_mixing (`str`, *optional*, defaults to `"per_sequence"`):
+            Mixing mode in evaluation and generation.
+        companion_momentum (`float`, *optional*, defaults to 0.1):
+            Weight of the newest micro-batch in the running statistics of the typical group, in (0, 1]; the convention
+            of `torch.nn.BatchNorm1d`.
+        pad_token_id (`int`, *optional*):
+            Id of the padding token.
+        bos_token_id (`int`, *optional*):
+            Id of the token that begins a sequence.
+        eos_token_id (`int` or `list[int]`, *optional*):
+            Id or ids of the token that ends a sequence.
+
+    Raises:
+        StrictDataclassFieldValidationError: A value has the wrong type or is not one of the words allowed.
+        StrictDataclassClassValidationError: A value is out of range or does not fit the others; names the field, the
+            value and what would be right.
+
+    Example:
+
+    ```python
+    >>> from mot_hf import MoTConfig, MoTForCausalLM
+
+    >>> config = MoTConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, group_size=4, num_experts=8)
+    >>> config.moe_intermediate_size, config.num_experts_per_tok, config.mlp_layer_types
+    (64, 2, ['dense', 'sparse'])
+    >>> model = MoTForCausalLM(config)
+    ```
+    """
+
+    model_type = "mot"
+    keys_to_ignore_at_inference = ["past_key_values", "router_logits"]
+    attribute_map = {"num_local_experts": "num_experts"}
+
+    vocab_size: int = 50257
+    hidden_size: int = 512
+    intermediate_size: int = 1408
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float | int = 0.02
+    rms_norm_eps: float | int = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    is_causal: bool = True
+    mlp_layer_types: list[str] | None = None
+    group_size: int = 32
+    num_experts: int = 256
+    moe_intermediate_size: int | None = None
+    num_experts_per_tok: int | None = None
+    norm_topk_prob: bool = True
+    output_router_logits: bool = False
+    router_aux_loss_coef: float | int = 0.01
+    mixing: MixingMode = "cross_example"
+    inference_mixing: MixingMode = "per_sequence"
+    companion_momentum: float | int = 0.1
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: object) -> None:
+        """Derive the fields left at `None`; those that cannot be derived stay `None`, and validation explains why."""
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = _whole(self.hidden_size, self.num_attention_heads)
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = _whole(self.intermediate_size * self.group_size, self.num_experts)
+        if self.num_experts_per_tok is None:
+            self.num_experts_per_tok = max(1, self.num_experts // max(1, self.group_size))
+        if self.mlp_layer_types is None:
+            num_dense = self.num_hidden_layers // 2
+            self.mlp_layer_types = ["dense"] * num_dense + ["sparse"] * (self.num_hidden_layers - num_dense)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Check that every size is at least 1, and a group at least 2.
+
+        Validators run in alphabetical order: under this name it runs before those that divide by a size.
+        """
+        super().validate_architecture()
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.group_size < 2:
+            raise ValueError(
+                f"`group_size` must be at least 2, got {self.group_size}: a group of one mixes nothing. For inference "
+                "on single sequences keep the group size of training; mode `per_sequence` needs no other rows."
+            )
+
+    def validate_ranges(self) -> None:
+        """Check the ranges of the real-valued fields."""
+        in_range = {
+            "a finite number greater than 0": {
+                name: 0 < getattr(self, name) and isfinite(getattr(self, name))
+                for name in ("initializer_range", "rms_norm_eps")
+            },
+            "a finite number of at least 0": {
+                "router_aux_loss_coef": 0 <= self.router_aux_loss_coef and isfinite(self.router_aux_loss_coef)
+            },
+            "in [0, 1)": {"attention_dropout": 0 <= self.attention_dropout < 1},
+            "in (0, 1]": {"companion_momentum": 0 < self.companion_momentum <= 1},
+        }
+        for wanted, names in in_range.items():
+            for name, fits in names.items():
+                if not fits:
+                    raise ValueError(f"`{name}` must be {wanted}, got {getattr(self, name)}.")
+
+    def validate_heads(self) -> None:
+        """Check that the attention heads fit the width and one another."""
+        if self.num_attention_heads % self.num_key_value_heads != 0:
+            raise ValueError(
+                f"`num_key_value_heads` ({self.num_key_value_heads}) must divide `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )
+        if self.head_dim is None:
+            raise ValueError(
+                f"`head_dim` is not given and `hidden_size` ({self.hidden_size}) is not a multiple of "
+                f"`num_attention_heads` ({self.num_attention_heads}): set `head_dim` or change one of the two."
+            )
+        if self.head_dim < 2 or self.head_dim % 2 != 0:
+            raise ValueError(
+                f"`head_dim` must be even and at least 2 for the rotary embedding, got {self.head_dim} "
+                f"(default: hidden_size / num_attention_heads = {self.hidden_size} / {self.num_attention_heads})."
+            )
+
+    def validate_experts(self) -> None:
+        """Check the experts' width and how many of them run for a token."""
+        if self.moe_intermediate_size is None:
+            step = self.num_experts // gcd(self.num_experts, self.group_size)
+            nearest = max(step, round(self.intermediate_size / step) * step)
+            raise ValueError(
+                "`moe_intermediate_size` is not given and the FLOP match intermediate_size * group_size / num_experts "
+                f"= {self.intermediate_size} * {self.group_size} / {self.num_experts} is not a whole number: make "
+                f"`intermediate_size` a multiple of {step} (nearest: {nearest}) or set `moe_intermediate_size`."
+            )
+        if self.moe_intermediate_size < 1:
+            raise ValueError(f"`moe_intermediate_size` must be at least 1, got {self.moe_intermediate_size}.")
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"`num_experts_per_tok` must be from 1 to `num_experts` ({self.num_experts}), "
+                f"got {self.num_experts_per_tok}."
+            )
+
+    def validate_mlp_layer_types(self) -> None:
+        """Check that there is one known word for each block."""
+        if len(self.mlp_layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`mlp_layer_types` must have one entry for each of the `num_hidden_layers` "
+                f"({self.num_hidden_layers}) blocks, got {len(self.mlp_layer_types)}: {self.mlp_layer_types}."
+            )
+        for word in self.mlp_layer_types:
+            if word not in ("dense", "sparse"):
+                raise ValueError(f"`mlp_layer_types` may hold 'dense' and 'sparse' (MoT), got {word!r}.")
+
+    def validate_hidden_act(self) -> None:
+        """Check that transformers knows the activation."""
+        # Imported here so that reading a configuration does not load torch.
+        from transformers.activations import ACT2FN
+
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"`hidden_act` must be a name of transformers' ACT2FN ({', '.join(sorted(ACT2FN))}), "
+                f"got {self.hidden_act!r}."
+            )
+
+    def validate_token_ids(self) -> None:
+        """Check that the special tokens are in the vocabulary."""
+        eos_token_ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        named_ids = [("pad_token_id", self.pad_token_id), ("bos_token_id", self.bos_token_id)]
+        for name, token_id in named_ids + [("eos_token_id", token_id) for token_id in eos_token_ids]:
+            if token_id is not None and not 0 <= token_id < self.vocab_size:
+                raise ValueError(
+                    f"`{name}` must be `None` or from 0 to vocab_size - 1 ({self.vocab_size - 1}), got {token_id}."
+                )
+
+
+def _whole(numerator: int, denominator: int) -> int | None:
+    """The quotient where it is a whole number, else `None`."""
+    return numerator // denominator if denominator > 0 and numerator % denominator == 0 else None
+
+
+__all__ = ["MixingMode", "MoTConfig"]

@@ -1,0 +1,288 @@
+"""The mathematics of a Mixture-of-Tokens (MoT) layer: controller, companions and the three mixing modes.
+
+Axes: B rows, T columns, G group size, A = B / G groups of rows, N = A * T groups of tokens, S = B * T tokens,
+E experts, K experts per token, D model width.
+
+A layer calls its experts in two ways: `experts(slab)` runs every expert on its own row of a slab [E, N, D];
+`experts(tokens, index, weights)` runs selected experts, the signature of transformers' experts interface.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import log
+from typing import NamedTuple, Self, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
+from transformers.utils.import_utils import is_tracing
+
+from .configuration_mot import MixingMode, MoTConfig
+
+MIXING_MODES: tuple[str, ...] = get_args(MixingMode)
+
+Experts = Callable[..., Tensor]
+
+
+class TypicalGroup(NamedTuple):
+    """Statistics of the typical group of tokens, per expert, as means over groups; all float32.
+
+    Args:
+        log_mass (`torch.Tensor` of shape `[E]`):
+            Logsumexp of the group's logits, less log G.
+        mean_input (`torch.Tensor` of shape `[E, D]`):
+            Mixture that the expert receives.
+        mean_output (`torch.Tensor` of shape `[E, D]`):
+            What the expert makes of its mixture.
+    """
+
+    log_mass: Tensor
+    mean_input: Tensor
+    mean_output: Tensor
+
+
+@dataclass
+class MixingContext:
+    """What one forward pass of the model tells its MoT layers, and what they tell it.
+
+    Deliberately no tuple, dict or other container that wrappers of a module's forward (FSDP, accelerate) would copy
+    or cast.
+
+    Args:
+        mode (`str`):
+            Mixing mode of this pass.
+        token_mask (`torch.Tensor` of shape `[B, T]`, *optional*):
+            `True` for tokens, `False` for padding. `None` if there is no padding.
+        is_training (`bool`, *optional*, defaults to `False`):
+            Whether the layers gather statistics.
+        companions (`dict[int, TypicalGroup]`):
+            Per layer, the expected companions of a training pass. They are copied once, because recomputation under
+            gradient checkpointing must see what the pass saw after the running values have moved on.
+        statistics (`dict[int, TypicalGroup]`):
+            Per layer, this batch's statistics, left there by the layer.
+    """
+
+    mode: str
+    token_mask: Tensor | None = None
+    is_training: bool = False
+    companions: dict[int, TypicalGroup] = field(default_factory=dict)
+    statistics: dict[int, TypicalGroup] = field(default_factory=dict)
+
+
+class MoTRouter(nn.Module):
+    """The controller: one logit per expert for every token, in float32 whatever the model's dtype.
+
+    The paper's controller (section 3, logits x . c without bias), under the name and shape of Qwen3-MoE's router.
+    """
+
+    def __init__(self, config: MoTConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map tokens `[B, T, D]` to logits `[S, E]`."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [S, D]
+        with maybe_autocast(device_type=tokens.device.type, enabled=False):
+            return F.linear(tokens.float(), self.weight.float())  # [S, E]
+
+
+class MoTCompanions(nn.Module):
+    """Running averages of the typical group, which stand in for a token's absent companions.
+
+    Persistent float32 buffers in a model of any dtype, to MoT what running mean and variance are to batch
+    normalisation. While fewer than `1 / companion_momentum` micro-batches have been seen they are plain averages.
+    """
+
+    def __init__(self, config: MoTConfig) -> None:
+        super().__init__()
+        self.momentum = config.companion_momentum
+        num_experts, width = config.num_experts, config.hidden_size
+        self.register_buffer("log_mass", torch.zeros(num_experts, dtype=torch.float32))
+        self.register_buffer("mean_input", torch.zeros(num_experts, width, dtype=torch.float32))
+        self.register_buffer("mean_output", torch.zeros(num_experts, width, dtype=torch.float32))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
+
+    def expected(self) -> TypicalGroup:
+        """The running averages themselves, not copies."""
+        return TypicalGroup(self.log_mass, self.mean_input, self.mean_output)
+
+    @torch.no_grad()
+    def absorb(self, batch: TypicalGroup) -> None:
+        """Move the running averages towards the statistics of one micro-batch.
+
+        A batch whose statistics are not finite (no real token, or an overflow) is left out.
+        """
+        usable = torch.stack([value.isfinite().all() for value in batch]).all()
+        self.num_batches_tracked += usable
+        rate = self.num_batches_tracked.clamp(min=1).float().reciprocal().clamp(min=self.momentum)
+        for running, value in zip(self.expected(), batch, strict=True):
+            running.copy_(torch.where(usable, torch.lerp(running, value, rate), running))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Casting a model (`model.to(torch.bfloat16)`, `model.half()`) moves these buffers but keeps their dtype.
+        def move(buffer: Tensor) -> Tensor:
+            moved = fn(buffer)
+            return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+def mix_across_examples(
+    hidden_states: Tensor,
+    logits: Tensor,
+    token_mask: Tensor | None,
+    companions: TypicalGroup,
+    group_size: int,
+    experts: Experts,
+) -> tuple[Tensor, TypicalGroup]:
+    """Mode `cross_example`: every expert gets one mixture of the G tokens of a group, and all get its output back.
+
+    The paper's layer (section 3), in which a group's absent tokens are replaced by expected companions.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `[B, T, D]`): The tokens.
+        logits (`torch.Tensor` of shape `[B, T, E]`): The controller's logits, float32.
+        token_mask (`torch.Tensor` of shape `[B, T]`, *optional*): `False` for padding.
+        companions (`TypicalGroup`): The expected companions.
+        group_size (`int`): Rows G of a group; the last group is short where G does not divide B.
+        experts (`Callable`): The experts, called on a slab.
+
+    Returns:
+        `tuple[torch.Tensor, TypicalGroup]`: The output `[B, T, D]`, 0 for padding, and the statistics of the batch's
+        groups, in which a group counts by its number of present tokens.
+    """
+    num_rows, missing_rows = hidden_states.shape[0], -hidden_states.shape[0] % group_size
+    if missing_rows and token_mask is None:
+        token_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
+    x = _form_groups(hidden_states, group_size, missing_rows)  # [A, G, T, D]
+    l = _form_groups(logits, group_size, missing_rows)  # [A, G, T, E]
+
+    if token_mask is None:
+        z = l.logsumexp(dim=1)  # [A, T, E]
+    else:
+        present = _form_groups(token_mask[..., None], group_size, missing_rows)  # [A, G, T, 1]
+        x, l = x.masked_fill(~present, 0), l.masked_fill(~present, -torch.inf)
+        num_absent = group_size - present.sum(dim=1)  # [A, T, 1]
+        a = num_absent.log() + companions.log_mass  # [A, T, E], -inf where nobody is absent
+        z = torch.cat([l, a[:, None]], dim=1).logsumexp(dim=1)  # [A, T, E]
+
+    w = (l - z[:, None]).exp().to(x.dtype)  # [A, G, T, E]
+    mixture = w.permute(0, 2, 3, 1) @ x.transpose(1, 2)  # [A, T, E, D]
+    if token_mask is not None:
+        w_absent = (a - z).exp()[..., None]  # [A, T, E, 1]
+        mixture = (mixture + w_absent * companions.mean_input).to(mixture.dtype)
+
+    slab = mixture.flatten(0, 1).transpose(0, 1)  # [E, N, D]
+    y = experts(slab)  # [E, N, D]
+    output = w.transpose(1, 2) @ y.transpose(0, 1).unflatten(0, z.shape[:2]).to(w.dtype)  # [A, T, G, D]
+    output = output.transpose(1, 2).flatten(0, 1)[:num_rows]  # [B, T, D]
+
+    num_present = None if token_mask is None else group_size - num_absent.flatten()  # [N]
+    return output, _average_group(z.flatten(0, 1) - log(group_size), slab, y, num_present)
+
+
+def mix_with_expected_companions(
+    tokens: Tensor,
+    logits: Tensor,
+    companions: TypicalGroup,
+    group_size: int,
+    num_experts_per_tok: int,
+    experts: Experts,
+) -> Tensor:
+    """Mode `per_sequence`: every token is a group of one with G - 1 expected companions.
+
+    Only the K experts on which the token weighs most are run, the others contribute their mean output. Nothing but
+    the token itself enters its result.
+
+    Args:
+        tokens (`torch.Tensor` of shape `[S, D]`): The tokens.
+        logits (`torch.Tensor` of shape `[S, E]`): The controller's logits, float32.
+        companions (`TypicalGroup`): The expected companions.
+        group_size (`int`): Rows G of a group in training.
+        num_experts_per_tok (`int`): Number K of experts run for one token.
+        experts (`Callable`): The experts, called on selected ones.
+
+    Returns:
+        `torch.Tensor` of shape `[S, D]`: The output.
+    """
+    score = logits - (companions.log_mass + log(group_size - 1))  # [S, E], log odds against the companions
+    weights = score.sigmoid()  # [S, E]
+    # By score, not by weight: large weights all round to 1, and ties are broken differently from batch to batch.
+    index = score.topk(num_experts_per_tok, dim=-1).indices  # [S, K]
+    w = weights.gather(-1, index)  # [S, K]
+
+    mixture = torch.lerp(companions.mean_input[index], tokens[:, None].float(), w[..., None])  # [S, K, D]
+    mixture = mixture.to(tokens.dtype).flatten(0, 1)  # [S * K, D]
+    run = experts(mixture, index.reshape(-1, 1), w.reshape(-1, 1)).unflatten(0, index.shape).sum(dim=1)  # [S, D]
+    constant = weights.scatter(-1, index, 0) @ companions.mean_output  # [S, D]
+    return run + constant.to(run.dtype)
+
+
+def route_tokens(
+    tokens: Tensor, logits: Tensor, num_experts_per_tok: int, norm_topk_prob: bool, experts: Experts
+) -> Tensor:
+    """Mode `moe`: token choice as in Qwen3-MoE, with the same parameters.
+
+    Args:
+        tokens (`torch.Tensor` of shape `[S, D]`): The tokens.
+        logits (`torch.Tensor` of shape `[S, E]`): The controller's logits, float32.
+        num_experts_per_tok (`int`): Number K of experts that a token is sent to.
+        norm_topk_prob (`bool`): Whether the K weights are renormalised to sum to 1.
+        experts (`Callable`): The experts, called on selected ones.
+
+    Returns:
+        `torch.Tensor` of shape `[S, D]`: The output.
+    """
+    weights, index = logits.softmax(dim=-1).topk(num_experts_per_tok, dim=-1)  # [S, K]
+    if norm_topk_prob:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return experts(tokens, index, weights)
+
+
+def find_padding(inputs_embeds: Tensor, attention_mask: Tensor | None, token_mask: Tensor | None) -> Tensor | None:
+    """The mask `[B, T]` of this call's tokens, or `None` where it is known that there is no padding."""
+    if token_mask is None and attention_mask is not None and attention_mask.ndim == 2:
+        token_mask = attention_mask[:, -inputs_embeds.shape[1] :]
+    if token_mask is None:
+        return None
+    token_mask = token_mask.to(inputs_embeds.device, torch.bool)
+    # One look at the data for the whole model, as transformers does for attention, saves every layer the masked path.
+    return None if not is_tracing(token_mask) and token_mask.all() else token_mask
+
+
+def refuse_flattened_rows(
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past_key_values: object | None,
+    kwargs: dict[str, object],
+) -> None:
+    """Raise for a batch of one row that holds several sequences: it has no other examples to mix with."""
+    flattened = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
+    # As transformers does, positions are looked at only where nothing else says how sequences lie in the row.
+    if not flattened and attention_mask is None and past_key_values is None and position_ids is not None:
+        flattened = not is_tracing(position_ids) and bool((position_ids.diff(dim=-1) != 1).any())
+    if flattened and inputs_embeds.shape[0] == 1:
+        raise ValueError(
+            "mixing='cross_example' mixes different rows of the batch, and this batch is one row that holds several "
+            "sequences (flattened, packed or continuously batched). Give one sequence a row, or set "
+            "mixing='per_sequence' or 'moe'."
+        )
+
+
+def _form_groups(rows: Tensor, group_size: int, missing_rows: int) -> Tensor:
+    """Cut rows `[B, T, ...]` into groups `[A, G, T, ...]`, the last one filled up with zeros."""
+    if missing_rows:
+        rows = torch.cat([rows, rows.new_zeros(missing_rows, *rows.shape[1:])])
+    return rows.unflatten(0, (-1, group_size))
+
+
+@torch.no_grad()
+def _average_group(log_mass: Tensor, slab: Tensor, outputs: Tensor, num_present: Tensor | None) -> TypicalGroup:
+    """Average log masses `[N, E]`, mixtures and outputs `[E, N, D]` over groups, by their numbers of tokens `[N]`."""
+    if num_present is None:
+        return TypicalGroup(log_mass.mean(0), *(s.mean(1, dtype=torch.float32) for s in (slab, outputs)))
+    share = num_present / num_present.sum()  # [N]
+    with maybe_autocast(device_type=slab.device.type, enabled=False):
+        return TypicalGroup(share @ log_mass, *((share @ s.float()) for s in (slab, outputs)))

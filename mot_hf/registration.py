@@ -1,0 +1,49 @@
+"""Registration of the MoT models with the Auto classes of transformers."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.models.auto import modeling_auto
+
+from mot_hf.modeling import (
+    MoTConfig,
+    MoTForCausalLM,
+    MoTForMaskedLM,
+    MoTForQuestionAnswering,
+    MoTForSequenceClassification,
+    MoTForTokenClassification,
+    MoTModel,
+)
+
+_AUTO_CLASSES = {
+    AutoModel: (MoTModel, modeling_auto.MODEL_MAPPING_NAMES),
+    AutoModelForCausalLM: (MoTForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    AutoModelForMaskedLM: (MoTForMaskedLM, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    AutoModelForSequenceClassification: (
+        MoTForSequenceClassification,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    AutoModelForTokenClassification: (
+        MoTForTokenClassification,
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    AutoModelForQuestionAnswering: (
+        MoTForQuestionAnswering,
+        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    ),
+}
+
+
+def register() -> None:
+    """Make `AutoConfig`, `AutoModel` and the Auto classes of every head know the model type `"mot"`."""
+    AutoConfig.register(MoTConfig.model_type, MoTConfig, exist_ok=True)
+    for auto_class, (model_class, names) in _AUTO_CLASSES.items():
+        auto_class.register(MoTConfig, model_class, exist_ok=True)
+        # Label smoothing in Trainer, the pipelines and model cards look classes up by name in these tables.
+        names[MoTConfig.model_type] = model_class.__name__

@@ -1,0 +1,222 @@
+"""The three mixing modes against the loops of `tests/naive.py`, in values and gradients."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mot_hf.modeling.configuration_mot import MoTConfig
+from mot_hf.modeling.mixing_mot import MixingContext
+from mot_hf.modeling.modeling_mot import MoTSparseBlock
+from tests import naive
+
+
+class Case(NamedTuple):
+    """One layer and its input."""
+
+    block: MoTSparseBlock
+    x: Tensor  # [B, T, D]
+    token_mask: Tensor | None  # [B, T]
+
+
+def make_case(
+    num_rows: int, num_columns: int, group_size: int, num_experts: int, k: int, padded: bool, seed: int
+) -> Case:
+    """A layer with random parameters and statistics, large enough that mixing weights are far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    config = MoTConfig(
+        hidden_size=8,
+        num_attention_heads=1,
+        num_hidden_layers=1,
+        group_size=group_size,
+        num_experts=num_experts,
+        num_experts_per_tok=k,
+        moe_intermediate_size=4,
+        norm_topk_prob=bool(seed % 2),
+    )
+    config._experts_implementation = "eager"
+    block = MoTSparseBlock(config, layer_idx=0)
+    for parameter in block.parameters():
+        parameter.data.normal_(std=0.5, generator=generator)
+    for statistic in block.companions.expected():
+        statistic.normal_(std=0.5, generator=generator)
+    x = torch.randn(num_rows, num_columns, 8, generator=generator)
+    token_mask = torch.rand(num_rows, num_columns, generator=generator) < 0.6 if padded else None
+    return Case(block, x, token_mask)
+
+
+def run_block(case: Case, mode: str) -> tuple[Tensor, MixingContext]:
+    context = MixingContext(mode, case.token_mask)
+    return case.block(case.x, context), context
+
+
+class Reference(NamedTuple):
+    """What the loops make of a case, in float64."""
+
+    output: Tensor
+    groups: list[dict[str, Tensor]]
+    leaves: list[Tensor]
+
+
+def run_naive(case: Case, mode: str) -> Reference:
+    config, block = case.block.config, case.block
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (case.x, *block.parameters())]
+    x, controller, gate_up, down = leaves
+    layer = naive.Layer(controller, gate_up, down, *(value.double() for value in block.companions.expected()))
+    if mode == "cross_example":
+        return Reference(*naive.cross_example(x, layer, config.group_size, case.token_mask), leaves)
+    if mode == "per_sequence":
+        return Reference(naive.per_sequence(x, layer, config.group_size, config.num_experts_per_tok), [], leaves)
+    return Reference(naive.moe(x, layer, config.num_experts_per_tok, config.norm_topk_prob), [], leaves)
+
+
+def gradients(output: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of a fixed random projection of the output."""
+    projection = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    return torch.autograd.grad((output * projection).sum(), leaves)
+
+
+def assert_relatively_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5, scale: float = 1e-2) -> None:
+    """Compare by norms, relative to the expected tensor's, or to `scale` where that is larger."""
+    assert torch.isfinite(actual).all()
+    error = (actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=scale)
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+cases = st.builds(
+    make_case,
+    num_rows=st.integers(1, 9),
+    num_columns=st.integers(1, 3),
+    group_size=st.integers(2, 5),
+    num_experts=st.integers(2, 5),
+    k=st.integers(1, 2),
+    padded=st.booleans(),
+    seed=st.integers(0, 999),
+)
+
+
+@pytest.mark.parametrize("mode", ["cross_example", "per_sequence", "moe"])
+@settings(max_examples=30, deadline=None)
+@given(case=cases)
+def test_modes_equal_the_equations_in_values_and_gradients(mode: str, case: Case) -> None:
+    reference = run_naive(case, mode)
+    case.x.requires_grad_()
+    output, context = run_block(case, mode)
+    assert_relatively_close(output, reference.output)
+    if reference.output.any():  # all padding: nothing to differentiate
+        ours = gradients(output, [case.x, *case.block.parameters()])
+        theirs = gradients(reference.output, reference.leaves)
+        # Where terms cancel, as in the controller of a saturated weight, rounding is measured by the other gradients.
+        scale = 0.3 * max(gradient.norm().item() for gradient in theirs)
+        for gradient, expected in zip(ours, theirs, strict=True):
+            assert_relatively_close(gradient, expected, scale=scale)
+    if any(group["num_tokens"] for group in reference.groups):
+        for name, value in context.statistics[0]._asdict().items():
+            assert_relatively_close(value, naive.average_group(reference.groups, name))
+
+
+@pytest.mark.parametrize("mode", ["cross_example", "per_sequence", "moe"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_bfloat16_is_as_precise_as_its_format(mode: str, padded: bool) -> None:
+    case = make_case(num_rows=7, num_columns=3, group_size=4, num_experts=6, k=2, padded=padded, seed=3)
+    case.block.to(torch.bfloat16)
+    low = Case(case.block, case.x.bfloat16(), case.token_mask)
+    actual, _ = run_block(low, mode)
+    assert actual.dtype == torch.bfloat16
+    assert_relatively_close(actual, run_naive(low, mode).output, tolerance=1e-2)
+
+
+def test_logits_and_weights_are_float32_in_a_bfloat16_model() -> None:
+    case = make_case(num_rows=4, num_columns=2, group_size=4, num_experts=4, k=2, padded=False, seed=0)
+    case.block.to(torch.bfloat16)
+    logits = case.block.gate(case.x.bfloat16())
+    assert logits.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(case.block.gate(case.x.bfloat16()), logits)
+    _, context = run_block(Case(case.block, case.x.bfloat16(), None), "cross_example")
+    assert all(value.dtype == torch.float32 for value in context.statistics[0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    num_groups=st.integers(1, 3),
+    num_columns=st.integers(1, 4),
+    group_size=st.integers(2, 6),
+    num_experts=st.integers(1, 8),
+    seed=st.integers(0, 999),
+)
+def test_full_groups_are_the_papers_layer(
+    num_groups: int, num_columns: int, group_size: int, num_experts: int, seed: int
+) -> None:
+    case = make_case(num_groups * group_size, num_columns, group_size, num_experts, 1, False, seed)
+    logits = torch.einsum("ngtd,ed->ngte", case.x.unflatten(0, (num_groups, group_size)), case.block.gate.weight)
+    w = logits.softmax(dim=1)  # [A, G, T, E], over the tokens of the group
+    mixtures = torch.einsum("ngte,ngtd->netd", w, case.x.unflatten(0, (num_groups, group_size)))
+    gate, up = torch.einsum("netd,efd->netf", mixtures, case.block.experts.gate_up_proj).chunk(2, dim=-1)
+    y = torch.einsum("netf,edf->netd", torch.nn.functional.silu(gate) * up, case.block.experts.down_proj)
+    expected = torch.einsum("ngte,netd->ngtd", w, y).flatten(0, 1)
+    assert_relatively_close(run_block(case, "cross_example")[0], expected)
+    all_present = Case(case.block, case.x, torch.ones(case.x.shape[:2], dtype=torch.bool))
+    assert_relatively_close(run_block(all_present, "cross_example")[0], expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(case=cases, garbage=st.sampled_from([0.0, 1e30, float("nan"), float("inf")]))
+def test_padding_gets_zero_and_changes_nothing_for_others(case: Case, garbage: float) -> None:
+    token_mask = case.token_mask
+    if token_mask is None:
+        token_mask = torch.ones(case.x.shape[:2], dtype=torch.bool)
+        token_mask[0] = False
+    clean = Case(case.block, case.x, token_mask)
+    dirty = Case(case.block, case.x.masked_fill(~token_mask[..., None], garbage), token_mask)
+    expected, context = run_block(clean, "cross_example")
+    actual, dirty_context = run_block(dirty, "cross_example")
+    assert torch.equal(actual[token_mask], expected[token_mask])
+    assert actual[~token_mask].eq(0).all()
+    if token_mask.any():
+        assert all(map(torch.equal, context.statistics[0], dirty_context.statistics[0]))
+
+
+def test_rows_of_padding_are_as_if_not_there() -> None:
+    case = make_case(num_rows=5, num_columns=3, group_size=8, num_experts=4, k=1, padded=False, seed=5)
+    alone, _ = run_block(case, "cross_example")
+    x = torch.cat([case.x, torch.randn(2, 3, 8)])
+    token_mask = torch.tensor([True] * 5 + [False] * 2)[:, None].expand(7, 3)
+    padded, _ = run_block(Case(case.block, x, token_mask), "cross_example")
+    assert_relatively_close(padded[:5], alone)
+
+
+def test_more_experts_per_token_approach_expected_companions_with_all_experts() -> None:
+    case = make_case(num_rows=2, num_columns=3, group_size=4, num_experts=5, k=1, padded=False, seed=7)
+    case.block.config.num_experts_per_tok = 5
+    everything, _ = run_block(case, "per_sequence")
+    config = case.block.config
+    lonely = [
+        case.block(case.x[i : i + 1, t : t + 1], MixingContext("cross_example")) for i in range(2) for t in range(3)
+    ]
+    expected = torch.cat(lonely).view(2, 3, config.hidden_size)
+    assert_relatively_close(everything, expected)
+
+
+def test_untrained_statistics_are_finite_in_every_mode() -> None:
+    case = make_case(num_rows=3, num_columns=2, group_size=4, num_experts=4, k=2, padded=True, seed=1)
+    for statistic in case.block.companions.expected():
+        statistic.zero_()
+    for mode in ("cross_example", "per_sequence", "moe"):
+        assert run_block(case, mode)[0].isfinite().all()
+
+
+def test_decoding_reads_only_selected_experts() -> None:
+    case = make_case(num_rows=1, num_columns=1, group_size=4, num_experts=5, k=2, padded=False, seed=2)
+    expected, _ = run_block(case, "per_sequence")
+    with torch.no_grad():
+        score = case.block.gate(case.x) - case.block.companions.log_mass
+        others = score[0].argsort(descending=True)[2:]
+        case.block.experts.gate_up_proj[others] = torch.nan
+        case.block.experts.down_proj[others] = torch.nan
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        case.block.config._experts_implementation = implementation
+        assert_relatively_close(run_block(case, "per_sequence")[0], expected)

@@ -1,0 +1,138 @@
+"""Gathering of the companions' statistics in training."""
+
+import pytest
+import torch
+
+from mot_hf import MoTForCausalLM
+from mot_hf.modeling.configuration_mot import MoTConfig
+from mot_hf.modeling.mixing_mot import MixingContext, MoTCompanions, TypicalGroup
+from mot_hf.modeling.modeling_mot import MoTSparseBlock
+
+
+def tiny_model(**overrides: object) -> MoTForCausalLM:
+    config = MoTConfig(
+        **{
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "num_attention_heads": 4,
+            "group_size": 4,
+            "num_experts": 8,
+            **overrides,
+        }
+    )
+    torch.manual_seed(0)
+    model = MoTForCausalLM(config)
+    for layer in model.model.layers:
+        if layer.is_sparse:
+            layer.mlp.gate.weight.data.mul_(30)  # weights far from uniform, as after training
+    return model
+
+
+def companions(model: MoTForCausalLM) -> list[MoTCompanions]:
+    return [module for module in model.modules() if isinstance(module, MoTCompanions)]
+
+
+def test_running_values_approach_the_exact_ones_on_stationary_input() -> None:
+    torch.manual_seed(0)
+    config = MoTConfig(
+        hidden_size=16,
+        num_attention_heads=2,
+        group_size=4,
+        num_experts=4,
+        num_experts_per_tok=1,
+        moe_intermediate_size=8,
+        companion_momentum=0.01,
+    )
+    block = MoTSparseBlock(config, layer_idx=0)
+    for parameter in block.parameters():
+        parameter.data.normal_(std=0.5)
+    mean = torch.randn(16)
+    exact = None
+    for _ in range(400):
+        context = MixingContext("cross_example", is_training=True)
+        with torch.no_grad():
+            block(mean + torch.randn(8, 8, 16), context)
+        block.companions.absorb(context.statistics[0])
+        values = TypicalGroup(*(value / 400 for value in context.statistics[0]))
+        exact = values if exact is None else TypicalGroup(*(a + b for a, b in zip(exact, values, strict=True)))
+    assert block.companions.num_batches_tracked == 400
+    for running, average in zip(block.companions.expected(), exact, strict=True):
+        assert (running - average).norm() < 0.05 * average.norm()
+
+
+def test_first_batches_are_averaged_plainly_then_with_momentum() -> None:
+    companions = MoTCompanions(
+        MoTConfig(hidden_size=8, num_attention_heads=1, num_experts=32, companion_momentum=0.25)
+    )
+    values = [1.0, 3.0, 5.0, 7.0, 9.0]
+    seen = []
+    for value in values:
+        companions.absorb(TypicalGroup(*(torch.full_like(running, value) for running in companions.expected())))
+        seen.append(companions.mean_input[0, 0].item())
+    assert seen == pytest.approx([1.0, 2.0, 3.0, 4.0, 4.0 + 0.25 * (9.0 - 4.0)])
+
+
+@pytest.mark.parametrize("name", TypicalGroup._fields)
+def test_a_batch_that_is_not_finite_changes_nothing(name: str) -> None:
+    companions = MoTCompanions(MoTConfig(hidden_size=8, num_attention_heads=1, num_experts=32))
+    good = TypicalGroup(*(torch.ones_like(running) for running in companions.expected()))
+    companions.absorb(good)
+    bad = getattr(good, name).clone()
+    bad[..., -1] = torch.nan
+    companions.absorb(good._replace(**{name: bad}))
+    assert companions.num_batches_tracked == 1
+    assert all(running.eq(1).all() for running in companions.expected())
+
+
+def test_a_batch_of_padding_changes_nothing() -> None:
+    model = tiny_model()
+    ids = torch.randint(0, 97, (5, 6))
+    model(ids)
+    before = [value.clone() for layer in companions(model) for value in layer.buffers()]
+    model(ids, attention_mask=torch.zeros_like(ids))
+    assert all(map(torch.equal, before, [value for layer in companions(model) for value in layer.buffers()]))
+
+
+def test_only_training_in_cross_example_gathers() -> None:
+    model = tiny_model()
+    ids = torch.randint(0, 97, (4, 6))
+    for mode in ("per_sequence", "moe"):
+        model(ids, mixing=mode)
+    model.eval()
+    model(ids, mixing="cross_example")
+    assert all(layer.num_batches_tracked == 0 for layer in companions(model))
+    model.train()
+    model(ids)
+    assert all(layer.num_batches_tracked == 1 for layer in companions(model))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("num_rows", [8, 6])
+def test_gradient_checkpointing_changes_neither_gradients_nor_statistics(reentrant: bool, num_rows: int) -> None:
+    ids = torch.randint(0, 97, (num_rows, 6))
+    attention_mask = torch.ones_like(ids)
+    attention_mask[0, 4:] = 0
+    plain, checkpointed = tiny_model(), tiny_model()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for _ in range(3):  # running values differ from the initial ones, and move between forward and backward
+        for model in (plain, checkpointed):
+            model.zero_grad()
+            model(ids, attention_mask=attention_mask, labels=ids).loss.backward()
+    for (name, parameter), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
+    for running, other in zip(companions(plain), companions(checkpointed), strict=True):
+        assert running.num_batches_tracked == 3
+        assert all(map(torch.equal, running.buffers(), other.buffers()))
+
+
+def test_two_forwards_before_one_backward_have_the_gradients_of_each() -> None:
+    ids = torch.randint(0, 97, (6, 6))
+    together, apart = tiny_model(), tiny_model()
+    (together(ids, labels=ids).loss + together(ids.flip(0), labels=ids.flip(0)).loss).backward()
+    for batch in (ids, ids.flip(0)):
+        apart(batch, labels=batch).loss.backward()
+    for parameter, other in zip(together.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,111 @@
+"""The three mixing modes as loops over their equations: slow, obvious, and the reference of the tests.
+
+Every function takes one layer's tensors and returns tensors that autograd can differentiate. Nothing is shared with
+the package. Axes: B rows, T columns, G group size, E experts, D model width, F expert width, K experts per token.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layer(NamedTuple):
+    """Parameters and running statistics of one layer."""
+
+    controller: Tensor  # [E, D]
+    gate_up: Tensor  # [E, 2F, D]
+    down: Tensor  # [E, D, F]
+    log_mass: Tensor  # [E]
+    mean_input: Tensor  # [E, D]
+    mean_output: Tensor  # [E, D]
+
+    def logit(self, token: Tensor, e: int) -> Tensor:
+        return (token * self.controller[e]).sum()
+
+    def expert(self, mixture: Tensor, e: int) -> Tensor:
+        gate, up = (self.gate_up[e] @ mixture).chunk(2)
+        return self.down[e] @ (gate * torch.sigmoid(gate) * up)
+
+
+def cross_example(
+    x: Tensor, layer: Layer, group_size: int, token_mask: Tensor | None = None
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Outputs `[B, T, D]`, and for every group its number of tokens, log mass, mixtures and outputs."""
+    num_rows, num_columns, _ = x.shape
+    outputs = [[torch.zeros_like(x[0, 0]) for _ in range(num_columns)] for _ in range(num_rows)]
+    groups = []
+    for first in range(0, num_rows, group_size):
+        for t in range(num_columns):
+            rows = [
+                i
+                for i in range(first, min(first + group_size, num_rows))
+                if token_mask is None or bool(token_mask[i, t])
+            ]
+            num_absent = group_size - len(rows)
+            log_mass, mixtures, expert_outputs = [], [], []
+            for e in range(layer.controller.shape[0]):
+                masses = [layer.logit(x[i, t], e).exp() for i in rows]
+                absent_mass = num_absent * layer.log_mass[e].exp()
+                total = sum(masses) + absent_mass
+                mixture = absent_mass / total * layer.mean_input[e]
+                for i, mass in zip(rows, masses, strict=True):
+                    mixture = mixture + mass / total * x[i, t]
+                output = layer.expert(mixture, e)
+                for i, mass in zip(rows, masses, strict=True):
+                    outputs[i][t] = outputs[i][t] + mass / total * output
+                log_mass.append(total.log() - math.log(group_size))
+                mixtures.append(mixture)
+                expert_outputs.append(output)
+            groups.append(
+                {
+                    "num_tokens": torch.tensor(float(len(rows))),
+                    "log_mass": torch.stack(log_mass),
+                    "mean_input": torch.stack(mixtures),
+                    "mean_output": torch.stack(expert_outputs),
+                }
+            )
+    return torch.stack([torch.stack(row) for row in outputs]), groups
+
+
+def average_group(groups: list[dict[str, Tensor]], name: str) -> Tensor:
+    """Mean of one statistic over groups, each by its number of tokens."""
+    weighted = torch.stack([group["num_tokens"] * group[name] for group in groups])
+    return weighted.sum(0) / torch.stack([group["num_tokens"] for group in groups]).sum()
+
+
+def per_sequence(x: Tensor, layer: Layer, group_size: int, num_experts_per_tok: int) -> Tensor:
+    """Outputs `[B, T, D]`: every token alone with G - 1 expected companions."""
+    num_experts = layer.controller.shape[0]
+    outputs = torch.zeros_like(x)
+    for i in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            masses = [layer.logit(x[i, t], e).exp() for e in range(num_experts)]
+            weights = [
+                masses[e] / (masses[e] + (group_size - 1) * layer.log_mass[e].exp()) for e in range(num_experts)
+            ]
+            largest = sorted(range(num_experts), key=lambda e: -float(weights[e].detach()))[:num_experts_per_tok]
+            output = torch.zeros_like(x[i, t])
+            for e in range(num_experts):
+                if e in largest:
+                    mixture = weights[e] * x[i, t] + (1 - weights[e]) * layer.mean_input[e]
+                    output = output + weights[e] * layer.expert(mixture, e)
+                else:
+                    output = output + weights[e] * layer.mean_output[e]
+            outputs[i, t] = output
+    return outputs
+
+
+def moe(x: Tensor, layer: Layer, num_experts_per_tok: int, norm_topk_prob: bool) -> Tensor:
+    """Outputs `[B, T, D]`: token choice."""
+    num_experts = layer.controller.shape[0]
+    outputs = torch.zeros_like(x)
+    for i in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            masses = [layer.logit(x[i, t], e).exp() for e in range(num_experts)]
+            probabilities = [mass / sum(masses) for mass in masses]
+            largest = sorted(range(num_experts), key=lambda e: -float(probabilities[e].detach()))[:num_experts_per_tok]
+            kept = sum(probabilities[e] for e in largest) if norm_topk_prob else 1.0
+            outputs[i, t] = sum(probabilities[e] / kept * layer.expert(x[i, t], e) for e in largest)
+    return outputs

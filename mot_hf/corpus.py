@@ -1,0 +1,387 @@
+"""Text to tokenizer and aligned blocks: what a Mixture of Tokens model is trained on.
+
+The default corpus is the Python standard library of the running interpreter, so every machine has real text without a
+download. Figures on it are comparable only within one Python version: [`default_corpus_info`] says which one was read.
+"""
+
+import glob
+import hashlib
+import itertools
+import os
+import platform
+import re
+import sysconfig
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+from huggingface_hub.errors import HFValidationError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+PAD_TOKEN = "<|pad|>"
+END_TOKEN = "<|end|>"
+MASK_TOKEN = "<|mask|>"
+SPECIAL_TOKENS = [PAD_TOKEN, END_TOKEN, MASK_TOKEN]
+
+EXCLUDED_FOLDER = re.compile(
+    r"tests?|idle_test|idlelib|lib2to3|encodings|site-packages|dist-packages|__pycache__|config-.*"
+)
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class CorpusInfo:
+    """Which files a figure was measured on.
+
+    Args:
+        source (`str`): Folder the files lie in.
+        python_version (`str`): Version of the interpreter whose standard library was read.
+        num_files (`int`): Number of files.
+        num_bytes (`int`): Size of all files together.
+        digest (`str`): SHA-256 over the relative paths and the contents of the files.
+    """
+
+    source: str
+    python_version: str
+    num_files: int
+    num_bytes: int
+    digest: str
+
+
+def default_corpus_files() -> dict[str, Path]:
+    """Lists the files of the default corpus, the standard library without tests and packages.
+
+    Returns:
+        `dict[str, Path]`: Path of each file by its posix path relative to the standard library, sorted.
+    """
+    root = _stdlib_folder()
+    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    return {name: paths[name] for name in sorted(paths) if _is_corpus_file(name) and paths[name].is_file()}
+
+
+def default_corpus_info() -> CorpusInfo:
+    """Describes the default corpus on this machine.
+
+    Returns:
+        [`CorpusInfo`]: Python version, size and digest of the files.
+    """
+    digest, num_bytes = hashlib.sha256(), 0
+    files = default_corpus_files()
+    for name, path in files.items():
+        content = path.read_bytes()
+        num_bytes += len(content)
+        digest.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
+    return CorpusInfo(str(_stdlib_folder()), platform.python_version(), len(files), num_bytes, digest.hexdigest())
+
+
+def _stdlib_folder() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _is_corpus_file(name: str) -> bool:
+    *folders, file_name = name.split("/")
+    # _sysconfigdata_* holds paths and flags of the machine Python was built on
+    return not file_name.startswith("_sysconfigdata_") and not any(map(EXCLUDED_FOLDER.fullmatch, folders))
+
+
+def load_corpus(
+    source: PathLike | list[PathLike] | Dataset | DatasetDict | None = None,
+    *,
+    validation_fraction: float = 0.05,
+    text_column: str = "text",
+    config_name: str | None = None,
+    cache_dir: str | None = None,
+) -> DatasetDict:
+    """Loads a text corpus as a data set of documents.
+
+    A text file is one document; bytes that are not UTF-8 are replaced and line ends become newlines. A data set keeps
+    its own validation split (`"validation"`, else `"test"`); everything else is split by a stable hash, of a file's
+    relative path or of a document's text, so the split is the same on every machine.
+
+    Args:
+        source (*optional*):
+            `None` for the default corpus; the path of a text file, a folder of text files (hidden ones are left out),
+            a glob, or a list of these; a `Dataset` or `DatasetDict`; or else a data set's name for `load_dataset`.
+        validation_fraction (`float`, *optional*, defaults to 0.05):
+            Share of the documents held out where the source has no validation split of its own.
+        text_column (`str`, *optional*, defaults to `"text"`):
+            Column of a data set that holds the text.
+        config_name (`str`, *optional*):
+            Configuration of a data set loaded by name.
+        cache_dir (`str`, *optional*):
+            Cache of `datasets`; its own default when not set.
+
+    Returns:
+        `DatasetDict`: Splits `"train"` and `"validation"` with the one column `"text"`.
+
+    Raises:
+        ValueError: If `validation_fraction` is not between 0 and 1, the text column is missing, a file is not text,
+            or a split holds no text.
+        OSError: If `source` names no existing file, match or data set.
+    """
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"`validation_fraction={validation_fraction}` must lie between 0 and 1: 0.05 is usual.")
+    if isinstance(source, Dataset | DatasetDict):
+        corpus = _split_documents(source, text_column, validation_fraction)
+    elif isinstance(source, str) and _is_data_set_name(source):
+        loaded = _load_by_name(source, config_name, cache_dir)
+        corpus = _split_documents(loaded, text_column, validation_fraction)
+    else:
+        files = list(default_corpus_files().items()) if source is None else _list_files(source)
+        if not files:
+            raise FileNotFoundError(f"`source={source!r}` matches no file: check the path or the glob.")
+        corpus = _load_files(files, validation_fraction, cache_dir)
+    _check_not_empty(corpus, validation_fraction)
+    return corpus
+
+
+def _is_data_set_name(source: str) -> bool:
+    return not glob.has_magic(source) and not Path(source).expanduser().exists()
+
+
+def _load_by_name(name: str, config_name: str | None, cache_dir: str | None) -> Dataset | DatasetDict:
+    try:
+        return load_dataset(name, config_name, cache_dir=cache_dir)
+    except (OSError, HFValidationError) as error:
+        raise OSError(
+            f"`source={name!r}` is neither an existing file or folder nor a data set that `load_dataset` finds: "
+            f"check the path, or the name and the network ({error})."
+        ) from error
+
+
+def _list_files(source: PathLike | list[PathLike]) -> list[tuple[str, Path]]:
+    """Pairs each file with its path relative to the folder it was found in."""
+    if isinstance(source, list):
+        return [pair for item in source for pair in _list_files(item)]
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [(path.name, path)]
+    if path.is_dir():
+        names = sorted(match.relative_to(path) for match in path.rglob("*") if match.is_file())
+        return [(name.as_posix(), path / name) for name in names if not _is_hidden(name)]
+    root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    return [(match.relative_to(root).as_posix(), match) for match in matches if match.is_file()]
+
+
+def _is_hidden(name: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+
+
+def _load_files(files: list[tuple[str, Path]], validation_fraction: float, cache_dir: str | None) -> DatasetDict:
+    splits = defaultdict(list)
+    for name, path in files:
+        _check_is_text(path)
+        split = "validation" if _is_held_out(os.fsencode(name), validation_fraction) else "train"
+        splits[split].append(glob.escape(str(path.absolute())))
+    return load_dataset(
+        "text", data_files=dict(splits), sample_by="document", encoding_errors="replace", cache_dir=cache_dir
+    )
+
+
+def _check_is_text(path: Path) -> None:
+    with path.open("rb") as file:
+        if b"\0" in file.read(8192):
+            raise ValueError(
+                f"`source` holds {str(path)!r}, which is not UTF-8 text: leave it out, or load it with `datasets` "
+                "and pass the `Dataset`."
+            )
+
+
+def _is_held_out(key: bytes, validation_fraction: float) -> bool:
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64 < validation_fraction
+
+
+def _split_documents(source: Dataset | DatasetDict, text_column: str, validation_fraction: float) -> DatasetDict:
+    splits = source if isinstance(source, DatasetDict) else {"train": source}
+    if "train" not in splits:
+        raise ValueError(f"`source` has the splits {list(splits)} and needs one called 'train': rename one of them.")
+    train = _select_text(splits["train"], text_column)
+    for name in ("validation", "test"):
+        if name in splits:
+            return DatasetDict({"train": train, "validation": _select_text(splits[name], text_column)})
+    held_out = np.array(
+        [_is_held_out((text or "").encode(), validation_fraction) for text in train["text"]], dtype=bool
+    )
+    masks = {"train": ~held_out, "validation": held_out}
+    return DatasetDict({name: train.select(np.flatnonzero(mask)) for name, mask in masks.items()})
+
+
+def _select_text(dataset: Dataset, text_column: str) -> Dataset:
+    if text_column not in dataset.column_names:
+        raise ValueError(f"`text_column={text_column!r}` is no column of the data set: use {dataset.column_names}.")
+    selected = dataset.select_columns([text_column])
+    return selected if text_column == "text" else selected.rename_column(text_column, "text")
+
+
+def _check_not_empty(corpus: DatasetDict, validation_fraction: float) -> None:
+    for name in ("train", "validation"):
+        if name not in corpus or not any(corpus[name]["text"]):
+            raise ValueError(
+                f"The {name} split of `source` holds no text at `validation_fraction={validation_fraction}`: change "
+                "the fraction, give more documents, or pass a `DatasetDict` with the splits 'train' and 'validation'."
+            )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer, which encodes every text and decodes it back unchanged.
+
+    Args:
+        texts (`Iterable[str]`): Documents to train on.
+        vocab_size (`int`, *optional*, defaults to 4096):
+            Number of tokens with the 256 bytes and the special tokens `<|pad|>`, `<|end|>` (`eos_token`) and
+            `<|mask|>`. A text too short for as many merges gives fewer.
+
+    Returns:
+        [`PreTrainedTokenizerFast`]: The tokenizer. The same texts always give the same one.
+
+    Raises:
+        ValueError: If `vocab_size` has no room for the bytes and the special tokens.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(alphabet) + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"`vocab_size={vocab_size}` has no room for the bytes and special tokens: use {smallest} or more."
+        )
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD_TOKEN,
+        eos_token=END_TOKEN,
+        mask_token=MASK_TOKEN,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def token_byte_counts(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """Counts the UTF-8 bytes of text behind every token, which turns a loss per token into bits per byte.
+
+    The counts over a text's tokens add up to its length, as [`make_blocks`] encodes it.
+
+    Args:
+        tokenizer ([`PreTrainedTokenizerFast`]): A byte-level BPE tokenizer.
+
+    Returns:
+        `torch.Tensor` of shape `(vocab_size,)`: Number of bytes by token id, 0 for special tokens.
+
+    Raises:
+        ValueError: If the tokenizer is not byte-level.
+    """
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    added = tokenizer.added_tokens_decoder
+    vocab = tokenizer.get_vocab()
+    counts = torch.zeros(max(vocab.values()) + 1, dtype=torch.int64)
+    for token, index in vocab.items():
+        if index in added:
+            counts[index] = 0 if added[index].special else len(token.encode())
+        elif alphabet.issuperset(token):
+            # one character of the byte alphabet stands for one byte
+            counts[index] = len(token)
+        else:
+            raise ValueError(f"`tokenizer` must be byte-level BPE, its token {token!r} is not made of bytes.")
+    return counts
+
+
+def make_blocks(
+    corpus: DatasetDict,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    block_length: int = 128,
+    group_size: int = 32,
+    seed: int = 0,
+) -> DatasetDict:
+    """Tokenizes a corpus into rows of equal length, ordered by [`spread_rows`] for mixing.
+
+    The documents, each followed by the end token, are joined in batches of 1000 and cut into blocks; what is left at
+    the end of a batch is dropped. Special tokens spelled out in a text are encoded as text. `datasets` caches the
+    result beside the corpus.
+
+    Args:
+        corpus (`DatasetDict`): Splits with a column `"text"`, as [`load_corpus`] gives them.
+        tokenizer ([`PreTrainedTokenizerFast`]): Tokenizer with an `eos_token`.
+        block_length (`int`, *optional*, defaults to 128): Number of tokens in a row.
+        group_size (`int`, *optional*, defaults to 32): Number of rows that are mixed.
+        seed (`int`, *optional*, defaults to 0): Seed of the order of the rows.
+
+    Returns:
+        `DatasetDict`: The same splits with the one column `"input_ids"`.
+
+    Raises:
+        ValueError: If `block_length` is not positive, the tokenizer has no end token or a split is shorter than a
+            block.
+    """
+    if block_length < 1:
+        raise ValueError(f"`block_length={block_length}` must be at least 1.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("`tokenizer` has no end token: set `tokenizer.eos_token`.")
+    blocks = corpus.map(
+        _cut_blocks,
+        batched=True,
+        batch_size=1000,
+        input_columns=["text"],
+        remove_columns=["text"],
+        fn_kwargs={"tokenizer": tokenizer, "block_length": block_length},
+        desc="Cutting blocks",
+    )
+    for name, split in blocks.items():
+        if split.num_rows == 0:
+            raise ValueError(f"The {name} split is shorter than `block_length={block_length}`: choose a shorter one.")
+    return DatasetDict(
+        {name: split.select(spread_rows(split.num_rows, group_size, seed)) for name, split in blocks.items()}
+    )
+
+
+def _cut_blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast, block_length: int) -> dict[str, Any]:
+    documents = tokenizer(
+        [text or "" for text in texts],
+        add_special_tokens=False,
+        split_special_tokens=True,  # a text that spells the end token does not end there
+        verbose=False,  # a document may be longer than model_max_length, its blocks are not
+    )["input_ids"]
+    ids = [token for document in documents if document for token in (*document, tokenizer.eos_token_id)]
+    ends = range(block_length, len(ids) + 1, block_length)
+    return {"input_ids": [ids[end - block_length : end] for end in ends]}
+
+
+def spread_rows(num_rows: int, group_size: int, seed: int) -> list[int]:
+    """Orders the rows of a text so that every group of consecutive rows is drawn from all over it.
+
+    The rows are cut into `group_size` strata; a group takes the row at one random place of every stratum. Rows of a
+    group therefore lie about `num_rows / group_size` apart, and from `num_rows >= 2 * group_size` on no two of them
+    are neighbours in the text. Rows that fill no group are spaced equally and come last.
+
+    Args:
+        num_rows (`int`): Number of rows.
+        group_size (`int`): Number of rows in a group.
+        seed (`int`): Seed of the order of the groups and of the rows in a group.
+
+    Returns:
+        `list[int]`: A permutation of `range(num_rows)`.
+
+    Raises:
+        ValueError: If `num_rows` is negative or `group_size` is not positive.
+    """
+    if num_rows < 0 or group_size < 1:
+        raise ValueError(f"`num_rows={num_rows}` must be at least 0 and `group_size={group_size}` at least 1.")
+    generator = np.random.default_rng(seed)
+    num_groups, num_last = divmod(num_rows, group_size)
+    last = np.arange(num_last) * num_rows // max(num_last, 1)
+    strata = np.delete(np.arange(num_rows), last).reshape(group_size, num_groups)
+    groups = generator.permutation(strata.T)  # [num_groups, group_size]
+    # a stratum must not always sit at the same place of a group
+    groups = generator.permuted(groups, axis=1)
+    return groups.flatten().tolist() + generator.permutation(last).tolist()

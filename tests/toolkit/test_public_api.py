@@ -1,0 +1,40 @@
+"""The public API, pinned."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import mot_hf
+import mot_hf.metrics
+import mot_hf.modeling
+import mot_hf.reporting
+
+MODELS = [
+    "MoTConfig",
+    "MoTForCausalLM",
+    "MoTForMaskedLM",
+    "MoTForQuestionAnswering",
+    "MoTForSequenceClassification",
+    "MoTForTokenClassification",
+    "MoTModel",
+    "MoTPreTrainedModel",
+]
+
+
+def test_names() -> None:
+    assert sorted(mot_hf.__all__) == [*MODELS, "__version__"]
+    assert sorted(mot_hf.modeling.__all__) == ["MixingMode", *MODELS]
+    assert mot_hf.metrics.__all__ == ["bits_per_byte", "perplexity"]
+    assert mot_hf.reporting.__all__ == ["ModelSize", "count_parameters", "plot_training_curve"]
+    for module in (mot_hf, mot_hf.modeling, mot_hf.metrics, mot_hf.reporting):
+        assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    assert mot_hf.__version__ == version("mot_hf")
+
+
+def test_import_needs_no_extra() -> None:
+    extras = ["datasets", "matplotlib", "rich", "tensorboard", "pytest", "hypothesis"]
+    code = f"import sys, mot_hf; print([name for name in {extras} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

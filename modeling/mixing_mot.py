@@ -54,18 +54,15 @@ class MixingContext:
             Mixing mode of this pass.
         token_mask (`torch.Tensor` of shape `[B, T]`, *optional*):
             `True` for tokens, `False` for padding. `None` if there is no padding.
-        is_training (`bool`, *optional*, defaults to `False`):
-            Whether the layers gather statistics.
         companions (`dict[int, TypicalGroup]`):
-            Per layer, the expected companions of a training pass. They are copied once, because recomputation under
-            gradient checkpointing must see what the pass saw after the running values have moved on.
+            Per layer, the expected companions of this pass: recomputation under gradient checkpointing must see what
+            the pass saw, after the running values have moved on.
         statistics (`dict[int, TypicalGroup]`):
             Per layer, this batch's statistics, left there by the layer.
     """
 
     mode: str
     token_mask: Tensor | None = None
-    is_training: bool = False
     companions: dict[int, TypicalGroup] = field(default_factory=dict)
     statistics: dict[int, TypicalGroup] = field(default_factory=dict)
 
@@ -104,7 +101,7 @@ class MoTCompanions(nn.Module):
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
 
     def expected(self) -> TypicalGroup:
-        """The running averages themselves, not copies."""
+        """The running averages."""
         return TypicalGroup(self.log_mass, self.mean_input, self.mean_output)
 
     @torch.no_grad()
@@ -114,10 +111,13 @@ class MoTCompanions(nn.Module):
         A batch whose statistics are not finite (no real token, or an overflow) is left out.
         """
         usable = torch.stack([value.isfinite().all() for value in batch]).all()
-        self.num_batches_tracked += usable
+        # New tensors, not changed ones: the backward pass still needs those that the forward pass saw, and where they
+        # are changed in place, compiled code recomputes from the changed ones (torch 2.13) and eager code raises.
+        self.num_batches_tracked = self.num_batches_tracked + usable
         rate = self.num_batches_tracked.clamp(min=1).float().reciprocal().clamp(min=self.momentum)
-        for running, value in zip(self.expected(), batch, strict=True):
-            running.copy_(torch.where(usable, torch.lerp(running, value, rate), running))
+        for name, value in batch._asdict().items():
+            running = getattr(self, name)
+            setattr(self, name, torch.where(usable, torch.lerp(running, value, rate), running))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Casting a model (`model.to(torch.bfloat16)`, `model.half()`) moves these buffers but keeps their dtype.
@@ -164,7 +164,7 @@ def mix_across_examples(
         present = _form_groups(token_mask[..., None], group_size, missing_rows)  # [A, G, T, 1]
         x, l = x.masked_fill(~present, 0), l.masked_fill(~present, -torch.inf)
         num_absent = group_size - present.sum(dim=1)  # [A, T, 1]
-        a = num_absent.log() + companions.log_mass  # [A, T, E], -inf where nobody is absent
+        a = num_absent.float().log() + companions.log_mass  # [A, T, E], -inf where nobody is absent
         z = torch.cat([l, a[:, None]], dim=1).logsumexp(dim=1)  # [A, T, E]
 
     w = (l - z[:, None]).exp().to(x.dtype)  # [A, G, T, E]
@@ -283,6 +283,6 @@ def _average_group(log_mass: Tensor, slab: Tensor, outputs: Tensor, num_present:
     """Average log masses `[N, E]`, mixtures and outputs `[E, N, D]` over groups, by their numbers of tokens `[N]`."""
     if num_present is None:
         return TypicalGroup(log_mass.mean(0), *(s.mean(1, dtype=torch.float32) for s in (slab, outputs)))
-    share = num_present / num_present.sum()  # [N]
+    share = num_present.float() / num_present.sum()  # [N]
     with maybe_autocast(device_type=slab.device.type, enabled=False):
         return TypicalGroup(share @ log_mass, *((share @ s.float()) for s in (slab, outputs)))

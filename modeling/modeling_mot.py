@@ -35,7 +35,6 @@ from .mixing_mot import (
     MixingContext,
     MoTCompanions,
     MoTRouter,
-    TypicalGroup,
     find_padding,
     mix_across_examples,
     mix_with_expected_companions,
@@ -86,11 +85,7 @@ class MoTSparseBlock(nn.Module):
 
     def _mix_across_examples(self, hidden_states: Tensor, logits: Tensor, context: MixingContext) -> Tensor:
         token_mask = None if context.token_mask is None else context.token_mask.to(hidden_states.device)
-        companions = self.companions.expected()
-        if context.is_training:
-            if self.layer_idx not in context.companions:
-                context.companions[self.layer_idx] = TypicalGroup(*(value.clone() for value in companions))
-            companions = context.companions[self.layer_idx]
+        companions = context.companions.setdefault(self.layer_idx, self.companions.expected())
         logits = logits.unflatten(0, hidden_states.shape[:2])  # [B, T, E]
         output, context.statistics[self.layer_idx] = mix_across_examples(
             hidden_states, logits, token_mask, companions, self.config.group_size, self.experts
@@ -236,7 +231,7 @@ class MoTModel(MoTPreTrainedModel):
             ValueError: `mixing` is unknown, both or neither of `input_ids` and `inputs_embeds` are given, or mode
                 `cross_example` is given several sequences in one row.
         """
-        context = MixingContext(self._resolve_mixing(mixing), is_training=self.training)
+        context = MixingContext(self._resolve_mixing(mixing))
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
@@ -363,10 +358,16 @@ class MoTForCausalLM(MoTPreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,  # `generate` accepts embeddings where this signature names them
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Prepare one step of `generate()`: transformers' own, and the padding of this step's tokens."""
-        model_inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
         # A static cache turns the attention mask into a 4-D one, which no longer tells padding from tokens.
         is_mixed = self._resolve_mixing(kwargs.get("mixing")) == "cross_example"
         if is_mixed and attention_mask is not None and attention_mask.ndim == 2:

@@ -10,35 +10,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from mot_hf import MoTConfig, MoTForCausalLM
+from mot_hf import MoTForCausalLM
+from tests.models import MODES, tiny_config, trained
 
 GROUP_SIZE = 4
 INDEPENDENT_MODES = ["per_sequence", "moe"]
-ALL_MODES = ["cross_example", *INDEPENDENT_MODES]
 
 
 def make_model() -> MoTForCausalLM:
-    config = MoTConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        mlp_layer_types=["sparse", "dense", "sparse"],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        group_size=GROUP_SIZE,
-        num_experts=8,
-        pad_token_id=0,
-    )
     torch.manual_seed(0)
-    model = MoTForCausalLM(config)
-    for layer in model.model.layers:
-        if layer.is_sparse:
-            layer.mlp.gate.weight.data.mul_(30)  # weights far from uniform, as after training
-    with torch.no_grad():
-        for _ in range(5):
-            model(torch.randint(1, 97, (8, 12)))
-    return model.eval()
+    config = tiny_config(num_hidden_layers=3, mlp_layer_types=["sparse", "dense", "sparse"], group_size=GROUP_SIZE)
+    return trained(MoTForCausalLM(config))
 
 
 MODEL = make_model()
@@ -106,7 +88,7 @@ def test_cached_and_in_chunks_is_as_whole(mixing: str, ids: Tensor, data: st.Dat
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("mixing", ALL_MODES)
+@pytest.mark.parametrize("mixing", MODES)
 @settings(max_examples=10, deadline=None)
 @given(ids=batches, data=st.data())
 def test_the_future_of_any_row_changes_no_logit_of_the_past(

@@ -1,5 +1,7 @@
 """Gathering of the companions' statistics in training."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,28 +9,7 @@ from mot_hf import MoTForCausalLM
 from mot_hf.modeling.configuration_mot import MoTConfig
 from mot_hf.modeling.mixing_mot import MixingContext, MoTCompanions, TypicalGroup
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
-
-
-def tiny_model(**overrides: object) -> MoTForCausalLM:
-    config = MoTConfig(
-        **{
-            "vocab_size": 97,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 3,
-            "mlp_layer_types": ["sparse", "dense", "sparse"],
-            "num_attention_heads": 4,
-            "group_size": 4,
-            "num_experts": 8,
-            **overrides,
-        }
-    )
-    torch.manual_seed(0)
-    model = MoTForCausalLM(config)
-    for layer in model.model.layers:
-        if layer.is_sparse:
-            layer.mlp.gate.weight.data.mul_(30)  # weights far from uniform, as after training
-    return model
+from tests.models import random_ids, tiny_config, trained
 
 
 def companions(model: MoTForCausalLM) -> list[MoTCompanions]:
@@ -52,7 +33,7 @@ def test_running_values_approach_the_exact_ones_on_stationary_input() -> None:
     mean = torch.randn(16)
     exact = None
     for _ in range(400):
-        context = MixingContext("cross_example", is_training=True)
+        context = MixingContext("cross_example")
         with torch.no_grad():
             block(mean + torch.randn(8, 8, 16), context)
         block.companions.absorb(context.statistics[0])
@@ -88,8 +69,8 @@ def test_a_batch_that_is_not_finite_changes_nothing(name: str) -> None:
 
 
 def test_a_batch_of_padding_changes_nothing() -> None:
-    model = tiny_model()
-    ids = torch.randint(0, 97, (5, 6))
+    model = MoTForCausalLM(tiny_config()).train()
+    ids = random_ids(5, 6)
     model(ids)
     before = [value.clone() for layer in companions(model) for value in layer.buffers()]
     model(ids, attention_mask=torch.zeros_like(ids))
@@ -97,8 +78,8 @@ def test_a_batch_of_padding_changes_nothing() -> None:
 
 
 def test_only_training_in_cross_example_gathers() -> None:
-    model = tiny_model()
-    ids = torch.randint(0, 97, (4, 6))
+    model = MoTForCausalLM(tiny_config()).train()
+    ids = random_ids(4, 6)
     for mode in ("per_sequence", "moe"):
         model(ids, mixing=mode)
     model.eval()
@@ -109,28 +90,10 @@ def test_only_training_in_cross_example_gathers() -> None:
     assert all(layer.num_batches_tracked == 1 for layer in companions(model))
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("num_rows", [8, 6])
-def test_gradient_checkpointing_changes_neither_gradients_nor_statistics(reentrant: bool, num_rows: int) -> None:
-    ids = torch.randint(0, 97, (num_rows, 6))
-    attention_mask = torch.ones_like(ids)
-    attention_mask[0, 4:] = 0
-    plain, checkpointed = tiny_model(), tiny_model()
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    for _ in range(3):  # running values differ from the initial ones, and move between forward and backward
-        for model in (plain, checkpointed):
-            model.zero_grad()
-            model(ids, attention_mask=attention_mask, labels=ids).loss.backward()
-    for (name, parameter), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
-        torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
-    for running, other in zip(companions(plain), companions(checkpointed), strict=True):
-        assert running.num_batches_tracked == 3
-        assert all(map(torch.equal, running.buffers(), other.buffers()))
-
-
 def test_two_forwards_before_one_backward_have_the_gradients_of_each() -> None:
-    ids = torch.randint(0, 97, (6, 6))
-    together, apart = tiny_model(), tiny_model()
+    ids = random_ids(6, 6)
+    together = trained(MoTForCausalLM(tiny_config())).train()
+    apart = copy.deepcopy(together)
     (together(ids, labels=ids).loss + together(ids.flip(0), labels=ids.flip(0)).loss).backward()
     for batch in (ids, ids.flip(0)):
         apart(batch, labels=batch).loss.backward()

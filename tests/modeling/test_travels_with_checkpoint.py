@@ -4,8 +4,9 @@ import ast
 import sys
 from pathlib import Path
 
-import mot_hf.modeling
 import pytest
+
+import mot_hf.modeling
 
 FILES = sorted(Path(mot_hf.modeling.__file__).parent.glob("*.py"))
 ALLOWED = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from mot_hf.metrics import bits_per_byte, perplexity
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from mot_hf import MoTConfig, MoTForCausalLM
 from mot_hf.reporting import count_parameters, plot_training_curve
 

@@ -1,0 +1,40 @@
+"""Every test is offline, quiet, single-threaded and seeded, and leaves nothing in the user's caches."""
+
+import os
+import shutil
+import tempfile
+
+_CACHE = tempfile.mkdtemp(prefix="mot_hf_tests_")
+# Before the first import of a Hugging Face library, which reads them once.
+os.environ.update(
+    HF_HOME=_CACHE,
+    HF_DATASETS_CACHE=os.path.join(_CACHE, "datasets"),
+    HF_MODULES_CACHE=os.path.join(_CACHE, "modules"),
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+# A busy machine is no failure.
+settings.register_profile("mot_hf", deadline=None)
+settings.load_profile("mot_hf")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Seed torch, so that a model drawn in a test is the same in every run."""
+    torch.manual_seed(0)
+
+
+def pytest_unconfigure() -> None:
+    """Remove the caches of this run."""
+    shutil.rmtree(_CACHE, ignore_errors=True)

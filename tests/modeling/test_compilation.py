@@ -1,0 +1,127 @@
+"""`torch.compile(fullgraph=True)`: one graph without breaks, and the results of eager mode."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import StaticCache
+
+from mot_hf import MoTForCausalLM, MoTForMaskedLM, MoTPreTrainedModel
+from tests.models import companions_of, random_ids, tiny_config, trained
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def train_step(model: MoTPreTrainedModel, forward: nn.Module, inputs: dict[str, Tensor], **arguments: Any) -> dict:
+    """Loss, logits, gradients and statistics after one forward and backward pass."""
+    model.zero_grad()
+    outputs = forward(**inputs, **arguments)
+    outputs.loss.backward()
+    gradients = {name: value.grad for name, value in model.named_parameters()}
+    return {"loss": outputs.loss, "logits": outputs.logits} | gradients | companions_of(model)
+
+
+def assert_compiles(
+    model: MoTPreTrainedModel, backend: str, batches: list[dict[str, Tensor]], **arguments: Any
+) -> None:
+    eager = copy.deepcopy(model)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for inputs in batches:
+        actual = train_step(model, compiled, inputs, **arguments)
+        expected = train_step(eager, eager, inputs, **arguments)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+    assert counter.frame_count == 1
+
+
+def make_batches(padded: bool, num_rows: int = 6) -> list[dict[str, Tensor]]:
+    batches = []
+    for seed in range(2):
+        ids = random_ids(num_rows, 5, seed=seed)
+        batches.append({"input_ids": ids, "labels": ids})
+        if padded:
+            num_padding = (torch.arange(num_rows)[:, None] + seed) % 3
+            batches[-1]["attention_mask"] = (torch.arange(5) >= num_padding).long()
+    return batches
+
+
+@pytest.mark.parametrize(
+    ("head", "padded", "backend"),
+    [
+        (MoTForCausalLM, False, "aot_eager"),
+        (MoTForCausalLM, True, "aot_eager"),
+        (MoTForMaskedLM, True, "aot_eager"),
+        pytest.param(MoTForCausalLM, True, "inductor", marks=slow),
+    ],
+)
+def test_cross_example_trains_in_one_graph(head: type[MoTPreTrainedModel], padded: bool, backend: str) -> None:
+    model = trained(head(tiny_config())).train()
+    before = companions_of(model)
+    assert_compiles(model, backend, make_batches(padded))
+    after = companions_of(model)
+    counts = [name for name in after if name.endswith("num_batches_tracked")]
+    assert [after[name].item() - before[name].item() for name in counts] == [2, 2]
+
+
+def test_full_groups_train_in_one_graph() -> None:
+    assert_compiles(
+        trained(MoTForCausalLM(tiny_config())).train(), "aot_eager", make_batches(padded=False, num_rows=8)
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "experts", "backend"),
+    [
+        ("per_sequence", "grouped_mm", "aot_eager"),
+        ("per_sequence", "batched_mm", "aot_eager"),
+        ("moe", "grouped_mm", "aot_eager"),
+        ("moe", "batched_mm", "aot_eager"),
+        pytest.param("per_sequence", "grouped_mm", "inductor", marks=slow),
+    ],
+)
+def test_routed_modes_train_in_one_graph(mode: str, experts: str, backend: str) -> None:
+    if experts == "grouped_mm" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("transformers 5.17 cannot compile the gradient of float32 grouped_mm, in Qwen3-MoE either")
+    model = trained(MoTForCausalLM(tiny_config(mixing=mode, num_hidden_layers=2))).train()
+    model.set_experts_implementation(experts)
+    assert_compiles(model, backend, make_batches(padded=True))
+
+
+@pytest.mark.parametrize(
+    ("mode", "experts", "backend"),
+    [
+        ("per_sequence", "grouped_mm", "aot_eager"),
+        ("per_sequence", "batched_mm", "aot_eager"),
+        ("moe", "grouped_mm", "aot_eager"),
+        ("cross_example", "grouped_mm", "aot_eager"),
+        pytest.param("per_sequence", "grouped_mm", "inductor", marks=slow),
+    ],
+)
+@torch.no_grad()
+def test_decoding_with_a_static_cache_is_one_graph(mode: str, experts: str, backend: str) -> None:
+    model = trained(MoTForCausalLM(tiny_config(num_hidden_layers=2)))
+    model.set_experts_implementation(experts)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    ids = random_ids(2, 9)
+    expected = model(ids, mixing=mode).logits
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    model(ids[:, :4], past_key_values=cache, mixing=mode)
+    for column in range(4, 9):
+        step = {"input_ids": ids[:, column, None], "position_ids": torch.tensor([[column]])}
+        logits = compiled(**step, past_key_values=cache, mixing=mode).logits
+        torch.testing.assert_close(logits[:, 0], expected[:, column], atol=1e-5, rtol=1e-4)
+    assert counter.frame_count == 1

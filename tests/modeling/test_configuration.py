@@ -1,0 +1,261 @@
+"""`MoTConfig`: defaults, what it derives, and that nothing wrong gets past it."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import (
+    StrictDataclassClassValidationError,
+    StrictDataclassError,
+    StrictDataclassFieldValidationError,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig
+
+from mot_hf import MoTConfig, MoTForCausalLM
+from tests.models import tiny_config
+
+OWN_FIELDS = [field for field in fields(MoTConfig) if field.name in vars(MoTConfig)["__annotations__"]]
+
+
+def test_defaults_are_the_papers_medium_model() -> None:
+    config = MoTConfig()
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (512, 8, 8)
+    assert (config.group_size, config.num_experts, config.num_experts_per_tok) == (32, 256, 8)
+    assert (config.intermediate_size, config.moe_intermediate_size) == (1408, 176)
+    assert config.mlp_layer_types == ["dense"] * 4 + ["sparse"] * 4
+    assert (config.mixing, config.inference_mixing) == ("cross_example", "per_sequence")
+    with torch.device("meta"):
+        num_parameters = MoTForCausalLM(config).num_parameters()
+    assert num_parameters == pytest.approx(337e6, rel=0.05)
+
+
+@pytest.mark.parametrize("field", OWN_FIELDS, ids=lambda field: field.name)
+def test_every_field_is_documented_with_its_default(field: Any) -> None:
+    entry = re.search(
+        rf"^ {{4,8}}{field.name} \((?P<types>`[^)]*)\):\n(?P<text>(?: {{8,}}\S.*\n)+)", MoTConfig.__doc__ or "", re.M
+    )
+    assert entry, f"`{field.name}` is missing from the docstring"
+    stated = re.search(r"defaults to (`?)(?P<value>[^`]+)\1$", entry["types"])
+    if field.default is None:
+        assert stated is None
+    else:
+        assert stated
+        assert eval(stated["value"]) == field.default
+
+
+def test_docstring_documents_no_other_field() -> None:
+    arguments = (MoTConfig.__doc__ or "").split("Args:")[1].split("Raises:")[0]
+    documented = re.findall(r"^ {4,8}(\w+) \(`", arguments, re.M)
+    assert documented == [field.name for field in OWN_FIELDS]
+
+
+@pytest.mark.parametrize(
+    ("given_fields", "derived"),
+    [
+        ({"intermediate_size": 64, "group_size": 4, "num_experts": 8}, {"moe_intermediate_size": 32}),
+        ({"group_size": 4, "num_experts": 8}, {"num_experts_per_tok": 2}),
+        ({"group_size": 16, "num_experts": 8}, {"num_experts_per_tok": 1}),
+        ({"num_hidden_layers": 3}, {"mlp_layer_types": ["dense", "sparse", "sparse"]}),
+        ({"num_hidden_layers": 1}, {"mlp_layer_types": ["sparse"]}),
+        ({"num_key_value_heads": None}, {"num_key_value_heads": 4}),
+        ({"hidden_size": 64}, {"head_dim": 16}),
+        ({"moe_intermediate_size": 5, "head_dim": 6}, {"moe_intermediate_size": 5, "head_dim": 6}),
+        ({"num_local_experts": 16}, {"num_experts": 16, "num_local_experts": 16}),
+        ({"rope_theta": 500.0}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+        ({}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+        ({"num_labels": 3}, {"num_labels": 3, "id2label": {i: f"LABEL_{i}" for i in range(3)}}),
+    ],
+)
+def test_what_is_left_out_is_derived(given_fields: dict[str, Any], derived: dict[str, Any]) -> None:
+    config = MoTConfig(**given_fields) if "num_local_experts" in given_fields else tiny_config(**given_fields)
+    assert {name: getattr(config, name) for name in derived} == derived
+
+
+def test_json_round_trip_keeps_every_field(tmp_path: Path) -> None:
+    config = tiny_config(
+        mixing="moe",
+        inference_mixing="cross_example",
+        is_causal=False,
+        mlp_layer_types=["sparse", "dense", "dense", "sparse"],
+        eos_token_id=[1, 2],
+        bos_token_id=3,
+        companion_momentum=0.25,
+        num_experts_per_tok=3,
+        moe_intermediate_size=12,
+        rope_theta=123.0,
+        head_dim=6,
+    )
+    config.save_pretrained(tmp_path)
+    for loaded in (MoTConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert isinstance(loaded, MoTConfig)
+        assert [getattr(loaded, field.name) for field in OWN_FIELDS] == [
+            getattr(config, field.name) for field in OWN_FIELDS
+        ]
+
+
+def test_alias_is_saved_once(tmp_path: Path) -> None:
+    MoTConfig(num_local_experts=64).save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert "num_local_experts" not in text
+    assert MoTConfig.from_pretrained(tmp_path).num_experts == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("vocab_size", "97"),
+        ("hidden_size", 32.0),
+        ("hidden_size", None),
+        ("num_experts", "8"),
+        ("num_experts_per_tok", 1.5),
+        ("hidden_act", None),
+        ("rms_norm_eps", "1e-6"),
+        ("use_cache", "yes"),
+        ("is_causal", None),
+        ("tie_word_embeddings", 1),
+        ("norm_topk_prob", "true"),
+        ("mlp_layer_types", "sparse"),
+        ("mlp_layer_types", [1, 2, 3, 4]),
+        ("mixing", "cross-example"),
+        ("mixing", None),
+        ("inference_mixing", "batch"),
+        ("eos_token_id", ["1"]),
+        ("rope_parameters", 10000.0),
+        ("companion_momentum", None),
+    ],
+)
+def test_wrong_types_and_words_name_the_field(name: str, value: object) -> None:
+    with pytest.raises(StrictDataclassFieldValidationError, match=rf"(?s)'{name}'.*{re.escape(str(value)[:12])}"):
+        tiny_config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        *(
+            ({name: value}, [f"`{name}`", "at least 1", str(value)])
+            for name in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "max_position_embeddings",
+                "num_experts",
+                "moe_intermediate_size",
+            )
+            for value in (0, -3)
+        ),
+        *(({"group_size": value}, ["`group_size`", "at least 2", str(value)]) for value in (1, 0, -4)),
+        *(({"num_experts_per_tok": value}, ["`num_experts_per_tok`", "(8)", str(value)]) for value in (0, -1, 9)),
+        ({"moe_intermediate_size": None, "intermediate_size": 63}, ["`moe_intermediate_size`", "63 * 4 / 8", "64"]),
+        ({"mlp_layer_types": ["dense"]}, ["`mlp_layer_types`", "(4)", "got 1"]),
+        ({"mlp_layer_types": []}, ["`mlp_layer_types`", "(4)", "got 0"]),
+        ({"mlp_layer_types": ["dense", "sparse", "moe", "dense"]}, ["`mlp_layer_types`", "'moe'"]),
+        ({"num_key_value_heads": 3}, ["`num_key_value_heads`", "(3)", "(4)"]),
+        ({"hidden_size": 34}, ["`hidden_size`", "(34)", "(4)"]),
+        ({"hidden_size": 12}, ["`head_dim`", "even", "got 3"]),
+        ({"head_dim": 7}, ["`head_dim`", "even", "got 7"]),
+        ({"head_dim": 0}, ["`head_dim`", "got 0"]),
+        ({"head_dim": -2}, ["`head_dim`", "got -2"]),
+        ({"hidden_act": "swiglu"}, ["`hidden_act`", "'swiglu'"]),
+        *(
+            ({name: value}, [f"`{name}`", str(value)])
+            for name in ("initializer_range", "rms_norm_eps")
+            for value in (0, -0.1, float("nan"), float("inf"))
+        ),
+        *(
+            ({"router_aux_loss_coef": value}, ["`router_aux_loss_coef`", str(value)])
+            for value in (-0.5, float("nan"), float("inf"))
+        ),
+        *(({"attention_dropout": value}, ["`attention_dropout`", str(value)]) for value in (-0.5, 1, float("nan"))),
+        *(({"companion_momentum": v}, ["`companion_momentum`", str(v)]) for v in (0, 1.5, -0.1, float("nan"))),
+        *(
+            ({name: value}, [f"`{name}`", "96", str(value)])
+            for name in ("pad_token_id", "bos_token_id", "eos_token_id")
+            for value in (97, -1)
+        ),
+        ({"eos_token_id": [1, 200]}, ["`eos_token_id`", "96", "200"]),
+    ],
+    ids=str,
+)
+def test_values_out_of_range_name_the_field_and_the_value(overrides: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(StrictDataclassClassValidationError) as raised:
+        tiny_config(**overrides)
+    assert [word for word in words if word not in str(raised.value)] == []
+
+
+def test_setting_a_field_later_is_validated_too(tmp_path: Path) -> None:
+    config = tiny_config()
+    with pytest.raises(StrictDataclassFieldValidationError, match="mixing"):
+        config.mixing = "both"
+    config.group_size = 1
+    with pytest.raises(StrictDataclassClassValidationError, match="group_size"):
+        config.save_pretrained(tmp_path)
+
+
+SIZES = st.one_of(st.integers(-2, 12), st.sampled_from([16, 64, 1.0, "8", None, True]))
+REALS = st.one_of(st.floats(), st.integers(-1, 2), st.sampled_from(["0.1", None]))
+WORDS = st.sampled_from(["dense", "sparse", "moe", 1])
+TOKENS = st.one_of(st.none(), st.integers(-2, 100))
+DRAWN = {
+    **dict.fromkeys(
+        [
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "group_size",
+            "num_experts",
+            "moe_intermediate_size",
+            "num_experts_per_tok",
+            "max_position_embeddings",
+            "vocab_size",
+        ],
+        SIZES,
+    ),
+    **dict.fromkeys(
+        ["initializer_range", "rms_norm_eps", "attention_dropout", "router_aux_loss_coef", "companion_momentum"], REALS
+    ),
+    **dict.fromkeys(["mixing", "inference_mixing"], st.sampled_from(["cross_example", "per_sequence", "moe", "x"])),
+    **dict.fromkeys(["pad_token_id", "bos_token_id"], TOKENS),
+    "eos_token_id": st.one_of(TOKENS, st.lists(TOKENS, max_size=3)),
+    "mlp_layer_types": st.one_of(st.none(), st.lists(WORDS, max_size=5)),
+    "hidden_act": st.sampled_from(["silu", "gelu", "relu", "", "softmax", None]),
+    "tie_word_embeddings": st.sampled_from([True, False, 0]),
+}
+
+
+@settings(max_examples=400)
+@given(
+    names=st.lists(st.sampled_from(sorted(DRAWN)), max_size=4, unique=True),
+    data=st.data(),
+)
+def test_a_configuration_is_refused_or_builds_a_model(names: list[str], data: st.DataObject) -> None:
+    overrides = {name: data.draw(DRAWN[name], label=name) for name in names}
+    try:
+        config = tiny_config(**overrides)
+    except StrictDataclassError:
+        return
+    with torch.device("meta"):
+        model = MoTForCausalLM(config)
+    if overrides.get("moe_intermediate_size") is None:
+        assert config.moe_intermediate_size * config.num_experts == config.intermediate_size * config.group_size
+    assert config.group_size >= 2
+    assert 1 <= config.num_experts_per_tok <= config.num_experts
+    assert len(config.mlp_layer_types) == config.num_hidden_layers == len(model.model.layers)
+    assert config.num_attention_heads % config.num_key_value_heads == 0
+    for kind, layer in zip(config.mlp_layer_types, model.model.layers, strict=True):
+        assert layer.is_sparse == (kind == "sparse")
+        if kind == "sparse":
+            shape = (config.num_experts, config.hidden_size, config.moe_intermediate_size)
+            assert layer.mlp.experts.down_proj.shape == shape
+    assert MoTConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()

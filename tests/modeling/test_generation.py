@@ -1,0 +1,258 @@
+"""`generate()`: every way of decoding, caches, padding, and the mixing mode of a call."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+from mot_hf import MoTForCausalLM
+from tests.models import EOS, MODES, PAD, random_ids, tiny_config, trained
+
+
+@pytest.fixture
+def model() -> MoTForCausalLM:
+    torch.manual_seed(0)
+    return trained(MoTForCausalLM(tiny_config()))
+
+
+class Continuation(NamedTuple):
+    """What follows the prompts, and the cache it was made with."""
+
+    tokens: Tensor  # [B, 8]
+    logits: Tensor  # [B, 8, vocab_size]
+    cache: Any
+
+
+def continue_greedily(model: MoTForCausalLM, input_ids: Tensor, **arguments: Any) -> Continuation:
+    arguments = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False} | arguments
+    output = model.generate(input_ids, output_logits=True, return_dict_in_generate=True, **arguments)
+    tokens = output.sequences[:, input_ids.shape[1] :]
+    return Continuation(tokens, torch.stack(output.logits, dim=1), output.past_key_values)
+
+
+def assert_same(actual: Continuation, expected: Continuation) -> None:
+    assert torch.equal(actual.tokens, expected.tokens)
+    torch.testing.assert_close(actual.logits, expected.logits, atol=1e-5, rtol=1e-4)
+
+
+def padded_on_the_left(rows: list[Tensor], num_columns: int) -> dict[str, Tensor]:
+    """Input of `generate()` for rows of different lengths, with random ids where nobody should look."""
+    ids = random_ids(len(rows), num_columns, seed=5)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, num_columns - len(row) :] = row
+        mask[index, num_columns - len(row) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@contextmanager
+def recorded_modes(model: MoTForCausalLM) -> Iterator[set[str]]:
+    """Modes that the last layer sees."""
+    modes: set[str] = set()
+    hook = model.model.layers[-1].mlp.register_forward_pre_hook(lambda _, args: modes.add(args[1].mode))
+    yield modes
+    hook.remove()
+
+
+@pytest.mark.parametrize("mode", ["per_sequence", "moe"])
+@torch.no_grad()
+def test_greedy_decoding_is_repeated_forward_passes(model: MoTForCausalLM, mode: str) -> None:
+    ids = random_ids(3, 5)
+    expected = ids
+    for _ in range(8):
+        logits = model(expected, mixing=mode).logits[:, -1]
+        logits[:, EOS] = -torch.inf
+        expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
+    for use_cache in (True, False):
+        actual = continue_greedily(model, ids, mixing=mode, use_cache=use_cache)
+        assert torch.equal(actual.tokens, expected[:, 5:])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"do_sample": True, "top_k": 20, "temperature": 1.5},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"num_beams": 2, "do_sample": True},
+    ],
+    ids=str,
+)
+def test_every_strategy_yields_its_number_of_valid_tokens(
+    model: MoTForCausalLM, arguments: dict[str, Any], mode: str
+) -> None:
+    ids = random_ids(2, 4)
+    tokens = model.generate(ids, max_new_tokens=6, min_new_tokens=6, mixing=mode, **arguments)
+    assert tokens.shape == (2 * arguments.get("num_return_sequences", 1), 10)
+    assert torch.equal(tokens[:, :4], ids.repeat_interleave(arguments.get("num_return_sequences", 1), dim=0))
+    assert ((tokens[:, 4:] >= 0) & (tokens[:, 4:] < 97)).all()
+
+
+def test_sampling_depends_on_the_seed_alone(model: MoTForCausalLM) -> None:
+    samples = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        samples.append(model.generate(random_ids(2, 4), max_new_tokens=8, do_sample=True))
+    assert torch.equal(samples[0], samples[1])
+    assert samples[0].tolist() != samples[2].tolist()
+
+
+@torch.no_grad()
+def test_more_beams_find_a_likelier_continuation(model: MoTForCausalLM) -> None:
+    ids = random_ids(4, 5)
+
+    def log_likelihood(num_beams: int) -> Tensor:
+        new = model.generate(ids, max_new_tokens=8, min_new_tokens=8, num_beams=num_beams)[:, 5:]
+        logits = model(torch.cat([ids, new], dim=1)).logits[:, 4:-1]
+        return logits.log_softmax(-1).gather(-1, new[..., None]).sum((1, 2))
+
+    assert (log_likelihood(4).mean() > log_likelihood(1).mean()).item()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_static_and_dynamic_cache_agree(model: MoTForCausalLM, mode: str, padded: bool) -> None:
+    # Three rows: in mode cross_example the group is short too.
+    inputs = padded_on_the_left([random_ids(1, 5 - 2 * index * padded, seed=index)[0] for index in range(3)], 5)
+    static, dynamic = (
+        continue_greedily(model, **inputs, mixing=mode, cache_implementation=cache) for cache in ("static", "dynamic")
+    )
+    assert isinstance(static.cache, StaticCache)
+    assert not isinstance(dynamic.cache, StaticCache)
+    assert_same(static, dynamic)
+
+
+@pytest.mark.parametrize("mode", ["per_sequence", "moe"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_padded_rows_go_on_as_they_do_alone(model: MoTForCausalLM, mode: str, cache: str) -> None:
+    rows = [random_ids(1, length, seed=length)[0] for length in (6, 2, 4, 1, 5)]
+    inputs = padded_on_the_left(rows, 6)
+    together = continue_greedily(model, **inputs, mixing=mode, cache_implementation=cache)
+    for index, row in enumerate(rows):
+        alone = continue_greedily(model, row[None], mixing=mode, cache_implementation=cache)
+        part = Continuation(together.tokens[index, None], together.logits[index, None], None)
+        assert_same(part, alone)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_padding_changes_nothing_in_cross_example(model: MoTForCausalLM, cache: str) -> None:
+    rows = [random_ids(1, 3, seed=seed)[0] for seed in range(5)]
+    arguments = {"mixing": "cross_example", "cache_implementation": cache}
+    plain = continue_greedily(model, torch.stack(rows), **arguments)
+    padded = continue_greedily(model, **padded_on_the_left(rows, 7), **arguments)
+    assert_same(padded, plain)
+    one_column_less = continue_greedily(model, **padded_on_the_left([rows[0][1:], *rows[1:]], 7), **arguments)
+    assert not torch.allclose(one_column_less.logits[1], plain.logits[1])
+
+
+@torch.no_grad()
+def test_cross_example_mixes_the_rows_of_every_step(model: MoTForCausalLM) -> None:
+    ids = random_ids(4, 5)
+    expected = ids
+    for _ in range(8):
+        logits = model(expected, mixing="cross_example").logits[:, -1]
+        logits[:, EOS] = -torch.inf
+        expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
+    actual = continue_greedily(model, ids, mixing="cross_example")
+    assert torch.equal(actual.tokens, expected[:, 5:])
+    alone = continue_greedily(model, ids[:1], mixing="cross_example")
+    assert not torch.allclose(alone.logits[0, 0], actual.logits[0, 0])
+
+
+def test_mixing_of_a_call_reaches_the_layers(model: MoTForCausalLM) -> None:
+    ids = random_ids(2, 4)
+    for mode in MODES:
+        with recorded_modes(model) as modes:
+            model.generate(ids, max_new_tokens=3, mixing=mode)
+        assert modes == {mode}
+    with recorded_modes(model) as modes:
+        model.generate(ids, max_new_tokens=3)
+    assert modes == {"per_sequence"}
+    model.set_mixing(inference_mixing="moe")
+    with recorded_modes(model) as modes:
+        model.generate(ids, max_new_tokens=3)
+    assert modes == {"moe"}
+    assert not hasattr(model.generation_config, "mixing")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_chunked_prefill_changes_nothing(model: MoTForCausalLM, mode: str, padded: bool, cache: str) -> None:
+    inputs = padded_on_the_left([random_ids(1, 7 - index * padded, seed=index)[0] for index in range(3)], 7)
+    whole = continue_greedily(model, **inputs, mixing=mode)
+    chunked = continue_greedily(model, **inputs, mixing=mode, prefill_chunk_size=3, cache_implementation=cache)
+    assert_same(chunked, whole)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_embeddings_can_be_the_prompt(model: MoTForCausalLM, mode: str) -> None:
+    inputs = padded_on_the_left([random_ids(1, 5 - index)[0] for index in range(3)], 5)
+    expected = continue_greedily(model, **inputs, mixing=mode)
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    tokens = model.generate(
+        inputs_embeds=embeddings,
+        attention_mask=inputs["attention_mask"],
+        mixing=mode,
+        max_new_tokens=8,
+        min_new_tokens=8,
+    )
+    assert torch.equal(tokens, expected.tokens)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_generation_goes_on_from_a_cache(model: MoTForCausalLM, mode: str) -> None:
+    inputs = padded_on_the_left([random_ids(1, 5 - index)[0] for index in range(3)], 5)
+    expected = continue_greedily(model, **inputs, mixing=mode)
+    start = continue_greedily(model, **inputs, mixing=mode, max_new_tokens=3, min_new_tokens=3)
+    longer = torch.cat([inputs["input_ids"], start.tokens], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(start.tokens)], dim=1)
+    rest = continue_greedily(
+        model,
+        longer,
+        attention_mask=mask,
+        mixing=mode,
+        past_key_values=start.cache,
+        max_new_tokens=5,
+        min_new_tokens=5,
+    )
+    assert torch.equal(rest.tokens, expected.tokens[:, 3:])
+    torch.testing.assert_close(rest.logits, expected.logits[:, 3:], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["per_sequence", "moe"])
+def test_assisted_decoding_changes_nothing(model: MoTForCausalLM, mode: str) -> None:
+    ids = random_ids(1, 5)
+    torch.manual_seed(1)
+    strangers = trained(MoTForCausalLM(tiny_config(num_hidden_layers=2)))
+    plain = continue_greedily(model, ids, mixing=mode)
+    for assistant in (model, strangers):
+        assisted = continue_greedily(model, ids, mixing=mode, assistant_model=assistant)
+        assert_same(assisted, plain)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_finished_row_is_filled_with_padding(model: MoTForCausalLM, mode: str) -> None:
+    ids = random_ids(4, 5)
+    free = continue_greedily(model, ids, mixing=mode).tokens
+    ends = free[0, 2].item()
+    tokens = model.generate(ids, max_new_tokens=8, mixing=mode, eos_token_id=ends)[:, 5:]
+    first_end = free[0].tolist().index(ends)
+    assert tokens[0, first_end] == ends
+    assert (tokens[0, first_end + 1 :] == PAD).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_bfloat16_models_generate(model: MoTForCausalLM, mode: str, cache: str) -> None:
+    low = model.to(torch.bfloat16)
+    inputs = padded_on_the_left([random_ids(1, 5 - index)[0] for index in range(3)], 5)
+    generated = continue_greedily(low, **inputs, mixing=mode, cache_implementation=cache)
+    assert generated.logits.isfinite().all()
+    assert generated.tokens.shape == (3, 8)

@@ -29,8 +29,9 @@ END_TOKEN = "<|end|>"
 MASK_TOKEN = "<|mask|>"
 SPECIAL_TOKENS = [PAD_TOKEN, END_TOKEN, MASK_TOKEN]
 
+# pydoc_data is one large file of generated documentation, most of the split that it falls into
 EXCLUDED_FOLDER = re.compile(
-    r"tests?|idle_test|idlelib|lib2to3|encodings|site-packages|dist-packages|__pycache__|config-.*"
+    r"tests?|idle_test|idlelib|lib2to3|encodings|pydoc_data|site-packages|dist-packages|__pycache__|config-.*"
 )
 
 PathLike = str | os.PathLike[str]

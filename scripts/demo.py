@@ -43,7 +43,7 @@ class DemoArguments:
     output_dir: str = field(
         default="runs/demo", metadata={"help": "folder for checkpoints, the model and the results"}
     )
-    max_steps: int = field(default=400, metadata={"help": "training steps of 32 rows"})
+    max_steps: int = field(default=1000, metadata={"help": "training steps of 32 rows"})
     vocab_size: int = field(default=2048, metadata={"help": "size of the tokenizer"})
     block_length: int = field(default=64, metadata={"help": "tokens in a row"})
     learning_rate: float = field(default=3e-3, metadata={"help": "peak learning rate"})
@@ -59,7 +59,6 @@ def make_model(args: DemoArguments, tokenizer: PreTrainedTokenizerFast) -> MoTFo
         num_hidden_layers=4,
         num_attention_heads=4,
         num_experts=32,
-        tie_word_embeddings=True,
         max_position_embeddings=args.block_length,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -93,6 +92,7 @@ def make_trainer(
         eval_steps=max(1, args.max_steps // 5),
         save_steps=max(1, args.max_steps // 2),
         save_total_limit=2,
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
         seed=args.seed,
     )

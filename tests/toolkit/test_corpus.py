@@ -58,7 +58,17 @@ class TestDefaultCorpus:
         assert {"json/__init__.py", "json/decoder.py", "argparse.py", "unittest/case.py"} <= files.keys()
         assert all(path == stdlib / name for name, path in files.items())
         assert list(files) == sorted(files)
-        left_out = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "site-packages", "__pycache__"}
+        left_out = {
+            "test",
+            "tests",
+            "idle_test",
+            "idlelib",
+            "lib2to3",
+            "encodings",
+            "pydoc_data",
+            "site-packages",
+            "__pycache__",
+        }
         assert not any(left_out & set(name.split("/")[:-1]) for name in files)
         assert not any("config-" in name or name.startswith("_sysconfigdata_") for name in files)
 

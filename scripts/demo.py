@@ -33,7 +33,7 @@ from mot_hf.metrics import bits_per_byte, perplexity
 from mot_hf.reporting import count_parameters, plot_training_curve
 
 MODES = ("cross_example", "per_sequence", "moe")
-PROMPTS = ("def __init__(self, ", "import os\nimport sys\n\n", "    for key, value in ")
+PROMPTS = ("def __init__(self,", "import os\nimport sys\n\n", "    for key, value in")
 
 
 @dataclass
@@ -113,7 +113,7 @@ def evaluate_modes(trainer: Trainer, rows: Dataset, tokenizer: PreTrainedTokeniz
     results = {}
     for mode in MODES:
         trainer.model.set_mixing(inference_mixing=mode)
-        loss = trainer.evaluate(rows)["eval_loss"]
+        loss = trainer.evaluate(rows, metric_key_prefix=f"eval_{mode}")[f"eval_{mode}_loss"]
         results[mode] = {
             "loss": loss,
             "perplexity": perplexity(loss),

@@ -22,8 +22,8 @@ def plot_training_curve(log_history: Sequence[Mapping[str, Any]], path: str | os
     training = _series(log_history, "loss")
     if not training[0]:
         raise ValueError("`log_history` holds no training loss: train with `logging_steps` below the number of steps.")
-    losses.plot(*training, color="tab:blue", alpha=0.8, label="training (cross_example)")
-    losses.plot(*_series(log_history, "eval_loss"), "o-", color="tab:orange", label="validation (per_sequence)")
+    losses.plot(*training, color="tab:blue", alpha=0.8, label="training")
+    losses.plot(*_series(log_history, "eval_loss"), "o-", color="tab:orange", label="validation")
     losses.set_ylabel("loss (nats per token)")
     losses.grid(alpha=0.3)
     losses.legend(frameon=False)

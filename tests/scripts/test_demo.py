@@ -46,7 +46,7 @@ def test_demo_leaves_a_model_a_picture_and_results(folder: Path) -> None:
 
 def test_demo_prints_completions_the_table_and_where_things_are(folder: Path) -> None:
     printed = (folder / "printed.txt").read_text()
-    for wanted in ("def __init__(self, ", "mode per_sequence", "cross_example", "moe (without tuning)"):
+    for wanted in ("def __init__(self,", "mode per_sequence", "cross_example", "moe (without tuning)"):
         assert wanted in printed
     assert "runs/demo/model" in printed
     assert "runs/demo/training_curve.png" in printed

@@ -93,7 +93,7 @@ class MoTCompanions(nn.Module):
 
     def __init__(self, config: MoTConfig) -> None:
         super().__init__()
-        self.momentum = config.companion_momentum
+        self.config = config
         num_experts, width = config.num_experts, config.hidden_size
         self.register_buffer("log_mass", torch.zeros(num_experts, dtype=torch.float32))
         self.register_buffer("mean_input", torch.zeros(num_experts, width, dtype=torch.float32))
@@ -114,7 +114,7 @@ class MoTCompanions(nn.Module):
         # New tensors, not changed ones: the backward pass still needs those that the forward pass saw, and where they
         # are changed in place, compiled code recomputes from the changed ones (torch 2.13) and eager code raises.
         self.num_batches_tracked = self.num_batches_tracked + usable
-        rate = self.num_batches_tracked.clamp(min=1).float().reciprocal().clamp(min=self.momentum)
+        rate = self.num_batches_tracked.clamp(min=1).float().reciprocal().clamp(min=self.config.companion_momentum)
         for name, value in batch._asdict().items():
             running = getattr(self, name)
             setattr(self, name, torch.where(usable, torch.lerp(running, value, rate), running))
@@ -175,7 +175,7 @@ def mix_across_examples(
 
     slab = mixture.flatten(0, 1).transpose(0, 1)  # [E, N, D]
     y = experts(slab)  # [E, N, D]
-    output = w.transpose(1, 2) @ y.transpose(0, 1).unflatten(0, z.shape[:2]).to(w.dtype)  # [A, T, G, D]
+    output = w.transpose(1, 2) @ y.transpose(0, 1).unflatten(0, z.shape[:2])  # [A, T, G, D]
     output = output.transpose(1, 2).flatten(0, 1)[:num_rows]  # [B, T, D]
 
     num_present = None if token_mask is None else group_size - num_absent.flatten()  # [N]

@@ -6,7 +6,7 @@ width, F expert width.
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -72,15 +72,14 @@ class MoTSparseBlock(nn.Module):
         logits = self.gate(hidden_states)  # [S, E]
         if context.mode == "cross_example":
             return self._mix_across_examples(hidden_states, logits, context)
-        tokens = hidden_states.flatten(0, 1)  # [S, D]
-        config, num_experts_per_tok = self.config, self.config.num_experts_per_tok
+        tokens, config = hidden_states.flatten(0, 1), self.config  # [S, D]
         if context.mode == "per_sequence":
             companions = self.companions.expected()
             output = mix_with_expected_companions(
-                tokens, logits, companions, config.group_size, num_experts_per_tok, self.experts
+                tokens, logits, companions, config.group_size, config.num_experts_per_tok, self.experts
             )
         else:
-            output = route_tokens(tokens, logits, num_experts_per_tok, config.norm_topk_prob, self.experts)
+            output = route_tokens(tokens, logits, config.num_experts_per_tok, config.norm_topk_prob, self.experts)
         return output.view_as(hidden_states)
 
     def _mix_across_examples(self, hidden_states: Tensor, logits: Tensor, context: MixingContext) -> Tensor:
@@ -278,14 +277,61 @@ class MoTModel(MoTPreTrainedModel):
             self.layers[layer_idx].mlp.companions.absorb(statistics)
 
 
-class MoTForCausalLM(MoTPreTrainedModel, GenerationMixin):
+class MoTLanguageModel(MoTPreTrainedModel):
+    """What the two language models share: the projection to the vocabulary, and the losses."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MoTConfig) -> None:
+        super().__init__(config)
+        self.model = MoTModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _predict(
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor | None,
+        output_router_logits: bool | None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeCausalLMOutputWithPast:
+        """Run the backbone on its `inputs`, project to the vocabulary, and add up the losses."""
+        config = self.config
+        if output_router_logits is None:
+            output_router_logits = config.output_router_logits
+        outputs = self.model(**inputs, output_router_logits=output_router_logits, **kwargs)
+        kept_columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept_columns, :])
+        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
+
+        aux_loss = None
+        # The other modes balance by themselves.
+        if outputs.router_logits and self._resolve_mixing(inputs["mixing"]) == "moe":
+            token_mask = find_padding(outputs.last_hidden_state, inputs["attention_mask"], inputs["token_mask"])
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits, config.num_experts, config.num_experts_per_tok, token_mask
+            )
+            if loss is not None:
+                loss = loss + config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
     """A causal MoT language model.
 
     Raises:
         ValueError: The configuration has `is_causal=False`, with which a token would see its own future.
     """
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: MoTConfig) -> None:
         if not config.is_causal:
@@ -294,10 +340,6 @@ class MoTForCausalLM(MoTPreTrainedModel, GenerationMixin):
                 "Load it as `MoTForMaskedLM`, or pass `is_causal=True` to train it further as a causal model."
             )
         super().__init__(config)
-        self.model = MoTModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -329,33 +371,17 @@ class MoTForCausalLM(MoTPreTrainedModel, GenerationMixin):
             `MoeCausalLMOutputWithPast`: `loss` in nats per token (with labels), `logits` `[B, T, vocab_size]`, and
             what was asked for.
         """
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_router_logits=output_router_logits,
-            mixing=mixing,
-            token_mask=token_mask,
-            **kwargs,
-        )
-        kept_columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept_columns, :])
-        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
-        loss, aux_loss = _balance_load(self, loss, outputs, mixing, attention_mask, token_mask)
-        return MoeCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-        )
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            "mixing": mixing,
+            "token_mask": token_mask,
+        }
+        return self._predict(inputs, labels, output_router_logits, logits_to_keep, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -391,20 +417,14 @@ class MoTMaskedLMOutput(MaskedLMOutput):
     router_logits: tuple[Tensor, ...] | None = None
 
 
-class MoTForMaskedLM(MoTPreTrainedModel):
+class MoTForMaskedLM(MoTLanguageModel):
     """A bidirectional MoT masked language model; it works on a copy of the configuration with `is_causal=False`."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: MoTConfig) -> None:
         config = copy.deepcopy(config)
         # In the configuration, so that a backbone or another head loaded from this checkpoint is bidirectional too.
         config.is_causal = False
         super().__init__(config)
-        self.model = MoTModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -431,30 +451,17 @@ class MoTForMaskedLM(MoTPreTrainedModel):
             `MoTMaskedLMOutput`: `loss` in nats per predicted token (with labels), `logits` `[B, T, vocab_size]`, and
             what was asked for.
         """
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=False,
-            output_router_logits=output_router_logits,
-            mixing=mixing,
-            token_mask=token_mask,
-            **kwargs,
-        )
-        logits = self.lm_head(outputs.last_hidden_state)
-        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
-        loss, aux_loss = _balance_load(self, loss, outputs, mixing, attention_mask, token_mask)
-        return MoTMaskedLMOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            aux_loss=aux_loss,
-            router_logits=outputs.router_logits,
-        )
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": False,
+            "mixing": mixing,
+            "token_mask": token_mask,
+        }
+        outputs = self._predict(inputs, labels, output_router_logits, **kwargs)
+        return MoTMaskedLMOutput(**outputs)
 
 
 class MoTForSequenceClassification(GenericForSequenceClassification, MoTPreTrainedModel):
@@ -494,28 +501,6 @@ def _check_mode(name: str, mode: str) -> str:
     if mode not in MIXING_MODES:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, MIXING_MODES))}, got {mode!r}.")
     return mode
-
-
-def _balance_load(
-    model: MoTPreTrainedModel,
-    loss: Tensor | None,
-    outputs: MoeModelOutputWithPast,
-    mixing: str | None,
-    attention_mask: Tensor | None,
-    token_mask: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Add the load-balancing loss in mode `moe`; the other modes balance by themselves. Returns loss and auxiliary."""
-    config = model.config
-    if not outputs.router_logits or model._resolve_mixing(mixing) != "moe":
-        return loss, None
-    token_mask = find_padding(outputs.last_hidden_state, attention_mask, token_mask)
-    aux_loss = cast(
-        Tensor,
-        load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok, token_mask),
-    )
-    if loss is not None:
-        loss = loss + config.router_aux_loss_coef * aux_loss.to(loss.device)
-    return loss, aux_loss
 
 
 __all__ = [

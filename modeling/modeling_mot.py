@@ -397,10 +397,9 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
         # A static cache turns the attention mask into a 4-D one, which no longer tells padding from tokens.
         is_mixed = self._resolve_mixing(kwargs.get("mixing")) == "cross_example"
         if is_mixed and attention_mask is not None and attention_mask.ndim == 2:
-            step = (
-                model_inputs["inputs_embeds"] if model_inputs.get("input_ids") is None else model_inputs["input_ids"]
-            )
-            model_inputs["token_mask"] = attention_mask[:, -step.shape[1] :]
+            ids, embeddings = model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")
+            num_columns = (embeddings if ids is None else ids).shape[1]
+            model_inputs["token_mask"] = attention_mask[:, -num_columns:]
         return model_inputs
 
 

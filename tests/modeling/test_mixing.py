@@ -134,6 +134,8 @@ def test_logits_and_weights_are_float32_in_a_bfloat16_model() -> None:
     case.block.to(torch.bfloat16)
     logits = case.block.gate(case.x.bfloat16())
     assert logits.dtype == torch.float32
+    exact = case.x.bfloat16().double().flatten(0, 1) @ case.block.gate.weight.double().T
+    assert_relatively_close(logits, exact, tolerance=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(case.block.gate(case.x.bfloat16()), logits)
     _, context = run_block(Case(case.block, case.x.bfloat16(), None), "cross_example")

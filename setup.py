@@ -58,4 +58,5 @@ setup(
     packages=[*find_packages(include=["mot_hf", "mot_hf.*"]), "mot_hf.modeling"],
     package_dir={"mot_hf": "mot_hf", "mot_hf.modeling": "modeling"},
     package_data={"mot_hf": ["py.typed"]},
+    entry_points={"console_scripts": ["mot=mot_hf.cli:run"]},
 )

@@ -119,6 +119,13 @@ class MoTCompanions(nn.Module):
             running = getattr(self, name)
             setattr(self, name, torch.where(usable, torch.lerp(running, value, rate), running))
 
+    @torch.no_grad()
+    def replace(self, statistics: TypicalGroup, num_batches: int) -> None:
+        """Set the running averages to statistics that were computed over `num_batches` batches."""
+        self.num_batches_tracked = torch.full_like(self.num_batches_tracked, num_batches)
+        for name, value in statistics._asdict().items():
+            setattr(self, name, value.to(getattr(self, name)))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Casting a model (`model.to(torch.bfloat16)`, `model.half()`) moves these buffers but keeps their dtype.
         def move(buffer: Tensor) -> Tensor:

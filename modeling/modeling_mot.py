@@ -25,8 +25,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, load_balancing_loss_func
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_mot import MoTConfig
@@ -41,6 +42,8 @@ from .mixing_mot import (
     refuse_flattened_rows,
     route_tokens,
 )
+
+logger = logging.get_logger(__name__)
 
 
 class MoTExperts(Qwen3MoeExperts):
@@ -190,6 +193,7 @@ class MoTModel(MoTPreTrainedModel):
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        self._companions_were_checked = False
         self.post_init()
 
     @merge_with_config_defaults
@@ -238,6 +242,8 @@ class MoTModel(MoTPreTrainedModel):
         if context.mode == "cross_example":
             refuse_flattened_rows(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
             context.token_mask = find_padding(inputs_embeds, attention_mask, token_mask)
+        elif context.mode == "per_sequence" and not (self._companions_were_checked or is_tracing(inputs_embeds)):
+            self._check_companions()
 
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -270,6 +276,17 @@ class MoTModel(MoTPreTrainedModel):
         if self.training:
             self._absorb(context)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _check_companions(self) -> None:
+        """Say so, once a model, if the statistics that stand in for other rows were never gathered."""
+        self._companions_were_checked = True
+        companions = [module for module in self.modules() if isinstance(module, MoTCompanions)]
+        if any(module.num_batches_tracked == 0 for module in companions):
+            logger.warning(
+                "Mode per_sequence uses statistics of the typical group, and this model has none: it was not trained "
+                "in mode cross_example. Its results will be poor until `mot_hf.calibration.calibrate(model, batches)` "
+                "or training gathers them."
+            )
 
     def _absorb(self, context: MixingContext) -> None:
         """Add this forward's statistics to the running ones, once, whatever is recomputed in the backward pass."""

@@ -1,0 +1,180 @@
+"""`calibrate`: exact statistics, in one process and in two, and what it refuses."""
+
+import copy
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from mot_hf import MoTForCausalLM, MoTForMaskedLM, MoTModel
+from mot_hf.calibration import calibrate
+from tests.models import companions_of, random_ids, tiny_config, trained
+
+
+def make_batches(*num_rows: int, num_columns: int = 6) -> list[dict[str, Tensor]]:
+    ids = [random_ids(rows, num_columns, seed=seed) for seed, rows in enumerate(num_rows)]
+    return [{"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows} for rows in ids]
+
+
+def statistics_of_one_pass(model: MoTForCausalLM, ids: Tensor) -> dict[str, Tensor]:
+    """What a model without earlier statistics gathers from all rows at once: their plain means."""
+    model = copy.deepcopy(model).train()
+    for buffer in (buffer for module in model.modules() if hasattr(module, "absorb") for buffer in module.buffers()):
+        buffer.zero_()
+    with torch.no_grad():
+        model(ids, mixing="cross_example")
+    return without_counts(companions_of(model))
+
+
+def without_counts(statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in statistics.items() if not name.endswith("num_batches_tracked")}
+
+
+def counts_of(model: MoTForCausalLM) -> set[int]:
+    return {int(value) for name, value in companions_of(model).items() if name.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize("head", [MoTForCausalLM, MoTForMaskedLM, MoTModel])
+def test_statistics_are_the_means_over_all_full_groups(head: type[MoTForCausalLM]) -> None:
+    model = trained(head(tiny_config()))
+    batches = make_batches(4, 8, 4)
+    expected = statistics_of_one_pass(model, torch.cat([batch["input_ids"] for batch in batches]))
+    for _ in range(2):  # earlier statistics do not matter
+        calibrate(model, batches, show_progress=False)
+        torch.testing.assert_close(without_counts(companions_of(model)), expected, atol=1e-6, rtol=1e-5)
+        assert counts_of(model) == {3}
+
+
+def test_groups_count_by_their_tokens() -> None:
+    model = trained(MoTForCausalLM(tiny_config(mlp_layer_types=["sparse", "dense", "dense", "dense"])))
+    batches = make_batches(4, 3)
+    batches[0]["attention_mask"][:2, 3:] = 0
+    alone = []
+    for batch in batches:
+        one = copy.deepcopy(model)
+        calibrate(one, [batch], show_progress=False)
+        alone.append(without_counts(companions_of(one)))
+    calibrate(model, batches, show_progress=False)
+    num_tokens = [int(batch["attention_mask"].sum()) for batch in batches]
+    for name, value in without_counts(companions_of(model)).items():
+        mean = sum(n * one[name] for n, one in zip(num_tokens, alone, strict=True)) / sum(num_tokens)
+        torch.testing.assert_close(value, mean, atol=1e-6, rtol=1e-5)
+
+
+def test_batches_of_padding_do_not_count() -> None:
+    model = trained(MoTForCausalLM(tiny_config()))
+    other = copy.deepcopy(model)
+    batches = make_batches(4, 4)
+    calibrate(model, batches[:1], show_progress=False)
+    batches[1]["attention_mask"].zero_()
+    calibrate(other, batches, show_progress=False)
+    torch.testing.assert_close(without_counts(companions_of(other)), without_counts(companions_of(model)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_but_the_statistics_changes(training: bool) -> None:
+    model = trained(MoTForCausalLM(tiny_config())).train(training)
+    before = copy.deepcopy(model.state_dict())
+    calibrate(model, make_batches(4), show_progress=False)
+    assert model.training is training
+    assert not any(module._forward_hooks for module in model.modules())
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(".companions." in name for name in changed)
+
+
+def test_bfloat16_models_get_float32_statistics() -> None:
+    model = trained(MoTForCausalLM(tiny_config()))
+    low = copy.deepcopy(model).to(torch.bfloat16)
+    calibrate(model, make_batches(8, 8), show_progress=False)
+    calibrate(low, make_batches(8, 8), show_progress=False)
+    for name, value in without_counts(companions_of(low)).items():
+        assert value.dtype == torch.float32
+        expected = companions_of(model)[name]
+        assert (value - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_model_without_mot_layers_is_refused() -> None:
+    model = MoTForCausalLM(tiny_config(mlp_layer_types=["dense"] * 4))
+    with pytest.raises(ValueError, match=r"MoTForCausalLM.* has no MoT layers"):
+        calibrate(model, make_batches(4), show_progress=False)
+
+
+@pytest.mark.parametrize("only_padding", [False, True])
+def test_batches_without_a_token_are_refused_and_change_nothing(only_padding: bool) -> None:
+    model = trained(MoTForCausalLM(tiny_config())).train()
+    batches = make_batches(4) if only_padding else []
+    for batch in batches:
+        batch["attention_mask"].zero_()
+    before = companions_of(model)
+    with pytest.raises(ValueError, match="`batches` holds no token"):
+        calibrate(model, iter(batches), show_progress=False)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in companions_of(model).items())
+
+
+def test_an_interrupted_pass_changes_nothing() -> None:
+    model = trained(MoTForCausalLM(tiny_config())).train()
+    before = companions_of(model)
+    with pytest.raises(ValueError, match="exactly one of"):
+        calibrate(model, [*make_batches(4), {"labels": random_ids(4, 6)}], show_progress=False)
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in companions_of(model).items())
+
+
+def test_rarely_full_groups_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = trained(MoTForCausalLM(tiny_config()))
+    with caplog.at_level(logging.WARNING, logger="mot_hf.calibration"):
+        calibrate(model, make_batches(4, 3, 4), show_progress=False)
+        assert not caplog.records
+        calibrate(model, make_batches(4, 3, 2, 1), show_progress=False)
+    assert "Only 25 % of the groups were full (group_size=4)" in caplog.text
+
+
+@pytest.mark.parametrize("head", [MoTForCausalLM, MoTModel])
+def test_a_model_without_statistics_says_so_once(head: type[MoTForCausalLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr("mot_hf.modeling.modeling_mot.logger.warning", messages.append)
+    model = head(tiny_config()).eval()
+    model(random_ids(2, 4), mixing="moe")
+    model(random_ids(2, 4), mixing="cross_example")
+    assert messages == []
+    for _ in range(2):
+        model(random_ids(2, 4))
+    assert len(messages) == 1
+    assert "calibrate(model, batches)" in messages[0]
+    calibrated = head(tiny_config())
+    calibrate(calibrated, make_batches(4), show_progress=False)
+    calibrated.eval()(random_ids(2, 4))
+    assert len(messages) == 1
+
+
+NUM_ROWS = {0: (4, 8, 4), 1: (8,)}
+
+
+def calibrate_in_process(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = distributed.FileStore(str(folder / "store"), 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = trained(MoTForCausalLM(tiny_config()))
+    all_batches = make_batches(*NUM_ROWS[0], *NUM_ROWS[1])
+    batches = all_batches[:3] if rank == 0 else all_batches[3:]
+    calibrate(DistributedDataParallel(model), batches, show_progress=False)
+    torch.save(companions_of(model), folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_statistics_of_one(tmp_path: Path) -> None:
+    multiprocessing.spawn(calibrate_in_process, args=(tmp_path,), nprocs=2)
+    torch.manual_seed(0)
+    model = trained(MoTForCausalLM(tiny_config()))
+    calibrate(model, make_batches(*NUM_ROWS[0], *NUM_ROWS[1]), show_progress=False)
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), companions_of(model))

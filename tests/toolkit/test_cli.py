@@ -1,0 +1,79 @@
+"""The `mot` command."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config
+from typer.testing import CliRunner
+
+from mot_hf import MoTForCausalLM, MoTForMaskedLM
+from mot_hf.calibration import calibrate
+from mot_hf.cli import app, run
+from mot_hf.corpus import load_corpus, make_blocks, train_tokenizer
+from tests.models import companions_of, tiny_config, trained
+
+TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b\n" * 10 for i in range(60)]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for index, text in enumerate(TEXTS):
+        (folder / f"{index}.py").write_text(text)
+    return folder
+
+
+def save_model(head: type[MoTForCausalLM] | type[MoTForMaskedLM], folder: Path) -> Path:
+    trained(head(tiny_config(vocab_size=300))).save_pretrained(folder)
+    train_tokenizer(TEXTS, vocab_size=300).save_pretrained(folder)
+    return folder
+
+
+def run_calibrate(model_dir: Path, source: Path, *arguments: str) -> None:
+    command = ["calibrate", str(model_dir), "--source", str(source), "--num-batches", "5", "--block-length", "16"]
+    result = CliRunner().invoke(app, [*command, *arguments])
+    assert result.exit_code == 0, result.output
+    assert "calibrated model saved in" in result.output
+
+
+def test_calibrate_saves_a_copy_with_exact_statistics(source: Path, tmp_path: Path) -> None:
+    model_dir, output_dir = save_model(MoTForCausalLM, tmp_path / "model"), tmp_path / "calibrated"
+    run_calibrate(model_dir, source, "--output-dir", str(output_dir))
+    expected, actual = MoTForCausalLM.from_pretrained(model_dir), MoTForCausalLM.from_pretrained(output_dir)
+    rows = make_blocks(load_corpus(source), train_tokenizer(TEXTS, 300), block_length=16, group_size=4)["train"]
+    batches = torch.tensor(rows[:20]["input_ids"]).split(4)
+    calibrate(expected, [{"input_ids": ids} for ids in batches], show_progress=False)
+    torch.testing.assert_close(actual.state_dict(), expected.state_dict())
+    assert (output_dir / "tokenizer.json").exists()
+
+
+def test_calibrate_works_in_place_on_a_masked_language_model(source: Path, tmp_path: Path) -> None:
+    model_dir = save_model(MoTForMaskedLM, tmp_path / "model")
+    before = MoTForMaskedLM.from_pretrained(model_dir)
+    run_calibrate(model_dir, source)
+    after = MoTForMaskedLM.from_pretrained(model_dir)
+    assert all(map(torch.equal, before.parameters(), after.parameters()))
+    statistics = companions_of(after)
+    assert not any(torch.equal(value, statistics[name]) for name, value in companions_of(before).items())
+
+
+def test_what_the_user_can_mend_is_reported_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Qwen3Config(vocab_size=97).save_pretrained(tmp_path / "dense")
+    (tmp_path / "empty").mkdir()
+    for folder, message in (("dense", "holds a model of type 'qwen3', not 'mot'"), ("empty", "config.json")):
+        monkeypatch.setattr("sys.argv", ["mot", "calibrate", str(tmp_path / folder)])
+        with pytest.raises(SystemExit, match="1"):
+            run()
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert message in error
+
+
+def test_help_names_the_commands() -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert "calibrate" in result.output

@@ -44,6 +44,9 @@ class DemoArguments:
         default="runs/demo", metadata={"help": "folder for checkpoints, the model and the results"}
     )
     max_steps: int = field(default=1000, metadata={"help": "training steps of 32 rows"})
+    num_experts: int = field(
+        default=32, metadata={"help": "experts of a MoT layer, of 32 times the dense width in all"}
+    )
     vocab_size: int = field(default=2048, metadata={"help": "size of the tokenizer"})
     block_length: int = field(default=64, metadata={"help": "tokens in a row"})
     learning_rate: float = field(default=3e-3, metadata={"help": "peak learning rate"})
@@ -51,14 +54,14 @@ class DemoArguments:
 
 
 def make_model(args: DemoArguments, tokenizer: PreTrainedTokenizerFast) -> MoTForCausalLM:
-    """Make a MoT model of 4 blocks, the later 2 of them MoT with 32 experts of the dense width."""
+    """Make a model of 4 blocks, the later 2 of them MoT."""
     config = MoTConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_experts=32,
+        num_experts=args.num_experts,
         max_position_embeddings=args.block_length,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,

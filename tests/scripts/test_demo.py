@@ -1,4 +1,4 @@
-"""The demo, for a few steps in a process of its own, and the README's examples after it."""
+"""The demo, for a few steps in a process of its own; what evaluates its model, and the README's examples after it."""
 
 import json
 import os
@@ -50,6 +50,23 @@ def test_demo_prints_completions_the_table_and_where_things_are(folder: Path) ->
         assert wanted in printed
     assert "runs/demo/model" in printed
     assert "runs/demo/training_curve.png" in printed
+
+
+def test_evaluate_modes_measures_every_number_of_experts(folder: Path) -> None:
+    script = REPOSITORY / "scripts" / "evaluate_modes.py"
+    arguments = ["--model_dirs", "runs/demo/model", "--max_rows", "128"]
+    completed = subprocess.run(
+        [sys.executable, script, *arguments], cwd=folder, env=offline(folder), capture_output=True, text=True
+    )
+    assert completed.returncode == 0, completed.stderr
+    assert "E=32 G=32" in completed.stdout
+    assert (folder / "runs" / "modes" / "modes.png").read_bytes().startswith(b"\x89PNG")
+    (result,) = json.loads((folder / "runs" / "modes" / "modes.json").read_text())["results"]
+    by_mean_output, by_mean_input = result["per_sequence"].values()
+    assert list(by_mean_output) == ["0", "1", "2", "4", "8", "16", "32"]
+    assert by_mean_output["32"] == pytest.approx(by_mean_input["32"])  # every expert is run: no constant
+    assert by_mean_output["0"] != by_mean_input["0"]
+    assert all(4 < loss < 6.2 for loss in (*by_mean_output.values(), result["cross_example"], result["moe"]))
 
 
 def test_readme_examples_run(folder: Path) -> None:

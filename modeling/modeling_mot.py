@@ -400,6 +400,31 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
         }
         return self._predict(inputs, labels, output_router_logits, logits_to_keep, **kwargs)
 
+    def generate_batch(self, *args: Any, mixing: str | None = None, **kwargs: Any) -> Any:
+        """Generate by continuous batching, as transformers does, in a mixing mode of this call.
+
+        Args:
+            args, kwargs: Those of transformers' `generate_batch`.
+            mixing (`str`, *optional*): `"per_sequence"` or `"moe"`. Defaults to the mode of the configuration.
+
+        Raises:
+            ValueError: The mode is unknown, or `cross_example`: all requests share one row, so there are no others.
+        """
+        mode = self._resolve_mixing(mixing)
+        if mode == "cross_example":
+            raise ValueError(
+                "mixing='cross_example' mixes different rows of the batch, and continuous batching puts all requests "
+                "into one. Pass mixing='per_sequence' or 'moe', or use `generate` on a batch of rows."
+            )
+        # transformers drops the arguments that it does not know.
+        name = "mixing" if self.training else "inference_mixing"
+        configured = getattr(self.config, name)
+        setattr(self.config, name, mode)
+        try:
+            return super().generate_batch(*args, **kwargs)
+        finally:
+            setattr(self.config, name, configured)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,

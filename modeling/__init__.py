@@ -1,15 +1,14 @@
 """The model code that travels with a checkpoint: configuration, mixing and models."""
 
 from .configuration_mot import MixingMode, MoTConfig
-from .modeling_mot import (
+from .heads_mot import (
     MoTForCausalLM,
     MoTForMaskedLM,
     MoTForQuestionAnswering,
     MoTForSequenceClassification,
     MoTForTokenClassification,
-    MoTModel,
-    MoTPreTrainedModel,
 )
+from .modeling_mot import MoTModel, MoTPreTrainedModel
 
 __all__ = [
     "MixingMode",

@@ -1,31 +1,23 @@
-"""Mixture-of-Tokens models: experts, layers, backbone and heads.
+"""Mixture-of-Tokens models: experts, layers and the backbone.
 
 Axes: B rows, T columns, G group size, S = B * T tokens, N groups of tokens, E experts, K experts per token, D model
 width, F expert width.
 """
 
-import copy
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
-from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, load_balancing_loss_func
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -137,7 +129,7 @@ class MoTPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for the experts decorator in this file; ours comes with the parent class of MoTExperts.
+        # transformers looks for the experts decorator in a model's file; ours comes with the parent of MoTExperts.
         return True
 
     @torch.no_grad()
@@ -294,262 +286,10 @@ class MoTModel(MoTPreTrainedModel):
             self.layers[layer_idx].mlp.companions.absorb(statistics)
 
 
-class MoTLanguageModel(MoTPreTrainedModel):
-    """What the two language models share: the projection to the vocabulary, and the losses."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: MoTConfig) -> None:
-        super().__init__(config)
-        self.model = MoTModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def _predict(
-        self,
-        inputs: dict[str, Any],
-        labels: Tensor | None,
-        output_router_logits: bool | None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MoeCausalLMOutputWithPast:
-        """Run the backbone on its `inputs`, project to the vocabulary, and add up the losses."""
-        config = self.config
-        if output_router_logits is None:
-            output_router_logits = config.output_router_logits
-        outputs = self.model(**inputs, output_router_logits=output_router_logits, **kwargs)
-        kept_columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept_columns, :])
-        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
-
-        aux_loss = None
-        # The other modes balance by themselves.
-        if outputs.router_logits and self._resolve_mixing(inputs["mixing"]) == "moe":
-            token_mask = find_padding(outputs.last_hidden_state, inputs["attention_mask"], inputs["token_mask"])
-            aux_loss = load_balancing_loss_func(
-                outputs.router_logits, config.num_experts, config.num_experts_per_tok, token_mask
-            )
-            if loss is not None:
-                loss = loss + config.router_aux_loss_coef * aux_loss.to(loss.device)
-        return MoeCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-        )
-
-
-class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
-    """A causal MoT language model.
-
-    Raises:
-        ValueError: The configuration has `is_causal=False`, with which a token would see its own future.
-    """
-
-    def __init__(self, config: MoTConfig) -> None:
-        if not config.is_causal:
-            raise ValueError(
-                "`MoTForCausalLM` needs `is_causal=True`, got False: the configuration is a masked language model's. "
-                "Load it as `MoTForMaskedLM`, or pass `is_causal=True` to train it further as a causal model."
-            )
-        super().__init__(config)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_router_logits: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        mixing: str | None = None,
-        token_mask: Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MoeCausalLMOutputWithPast:
-        r"""Predict the next token at every column; arguments as in [`MoTModel.forward`], and these.
-
-        Args:
-            labels (`torch.Tensor` of shape `[B, T]`, *optional*): The tokens of `input_ids` themselves (the shift is
-                done here), -100 where no loss is wanted.
-            output_router_logits (`bool`, *optional*): Whether to return the controllers' logits, and in mode `moe` the
-                load-balancing loss. Defaults to `config.output_router_logits`.
-            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Number of last columns, or indices of
-                columns, to compute logits for; 0 for all.
-
-        Returns:
-            `MoeCausalLMOutputWithPast`: `loss` in nats per token (with labels), `logits` `[B, T, vocab_size]`, and
-            what was asked for.
-        """
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "use_cache": use_cache,
-            "mixing": mixing,
-            "token_mask": token_mask,
-        }
-        return self._predict(inputs, labels, output_router_logits, logits_to_keep, **kwargs)
-
-    def generate_batch(self, *args: Any, mixing: str | None = None, **kwargs: Any) -> Any:
-        """Generate by continuous batching, as transformers does, in a mixing mode of this call.
-
-        Args:
-            args, kwargs: Those of transformers' `generate_batch`.
-            mixing (`str`, *optional*): `"per_sequence"` or `"moe"`. Defaults to the mode of the configuration.
-
-        Raises:
-            ValueError: The mode is unknown, or `cross_example`: all requests share one row, so there are no others.
-        """
-        mode = self._resolve_mixing(mixing)
-        if mode == "cross_example":
-            raise ValueError(
-                "mixing='cross_example' mixes different rows of the batch, and continuous batching puts all requests "
-                "into one. Pass mixing='per_sequence' or 'moe', or use `generate` on a batch of rows."
-            )
-        # transformers drops the arguments that it does not know.
-        name = "mixing" if self.training else "inference_mixing"
-        configured = getattr(self.config, name)
-        setattr(self.config, name, mode)
-        try:
-            return super().generate_batch(*args, **kwargs)
-        finally:
-            setattr(self.config, name, configured)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,  # `generate` accepts embeddings where this signature names them
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Prepare one step of `generate()`: transformers' own, and the padding of this step's tokens."""
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-        )
-        # A static cache turns the attention mask into a 4-D one, which no longer tells padding from tokens.
-        is_mixed = self._resolve_mixing(kwargs.get("mixing")) == "cross_example"
-        if is_mixed and attention_mask is not None and attention_mask.ndim == 2:
-            ids, embeddings = model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")
-            num_columns = (embeddings if ids is None else ids).shape[1]
-            model_inputs["token_mask"] = attention_mask[:, -num_columns:]
-        return model_inputs
-
-
-@dataclass
-class MoTMaskedLMOutput(MaskedLMOutput):
-    """Output of `MoTForMaskedLM`: that of other masked language models, and the controllers' logits.
-
-    Args:
-        aux_loss (`torch.Tensor`, *optional*): Load-balancing loss, in mode `moe` with `output_router_logits`.
-        router_logits (`tuple(torch.Tensor)`, *optional*): Logits `[S, E]` of each MoT layer's controller.
-    """
-
-    aux_loss: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-
-
-class MoTForMaskedLM(MoTLanguageModel):
-    """A bidirectional MoT masked language model; it works on a copy of the configuration with `is_causal=False`."""
-
-    def __init__(self, config: MoTConfig) -> None:
-        config = copy.deepcopy(config)
-        # In the configuration, so that a backbone or another head loaded from this checkpoint is bidirectional too.
-        config.is_causal = False
-        super().__init__(config)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_router_logits: bool | None = None,
-        mixing: str | None = None,
-        token_mask: Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MoTMaskedLMOutput:
-        r"""Predict the masked tokens; arguments as in [`MoTModel.forward`], and these.
-
-        Args:
-            labels (`torch.Tensor` of shape `[B, T]`, *optional*): The original tokens where one is to be predicted,
-                -100 elsewhere.
-            output_router_logits (`bool`, *optional*): Whether to return the controllers' logits, and in mode `moe` the
-                load-balancing loss. Defaults to `config.output_router_logits`.
-
-        Returns:
-            `MoTMaskedLMOutput`: `loss` in nats per predicted token (with labels), `logits` `[B, T, vocab_size]`, and
-            what was asked for.
-        """
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            "use_cache": False,
-            "mixing": mixing,
-            "token_mask": token_mask,
-        }
-        outputs = self._predict(inputs, labels, output_router_logits, **kwargs)
-        return MoTMaskedLMOutput(**outputs)
-
-
-class MoTForSequenceClassification(GenericForSequenceClassification, MoTPreTrainedModel):
-    """A MoT model that classifies sequences by their last token that is not padding."""
-
-    def __init__(self, config: MoTConfig) -> None:
-        MoTPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = MoTModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
-
-
-class MoTForTokenClassification(GenericForTokenClassification, MoTPreTrainedModel):
-    """A MoT model that classifies every token."""
-
-    def __init__(self, config: MoTConfig) -> None:
-        MoTPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = MoTModel(config)
-        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-
-class MoTForQuestionAnswering(GenericForQuestionAnswering, MoTPreTrainedModel):
-    """A MoT model that marks the span of text that answers a question."""
-
-    def __init__(self, config: MoTConfig) -> None:
-        MoTPreTrainedModel.__init__(self, config)
-        self.model = MoTModel(config)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.post_init()
-
-
 def _check_mode(name: str, mode: str) -> str:
     if mode not in MIXING_MODES:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, MIXING_MODES))}, got {mode!r}.")
     return mode
 
 
-__all__ = [
-    "MoTForCausalLM",
-    "MoTForMaskedLM",
-    "MoTForQuestionAnswering",
-    "MoTForSequenceClassification",
-    "MoTForTokenClassification",
-    "MoTModel",
-    "MoTPreTrainedModel",
-]
+__all__ = ["MoTModel", "MoTPreTrainedModel"]

@@ -266,11 +266,13 @@ def refuse_flattened_rows(
     kwargs: dict[str, object],
 ) -> None:
     """Raise for a batch of one row that holds several sequences: it has no other examples to mix with."""
+    if inputs_embeds.shape[0] > 1:
+        return
     flattened = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
     # As transformers does, positions are looked at only where nothing else says how sequences lie in the row.
     if not flattened and attention_mask is None and past_key_values is None and position_ids is not None:
         flattened = not is_tracing(position_ids) and bool((position_ids.diff(dim=-1) != 1).any())
-    if flattened and inputs_embeds.shape[0] == 1:
+    if flattened:
         raise ValueError(
             "mixing='cross_example' mixes different rows of the batch, and this batch is one row that holds several "
             "sequences (flattened, packed or continuously batched). Give one sequence a row, or set "

@@ -19,55 +19,51 @@ logger = logging.getLogger(__name__)
 BACKBONE_INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_mask")
 
 
-class LayerTotals:
-    """Sums over groups of one MoT layer's statistics, each group counted by its number of present tokens.
+class GroupTotals:
+    """Sums over the groups of a data set: of every MoT layer's statistics by tokens, and of the groups themselves.
 
     Args:
-        layer ([`MoTSparseBlock`]): The layer; a forward hook on it adds every pass in mode `cross_example`.
-    """
-
-    def __init__(self, layer: MoTSparseBlock) -> None:
-        self.layer = layer
-        self.num_tokens = torch.zeros((), dtype=torch.float64)
-        self.sums = [torch.zeros_like(value, dtype=torch.float64) for value in layer.companions.expected()]
-
-    def add(self, layer: MoTSparseBlock, inputs: tuple[Tensor, MixingContext], output: Tensor) -> None:
-        """Add the statistics that the layer left in the context of its pass."""
-        hidden_states, context = inputs
-        num_tokens = hidden_states.shape[:2].numel() if context.token_mask is None else int(context.token_mask.sum())
-        if num_tokens:
-            self.num_tokens += num_tokens
-            for total, value in zip(self.sums, context.statistics[layer.layer_idx], strict=True):
-                total.add_(value, alpha=num_tokens)
-
-    def write(self, num_batches: int) -> None:
-        """Add up the totals of all processes, and make their means the layer's running values."""
-        num_tokens = _sum_over_processes(self.num_tokens, self.sums[0].device)
-        statistics = TypicalGroup(*(_sum_over_processes(total, total.device) / num_tokens for total in self.sums))
-        self.layer.companions.replace(statistics, num_batches)
-
-
-class Fullness:
-    """Counts the groups of a data set, and the full ones among them.
-
-    Args:
+        layers (`list[MoTSparseBlock]`): The MoT layers.
         group_size (`int`): Rows of a group.
     """
 
-    def __init__(self, group_size: int) -> None:
+    def __init__(self, layers: list[MoTSparseBlock], group_size: int) -> None:
         self.group_size = group_size
-        self.num_groups = 0
-        self.num_full = 0
+        self.companions = {layer.layer_idx: layer.companions for layer in layers}
+        self.sums = {
+            index: [torch.zeros_like(value, dtype=torch.float64) for value in companions.expected()]
+            for index, companions in self.companions.items()
+        }
+        self.num_batches = self.num_tokens = self.num_groups = self.num_full = 0
 
-    def add(self, layer: MoTSparseBlock, inputs: tuple[Tensor, MixingContext], output: Tensor) -> None:
-        """Count the groups of one pass that hold a token."""
-        hidden_states, context = inputs
-        token_mask = context.token_mask
-        if token_mask is None:
-            token_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
+    def add(self, token_mask: Tensor, context: MixingContext) -> None:
+        """Add one pass in mode `cross_example` over tokens `[B, T]`."""
         num_present = torch.stack([rows.sum(0) for rows in token_mask.split(self.group_size)])  # [A, T]
+        num_tokens = int(num_present.sum())
+        self.num_batches += 1
+        self.num_tokens += num_tokens
         self.num_groups += int((num_present > 0).sum())
         self.num_full += int((num_present == self.group_size).sum())
+        if num_tokens:
+            for index, statistics in context.statistics.items():
+                for total, value in zip(self.sums[index], statistics, strict=True):
+                    total.add_(value, alpha=num_tokens)
+
+    def add_up_processes(self) -> None:
+        """Replace every sum by that over all processes."""
+        sums = [total for totals in self.sums.values() for total in totals]
+        counts = [self.num_batches, self.num_tokens, self.num_groups, self.num_full]
+        counts = torch.tensor(counts, device=sums[0].device)
+        if distributed.is_available() and distributed.is_initialized():
+            for total in (counts, *sums):
+                distributed.all_reduce(total)
+        self.num_batches, self.num_tokens, self.num_groups, self.num_full = counts.tolist()
+
+    def write(self) -> None:
+        """Make the means the layers' running values."""
+        for index, companions in self.companions.items():
+            means = TypicalGroup(*(total / self.num_tokens for total in self.sums[index]))
+            companions.replace(means, self.num_batches)
 
 
 @torch.no_grad()
@@ -97,38 +93,31 @@ def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *
             f"`model` ({type(model).__name__}) has no MoT layers to calibrate: "
             "`config.mlp_layer_types` needs an entry 'sparse'."
         )
-    totals, fullness = [LayerTotals(layer) for layer in layers], Fullness(model.config.group_size)
-    num_batches, was_training = 0, model.training
+    totals, passes, was_training = GroupTotals(layers, model.config.group_size), [], model.training
+
+    def keep_pass(layer: MoTSparseBlock, inputs: tuple[Tensor, MixingContext], output: Tensor) -> None:
+        passes.append(inputs)
+
     with ExitStack() as stack:
         stack.callback(model.train, was_training)
-        for layer, total in zip(layers, totals, strict=True):
-            stack.callback(layer.register_forward_hook(total.add).remove)
-        stack.callback(layers[0].register_forward_hook(fullness.add).remove)
+        stack.callback(layers[0].register_forward_hook(keep_pass).remove)
         backbone = next(module for module in model.eval().modules() if isinstance(module, MoTModel))
         for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=not show_progress):
             inputs = {name: batch[name] for name in BACKBONE_INPUTS if name in batch}
             backbone(**send_to_device(inputs, backbone.device), mixing="cross_example", use_cache=False)
-            num_batches += 1
+            hidden_states, context = passes.pop()
+            everywhere = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
+            totals.add(everywhere if context.token_mask is None else context.token_mask, context)
 
-    device = totals[0].sums[0].device
-    counts = torch.tensor([num_batches, fullness.num_groups, fullness.num_full], dtype=torch.float64)
-    num_batches, num_groups, num_full = map(int, _sum_over_processes(counts, device))
-    if not num_groups:
-        raise ValueError(f"`batches` holds no token ({num_batches} batches): give at least one batch of text.")
-    for total in totals:
-        total.write(num_batches)
-    if num_full < 0.5 * num_groups:
+    totals.add_up_processes()
+    if not totals.num_tokens:
+        raise ValueError(f"`batches` holds no token ({totals.num_batches} batches): give at least one batch of text.")
+    totals.write()
+    if totals.num_full < 0.5 * totals.num_groups:
         logger.warning(
             "Only %.0f %% of the groups were full (group_size=%d). Expected companions filled the others, so the "
             "statistics depend on the earlier ones: use batches of a multiple of %d rows, with little padding.",
-            100 * num_full / num_groups,
+            100 * totals.num_full / totals.num_groups,
             model.config.group_size,
             model.config.group_size,
         )
-
-
-def _sum_over_processes(value: Tensor, device: torch.device) -> Tensor:
-    total = value.to(device, copy=True)
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(total)
-    return total

@@ -68,7 +68,8 @@ class MoTConfig(PreTrainedConfig):
             Whether attention sees only the past. `MoTForMaskedLM` works on a copy of the configuration in which this
             is `False`; `MoTForCausalLM` refuses `False`.
         mlp_layer_types (`list[str]`, *optional*):
-            Activation of the gate of every feed-forward layer, dense or expert (a name in `ACT2FN` of transformers).
+            What the feed-forward layer of each block is: `"dense"`, or `"sparse"`, that is MoT. Defaults to dense in
+            the earlier half of the blocks and MoT in the later half, as in the paper.
         group_size (`int`, *optional*, defaults to 32):
             Number G of rows (examples) whose tokens at one column are mixed together in training, at least 2.
         num_experts (`int`, *optional*, defaults to 256):

@@ -7,9 +7,11 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, StoppingCriteriaList
+from transformers.generation.utils import GenerateNonBeamOutput
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -18,11 +20,15 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_mot import MoTConfig
 from .mixing_mot import find_padding
 from .modeling_mot import MoTModel, MoTPreTrainedModel
+
+logger = logging.get_logger(__name__)
+
+logger = logging.get_logger(__name__)
 
 
 class MoTLanguageModel(MoTPreTrainedModel):
@@ -72,6 +78,31 @@ class MoTLanguageModel(MoTPreTrainedModel):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+
+class RowEnds(StoppingCriteriaList):
+    """Stopping criteria that remember which rows of a generation have ended.
+
+    Args:
+        criteria (`StoppingCriteriaList`): The criteria; a row ends when it meets one of them.
+        num_rows (`int`): Number of rows B.
+        device (`torch.device`): Device of the tokens.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, num_rows: int, device: torch.device) -> None:
+        super().__init__(criteria)
+        # [B], the last columns of a row that no longer count: its end and the padding behind
+        self.num_idle = torch.zeros(num_rows, dtype=torch.long, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: tuple[Tensor] | None, **kwargs: Any) -> Tensor:
+        """Tell which rows meet a criterion, now that a token was added to each: `[B]`."""
+        is_done = super().__call__(input_ids, scores, **kwargs)
+        self.num_idle = torch.where(is_done | (self.num_idle > 0), self.num_idle + 1, 0)
+        return is_done
+
+    def mask(self, num_columns: int) -> Tensor:
+        """Tell which of the last T columns still count: `[B, T]`."""
+        return torch.arange(num_columns, 0, -1, device=self.num_idle.device) > self.num_idle[:, None]
 
 
 class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
@@ -156,24 +187,49 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
         finally:
             setattr(self.config, name, configured)
 
+    def _sample(
+        self, input_ids: Tensor, *args: Any, stopping_criteria: StoppingCriteriaList, **kwargs: Any
+    ) -> GenerateNonBeamOutput | Tensor:
+        # In greedy decoding and sampling, transformers knows only here which rows have ended.
+        if self._resolve_mixing(kwargs.get("mixing")) == "cross_example":
+            stopping_criteria = RowEnds(stopping_criteria, len(input_ids), input_ids.device)
+            kwargs["row_ends"] = stopping_criteria
+        return super()._sample(input_ids, *args, stopping_criteria=stopping_criteria, **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,  # `generate` accepts embeddings where this signature names them
+        row_ends: RowEnds | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Prepare one step of `generate()`: transformers' own, and the padding of this step's tokens."""
+        """Prepare one step of `generate()`: transformers' own, and which of this step's tokens are mixed."""
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
-        # A static cache turns the attention mask into a 4-D one, which no longer tells padding from tokens.
-        is_mixed = self._resolve_mixing(kwargs.get("mixing")) == "cross_example"
-        if is_mixed and attention_mask is not None and attention_mask.ndim == 2:
+        if self._resolve_mixing(kwargs.get("mixing")) == "cross_example":
             ids, embeddings = model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")
-            num_columns = (embeddings if ids is None else ids).shape[1]
-            model_inputs["token_mask"] = attention_mask[:, -num_columns:]
+            num_rows, num_columns = (embeddings if ids is None else ids).shape[:2]
+            if num_rows > 1:
+                logger.warning_once(
+                    "Generating in mode cross_example: the rows of the batch, beams included, influence one another. "
+                    "With mixing='per_sequence' every row gets what it gets alone."
+                )
+            model_inputs["token_mask"] = self._find_mixed_tokens(attention_mask, row_ends, num_rows, num_columns)
         return model_inputs
+
+    def _find_mixed_tokens(
+        self, attention_mask: Tensor | None, row_ends: RowEnds | None, num_rows: int, num_columns: int
+    ) -> Tensor:
+        """The tokens `[B, T]` of a step of generation that are neither padding nor behind the end of their row."""
+        tokens = torch.ones(num_rows, num_columns, dtype=torch.bool, device=self.device)
+        # A static cache turns the attention mask into a 4-D one, which no longer tells padding from tokens.
+        if attention_mask is not None and attention_mask.ndim == 2:
+            tokens &= attention_mask[:, -num_columns:].to(self.device, torch.bool)
+        if row_ends is not None:
+            tokens &= row_ends.mask(num_columns)
+        return tokens
 
 
 @dataclass

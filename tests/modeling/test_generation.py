@@ -1,5 +1,6 @@
 """`generate()`: every way of decoding, caches, padding, and the mixing mode of a call."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import StaticCache, StoppingCriteria, StoppingCriteriaList
 
 from mot_hf import MoTForCausalLM
 from tests.models import EOS, MODES, PAD, random_ids, tiny_config, trained
@@ -256,3 +257,72 @@ def test_bfloat16_models_generate(model: MoTForCausalLM, mode: str, cache: str) 
     generated = continue_greedily(low, **inputs, mixing=mode, cache_implementation=cache)
     assert generated.logits.isfinite().all()
     assert generated.tokens.shape == (3, 8)
+
+
+def rows_without(inputs: dict[str, Tensor], finished: Tensor, tokens: Tensor) -> Tensor:
+    """What is mixed [B, T] in some greedy steps: neither padding nor, in finished rows, their end and what follows."""
+    ended_before = (torch.isin(tokens, finished).cumsum(1) > 0).long()
+    return torch.cat([inputs["attention_mask"], 1 - ended_before], dim=1)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+@torch.no_grad()
+def test_finished_rows_are_not_mixed(model: MoTForCausalLM, arguments: dict[str, Any]) -> None:
+    inputs = padded_on_the_left([random_ids(1, 5 - index, seed=index)[0] for index in range(4)], 5)
+    free = continue_greedily(model, **inputs, mixing="cross_example")
+    ends = free.tokens[2, 1, None]
+    output = model.generate(
+        **inputs,
+        max_new_tokens=8,
+        mixing="cross_example",
+        do_sample=False,
+        eos_token_id=ends.tolist(),
+        output_logits=True,
+        return_dict_in_generate=True,
+        **arguments,
+    )
+    tokens, logits = output.sequences[:, 5:], torch.stack(output.logits, dim=1)
+    has_ended = (tokens == ends).any(1)
+    assert has_ended[2]
+    assert not has_ended.all()
+    token_mask = rows_without(inputs, ends, tokens)
+    position_ids = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    position_ids = torch.cat([position_ids, position_ids[:, -1:] + torch.arange(1, tokens.shape[1] + 1)], dim=1)
+    attention_mask = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], dim=1)
+    expected = model(
+        output.sequences,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        token_mask=token_mask,
+        mixing="cross_example",
+    ).logits[:, 4:-1]
+    going_on = token_mask[:, 4:-1].bool()
+    torch.testing.assert_close(logits[going_on], expected[going_on], atol=1e-5, rtol=1e-4)
+    # The check has teeth: with the finished rows in the mixture the others' logits are different.
+    mixed = continue_greedily(model, **inputs, mixing="cross_example").logits[:, : logits.shape[1]]
+    assert not torch.allclose(logits[~has_ended], mixed[~has_ended], atol=1e-3)
+
+
+def test_rows_end_by_any_criterion(model: MoTForCausalLM) -> None:
+    class SecondRowAfterThreeTokens(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            return torch.tensor([False, input_ids.shape[1] >= 8, False])
+
+    masks = []
+    model.model.register_forward_pre_hook(lambda _, args, kwargs: masks.append(kwargs["token_mask"]), with_kwargs=True)
+    criteria = StoppingCriteriaList([SecondRowAfterThreeTokens()])
+    arguments = {"max_new_tokens": 6, "min_new_tokens": 6, "mixing": "cross_example", "do_sample": True}
+    model.generate(random_ids(3, 5), stopping_criteria=criteria, **arguments)
+    rows_of_steps = [mask[:, -1].tolist() for mask in masks]
+    assert rows_of_steps == [[True, True, True]] * 3 + [[True, False, True]] * 3
+
+
+def test_generating_with_mixed_rows_warns_once(model: MoTForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
+    logging.Logger.warning_once.cache_clear()
+    for mode in ("per_sequence", "moe"):
+        model.generate(random_ids(2, 4), max_new_tokens=2, mixing=mode)
+    model.generate(random_ids(1, 4), max_new_tokens=2, mixing="cross_example")
+    assert "influence one another" not in caplog.text
+    for arguments in ({}, {"num_beams": 2}, {"do_sample": True}):
+        model.generate(random_ids(2, 4), max_new_tokens=2, mixing="cross_example", **arguments)
+    assert caplog.text.count("influence one another") == 1

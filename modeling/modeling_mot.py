@@ -29,6 +29,7 @@ from .mixing_mot import (
     MoTCompanions,
     MoTRouter,
     find_padding,
+    find_spans,
     mix_across_examples,
     mix_with_expected_companions,
     refuse_flattened_rows,
@@ -71,7 +72,13 @@ class MoTSparseBlock(nn.Module):
         if context.mode == "per_sequence":
             companions = self.companions.expected()
             output = mix_with_expected_companions(
-                tokens, logits, companions, config.group_size, config.num_experts_per_tok, self.experts
+                tokens,
+                logits,
+                context.spans.to(tokens.device).flatten(),
+                companions,
+                config.group_size,
+                config.num_experts_per_tok,
+                self.experts,
             )
         else:
             output = route_tokens(tokens, logits, config.num_experts_per_tok, config.norm_topk_prob, self.experts)
@@ -82,7 +89,13 @@ class MoTSparseBlock(nn.Module):
         companions = context.companions.setdefault(self.layer_idx, self.companions.expected())
         logits = logits.unflatten(0, hidden_states.shape[:2])  # [B, T, E]
         output, context.statistics[self.layer_idx] = mix_across_examples(
-            hidden_states, logits, token_mask, companions, self.config.group_size, self.experts
+            hidden_states,
+            logits,
+            context.spans.to(hidden_states.device),
+            token_mask,
+            companions,
+            self.config.group_size,
+            self.experts,
         )
         return output
 
@@ -226,22 +239,23 @@ class MoTModel(MoTPreTrainedModel):
             ValueError: `mixing` is unknown, both or neither of `input_ids` and `inputs_embeds` are given, or mode
                 `cross_example` is given several sequences in one row.
         """
-        context = MixingContext(self._resolve_mixing(mixing))
+        mode = self._resolve_mixing(mixing)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if context.mode == "cross_example":
+        num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        context = MixingContext(mode, find_spans(inputs_embeds, position_ids, attention_mask, num_cached))
+        if mode == "cross_example":
             refuse_flattened_rows(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
             context.token_mask = find_padding(inputs_embeds, attention_mask, token_mask)
-        elif context.mode == "per_sequence" and not (self._companions_were_checked or is_tracing(inputs_embeds)):
+        elif mode == "per_sequence" and not (self._companions_were_checked or is_tracing(inputs_embeds)):
             self._check_companions()
 
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + num_cached
             position_ids = position_ids.unsqueeze(0)  # [1, T]
         # Bidirectional where `is_causal` of the call or the configuration says so.
         causal_mask = create_causal_mask(

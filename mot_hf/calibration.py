@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from tqdm.auto import tqdm
 
 from mot_hf.modeling import MoTModel, MoTPreTrainedModel
-from mot_hf.modeling.mixing_mot import MixingContext, TypicalGroup
+from mot_hf.modeling.mixing_mot import NUM_SPANS, GroupStatistics, MixingContext, TypicalGroup
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 
 logger = logging.getLogger(__name__)
@@ -34,36 +34,48 @@ class GroupTotals:
             index: [torch.zeros_like(value, dtype=torch.float64) for value in companions.expected()]
             for index, companions in self.companions.items()
         }
-        self.num_batches = self.num_tokens = self.num_groups = self.num_full = 0
+        self.num_batches = self.num_groups = self.num_full = 0
+        self.num_tokens = layers[0].companions.log_mass.new_zeros(NUM_SPANS, dtype=torch.float64)  # [P]
 
     def add(self, token_mask: Tensor, context: MixingContext) -> None:
         """Add one pass in mode `cross_example` over tokens `[B, T]`."""
         num_present = torch.stack([rows.sum(0) for rows in token_mask.split(self.group_size)])  # [A, T]
-        num_tokens = int(num_present.sum())
         self.num_batches += 1
-        self.num_tokens += num_tokens
         self.num_groups += int((num_present > 0).sum())
         self.num_full += int((num_present == self.group_size).sum())
-        if num_tokens:
-            for index, statistics in context.statistics.items():
-                for total, value in zip(self.sums[index], statistics, strict=True):
-                    total.add_(value, alpha=num_tokens)
+        if not num_present.any():
+            return
+        for index, (mean, num_tokens) in context.statistics.items():
+            num_tokens = num_tokens.double().to(mean.log_mass.device)  # [P]
+            all_tokens = num_tokens.sum()
+            input_mean, output_mean = mean.mean_input.mean(0), mean.mean_output.mean(0)  # [D]
+            values = mean._replace(
+                input_shift=mean.input_shift + input_mean, output_shift=mean.output_shift + output_mean
+            )
+            weights = TypicalGroup(all_tokens, all_tokens, all_tokens, num_tokens[:, None], num_tokens[:, None])
+            for total, value, weight in zip(self.sums[index], values, weights, strict=True):
+                total.add_(value * weight)
+        self.num_tokens += num_tokens.to(self.num_tokens.device)
 
     def add_up_processes(self) -> None:
         """Replace every sum by that over all processes."""
-        sums = [total for totals in self.sums.values() for total in totals]
-        counts = [self.num_batches, self.num_tokens, self.num_groups, self.num_full]
-        counts = torch.tensor(counts, device=sums[0].device)
+        counts = torch.tensor([self.num_batches, self.num_groups, self.num_full], device=self.num_tokens.device)
         if distributed.is_available() and distributed.is_initialized():
-            for total in (counts, *sums):
+            for total in (counts, self.num_tokens, *(total for totals in self.sums.values() for total in totals)):
                 distributed.all_reduce(total)
-        self.num_batches, self.num_tokens, self.num_groups, self.num_full = counts.tolist()
+        self.num_batches, self.num_groups, self.num_full = counts.tolist()
 
     def write(self) -> None:
         """Make the means the layers' running values."""
         for index, companions in self.companions.items():
-            means = TypicalGroup(*(total / self.num_tokens for total in self.sums[index]))
-            companions.replace(means, self.num_batches)
+            num_tokens = self.num_tokens.to(companions.log_mass.device)  # [P]
+            log_mass, mean_input, mean_output, *spans = self.sums[index]
+            means = [total / num_tokens.sum() for total in (log_mass, mean_input, mean_output)]
+            shifts = [
+                total / num_tokens.clamp(min=1)[:, None] - mean.mean(0)  # [P, D]
+                for total, mean in zip(spans, means[1:], strict=True)
+            ]
+            companions.replace(GroupStatistics(TypicalGroup(*means, *shifts), num_tokens), self.num_batches)
 
 
 @torch.no_grad()
@@ -110,7 +122,7 @@ def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *
             totals.add(everywhere if context.token_mask is None else context.token_mask, context)
 
     totals.add_up_processes()
-    if not totals.num_tokens:
+    if not totals.num_tokens.any():
         raise ValueError(f"`batches` holds no token ({totals.num_batches} batches): give at least one batch of text.")
     totals.write()
     if totals.num_full < 0.5 * totals.num_groups:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mot_hf.modeling.configuration_mot import MoTConfig
-from mot_hf.modeling.mixing_mot import MixingContext
+from mot_hf.modeling.mixing_mot import NUM_SPANS, MixingContext, find_spans
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 from tests import naive
 
@@ -19,6 +19,7 @@ class Case(NamedTuple):
 
     block: MoTSparseBlock
     x: Tensor  # [B, T, D]
+    spans: Tensor  # [B, T]
     token_mask: Tensor | None  # [B, T]
 
 
@@ -45,11 +46,12 @@ def make_case(
         statistic.normal_(std=0.5, generator=generator)
     x = torch.randn(num_rows, num_columns, 8, generator=generator)
     token_mask = torch.rand(num_rows, num_columns, generator=generator) < 0.6 if padded else None
-    return Case(block, x, token_mask)
+    spans = torch.randint(4, (num_rows, num_columns), generator=generator)
+    return Case(block, x, spans, token_mask)
 
 
 def run_block(case: Case, mode: str) -> tuple[Tensor, MixingContext]:
-    context = MixingContext(mode, case.token_mask)
+    context = MixingContext(mode, case.spans, case.token_mask)
     return case.block(case.x, context), context
 
 
@@ -65,11 +67,13 @@ def run_naive(case: Case, mode: str) -> Reference:
     config, block = case.block.config, case.block
     leaves = [tensor.detach().double().requires_grad_() for tensor in (case.x, *block.parameters())]
     x, controller, gate_up, down = leaves
+    spans = case.spans.tolist()
     layer = naive.Layer(controller, gate_up, down, *(value.double() for value in block.companions.expected()))
     if mode == "cross_example":
-        return Reference(*naive.cross_example(x, layer, config.group_size, case.token_mask), leaves)
+        return Reference(*naive.cross_example(x, layer, config.group_size, spans, case.token_mask), leaves)
     if mode == "per_sequence":
-        return Reference(naive.per_sequence(x, layer, config.group_size, config.num_experts_per_tok), [], leaves)
+        output = naive.per_sequence(x, layer, config.group_size, config.num_experts_per_tok, spans)
+        return Reference(output, [], leaves)
     return Reference(naive.moe(x, layer, config.num_experts_per_tok, config.norm_topk_prob), [], leaves)
 
 
@@ -114,8 +118,16 @@ def test_modes_equal_the_equations_in_values_and_gradients(mode: str, case: Case
         for gradient, expected in zip(ours, theirs, strict=True):
             assert_relatively_close(gradient, expected, scale=scale)
     if any(group["num_tokens"] for group in reference.groups):
-        for name, value in context.statistics[0]._asdict().items():
-            assert_relatively_close(value, naive.average_group(reference.groups, name))
+        mean, num_tokens = context.statistics[0]
+        for name in ("log_mass", "mean_input", "mean_output"):
+            assert_relatively_close(getattr(mean, name), naive.average_group(reference.groups, name))
+        for span in range(NUM_SPANS):
+            for shift, name in ((mean.input_shift, "mean_input"), (mean.output_shift, "mean_output")):
+                # A difference of two means, whose rounding it has.
+                scale = max(getattr(mean, name).norm().item(), 1e-2)
+                assert_relatively_close(shift[span], naive.average_shift(reference.groups, name, span), scale=scale)
+            tokens = [group["num_tokens"].item() for group in reference.groups if group["span"] == span]
+            assert num_tokens[span] == sum(tokens)
 
 
 @pytest.mark.parametrize("mode", ["cross_example", "per_sequence", "moe"])
@@ -123,7 +135,7 @@ def test_modes_equal_the_equations_in_values_and_gradients(mode: str, case: Case
 def test_bfloat16_is_as_precise_as_its_format(mode: str, padded: bool) -> None:
     case = make_case(num_rows=7, num_columns=3, group_size=4, num_experts=6, k=2, padded=padded, seed=3)
     case.block.to(torch.bfloat16)
-    low = Case(case.block, case.x.bfloat16(), case.token_mask)
+    low = case._replace(x=case.x.bfloat16())
     actual, _ = run_block(low, mode)
     assert actual.dtype == torch.bfloat16
     assert_relatively_close(actual, run_naive(low, mode).output, tolerance=1e-2)
@@ -138,8 +150,8 @@ def test_logits_and_weights_are_float32_in_a_bfloat16_model() -> None:
     assert_relatively_close(logits, exact, tolerance=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(case.block.gate(case.x.bfloat16()), logits)
-    _, context = run_block(Case(case.block, case.x.bfloat16(), None), "cross_example")
-    assert all(value.dtype == torch.float32 for value in context.statistics[0])
+    _, context = run_block(case._replace(x=case.x.bfloat16()), "cross_example")
+    assert all(value.dtype == torch.float32 for value in context.statistics[0].mean)
 
 
 @settings(max_examples=25, deadline=None)
@@ -161,7 +173,7 @@ def test_full_groups_are_the_papers_layer(
     y = torch.einsum("netf,edf->netd", torch.nn.functional.silu(gate) * up, case.block.experts.down_proj)
     expected = torch.einsum("ngte,netd->ngtd", w, y).flatten(0, 1)
     assert_relatively_close(run_block(case, "cross_example")[0], expected)
-    all_present = Case(case.block, case.x, torch.ones(case.x.shape[:2], dtype=torch.bool))
+    all_present = case._replace(token_mask=torch.ones(case.x.shape[:2], dtype=torch.bool))
     assert_relatively_close(run_block(all_present, "cross_example")[0], expected)
 
 
@@ -172,14 +184,16 @@ def test_padding_gets_zero_and_changes_nothing_for_others(case: Case, garbage: f
     if token_mask is None:
         token_mask = torch.ones(case.x.shape[:2], dtype=torch.bool)
         token_mask[0] = False
-    clean = Case(case.block, case.x, token_mask)
-    dirty = Case(case.block, case.x.masked_fill(~token_mask[..., None], garbage), token_mask)
+    clean = case._replace(token_mask=token_mask)
+    dirty = clean._replace(
+        x=case.x.masked_fill(~token_mask[..., None], garbage), spans=case.spans.masked_fill(~token_mask, 9)
+    )
     expected, context = run_block(clean, "cross_example")
     actual, dirty_context = run_block(dirty, "cross_example")
     assert torch.equal(actual[token_mask], expected[token_mask])
     assert actual[~token_mask].eq(0).all()
     if token_mask.any():
-        assert all(map(torch.equal, context.statistics[0], dirty_context.statistics[0]))
+        assert all(map(torch.equal, context.statistics[0].mean, dirty_context.statistics[0].mean))
 
 
 def test_rows_of_padding_are_as_if_not_there() -> None:
@@ -187,7 +201,8 @@ def test_rows_of_padding_are_as_if_not_there() -> None:
     alone, _ = run_block(case, "cross_example")
     x = torch.cat([case.x, torch.randn(2, 3, 8)])
     token_mask = torch.tensor([True] * 5 + [False] * 2)[:, None].expand(7, 3)
-    padded, _ = run_block(Case(case.block, x, token_mask), "cross_example")
+    spans = torch.cat([case.spans, torch.full((2, 3), 9)])
+    padded, _ = run_block(Case(case.block, x, spans, token_mask), "cross_example")
     assert_relatively_close(padded[:5], alone)
 
 
@@ -197,7 +212,9 @@ def test_more_experts_per_token_approach_expected_companions_with_all_experts() 
     everything, _ = run_block(case, "per_sequence")
     config = case.block.config
     lonely = [
-        case.block(case.x[i : i + 1, t : t + 1], MixingContext("cross_example")) for i in range(2) for t in range(3)
+        case.block(case.x[i : i + 1, t : t + 1], MixingContext("cross_example", case.spans[i : i + 1, t : t + 1]))
+        for i in range(2)
+        for t in range(3)
     ]
     expected = torch.cat(lonely).view(2, 3, config.hidden_size)
     assert_relatively_close(everything, expected)
@@ -222,3 +239,31 @@ def test_decoding_reads_only_selected_experts() -> None:
     for implementation in ("eager", "batched_mm", "grouped_mm"):
         case.block.config._experts_implementation = implementation
         assert_relatively_close(run_block(case, "per_sequence")[0], expected)
+
+
+POSITIONS = [0, 1, 2, 3, 6, 7, 14, 15, 30, 31, 1022, 1023, 32766, 32767, 10**6]
+
+
+def test_spans_double_in_length() -> None:
+    embeddings = torch.zeros(1, len(POSITIONS), 8)
+    spans = find_spans(embeddings, torch.tensor([POSITIONS]), None, 0)
+    assert spans[0].tolist() == [naive.span_of(position) for position in POSITIONS]
+    assert spans[0].tolist()[:5] == [0, 1, 1, 2, 2]
+    assert spans.max() == NUM_SPANS - 1
+
+
+@pytest.mark.parametrize("num_cached", [0, 5])
+def test_spans_follow_the_positions_of_a_row_whatever_its_padding(num_cached: int) -> None:
+    embeddings = torch.zeros(2, 9, 8)
+    columns = torch.arange(9) + num_cached
+    expected = [naive.span_of(position) for position in columns.tolist()]
+    assert find_spans(embeddings, None, None, num_cached).tolist() == [expected] * 2
+    mask = torch.ones(2, num_cached + 9)
+    assert find_spans(embeddings, None, mask, num_cached).tolist() == [expected] * 2
+    mask[1, :3] = 0
+    spans = find_spans(embeddings, None, mask, num_cached)
+    padded = [naive.span_of(position) for position in (columns - 3).clamp(min=0).tolist()]
+    assert spans.tolist() == [expected, padded]
+    position_ids = torch.tensor([[3, 4, 5, 0, 1, 2, 3, 4, 0]])
+    restarting = [[naive.span_of(position) for position in position_ids[0].tolist()]] * 2
+    assert find_spans(embeddings, position_ids, mask, num_cached).tolist() == restarting

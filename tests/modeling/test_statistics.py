@@ -7,7 +7,7 @@ import torch
 
 from mot_hf import MoTForCausalLM
 from mot_hf.modeling.configuration_mot import MoTConfig
-from mot_hf.modeling.mixing_mot import MixingContext, MoTCompanions, TypicalGroup
+from mot_hf.modeling.mixing_mot import NUM_SPANS, GroupStatistics, MixingContext, MoTCompanions, TypicalGroup
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 from tests.models import random_ids, tiny_config, trained
 
@@ -30,18 +30,29 @@ def test_running_values_approach_the_exact_ones_on_stationary_input() -> None:
     block = MoTSparseBlock(config, layer_idx=0)
     for parameter in block.parameters():
         parameter.data.normal_(std=0.5)
-    mean = torch.randn(16)
-    exact = None
+    means, exact = torch.randn(2, 16), None
+    spans = torch.tensor([0] * 3 + [1] * 5).expand(8, -1)
     for _ in range(400):
-        context = MixingContext("cross_example")
+        context = MixingContext("cross_example", spans)
         with torch.no_grad():
-            block(mean + torch.randn(8, 8, 16), context)
+            block(means[spans] + torch.randn(8, 8, 16), context)
         block.companions.absorb(context.statistics[0])
-        values = TypicalGroup(*(value / 400 for value in context.statistics[0]))
+        values = TypicalGroup(*(value / 400 for value in context.statistics[0].mean))
         exact = values if exact is None else TypicalGroup(*(a + b for a, b in zip(exact, values, strict=True)))
     assert block.companions.num_batches_tracked == 400
-    for running, average in zip(block.companions.expected(), exact, strict=True):
+    expected = block.companions.expected()
+    exact = exact._replace(
+        input_shift=torch.cat([exact.input_shift[:2], exact.input_shift[1].expand(NUM_SPANS - 2, -1)]),
+        output_shift=torch.cat([exact.output_shift[:2], exact.output_shift[1].expand(NUM_SPANS - 2, -1)]),
+    )
+    for running, average in zip(expected, exact, strict=True):
         assert (running - average).norm() < 0.05 * average.norm()
+
+
+def statistics_full_of(value: float, companions: MoTCompanions, num_tokens: list[int]) -> GroupStatistics:
+    """A batch's statistics that are one number, with tokens in the first spans."""
+    mean = TypicalGroup(*(torch.full_like(running, value) for running in companions.expected()))
+    return GroupStatistics(mean, torch.tensor(num_tokens + [0] * (NUM_SPANS - len(num_tokens))))
 
 
 def test_first_batches_are_averaged_plainly_then_with_momentum() -> None:
@@ -51,19 +62,32 @@ def test_first_batches_are_averaged_plainly_then_with_momentum() -> None:
     values = [1.0, 3.0, 5.0, 7.0, 9.0]
     seen = []
     for value in values:
-        companions.absorb(TypicalGroup(*(torch.full_like(running, value) for running in companions.expected())))
+        companions.absorb(statistics_full_of(value, companions, [4, 4]))
         seen.append(companions.mean_input[0, 0].item())
     assert seen == pytest.approx([1.0, 2.0, 3.0, 4.0, 4.0 + 0.25 * (9.0 - 4.0)])
+
+
+def test_a_span_moves_with_the_batches_that_have_tokens_in_it() -> None:
+    companions = MoTCompanions(
+        MoTConfig(hidden_size=8, num_attention_heads=1, num_experts=32, companion_momentum=0.25)
+    )
+    for value, num_tokens in [(2.0, [4, 4]), (4.0, [4]), (6.0, [4, 0, 4])]:
+        companions.absorb(statistics_full_of(value, companions, num_tokens))
+    for shift in (companions.input_shift, companions.output_shift):
+        # What comes behind all that was ever met is like the last span that was.
+        assert shift[:, 0].tolist() == pytest.approx([4.0, 2.0, 6.0] + [6.0] * (NUM_SPANS - 3))
+    companions.absorb(statistics_full_of(8.0, companions, [0, 0, 0, 4]))
+    assert companions.output_shift[:, 0].tolist() == pytest.approx([4.0, 2.0, 6.0] + [8.0] * (NUM_SPANS - 3))
 
 
 @pytest.mark.parametrize("name", TypicalGroup._fields)
 def test_a_batch_that_is_not_finite_changes_nothing(name: str) -> None:
     companions = MoTCompanions(MoTConfig(hidden_size=8, num_attention_heads=1, num_experts=32))
-    good = TypicalGroup(*(torch.ones_like(running) for running in companions.expected()))
+    good = statistics_full_of(1.0, companions, [4, 4])
     companions.absorb(good)
-    bad = getattr(good, name).clone()
+    bad = getattr(good.mean, name).clone()
     bad[..., -1] = torch.nan
-    companions.absorb(good._replace(**{name: bad}))
+    companions.absorb(good._replace(mean=good.mean._replace(**{name: bad})))
     assert companions.num_batches_tracked == 1
     assert all(running.eq(1).all() for running in companions.expected())
 

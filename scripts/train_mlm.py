@@ -1,0 +1,14 @@
+"""Train a masked MoT language model from scratch with the stock `Trainer`.
+
+Arguments are those of `TrainingArguments`, and the architecture and the text; a recipe gives them defaults.
+
+    python scripts/train_mlm.py scripts/recipes/small_mlm.yaml --output_dir runs/small_mlm
+    python scripts/train_mlm.py scripts/recipes/small_mlm.yaml --output_dir runs/small_mlm_256 --num_experts 256
+"""
+
+from transformers import TrainingArguments
+
+from mot_hf.training import CorpusArguments, ModelArguments, parse_arguments, train_language_model
+
+if __name__ == "__main__":
+    train_language_model(*parse_arguments((ModelArguments, CorpusArguments, TrainingArguments)), masked=True)

@@ -280,9 +280,9 @@ def mix_with_expected_companions(
     index = score.topk(num_experts_per_tok, dim=-1).indices  # [S, K]
     w = weights.gather(-1, index)  # [S, K]
 
-    expected_input = companions.mean_input[index] + companions.input_shift[spans][:, None]  # [S, K, D]
-    mixture = torch.lerp(expected_input, tokens[:, None].float(), w[..., None])  # [S, K, D]
-    mixture = mixture.to(tokens.dtype).flatten(0, 1)  # [S * K, D]
+    # In place: fresh memory for S * K vectors is a good part of the cost of a long prompt on a CPU.
+    mixture = companions.mean_input[index].add_(companions.input_shift[spans][:, None])  # [S, K, D]
+    mixture = mixture.lerp_(tokens[:, None].float(), w[..., None]).to(tokens.dtype).flatten(0, 1)  # [S * K, D]
     run = experts(mixture, index.reshape(-1, 1), w.reshape(-1, 1)).unflatten(0, index.shape).sum(dim=1)  # [S, D]
     others = weights.scatter(-1, index, 0)  # [S, E]
     constant = others @ companions.mean_output  # [S, D]

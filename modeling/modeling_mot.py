@@ -38,6 +38,9 @@ from .mixing_mot import (
 
 logger = logging.get_logger(__name__)
 
+# Vectors [D] that mode per_sequence gives to the experts at once on a CPU.
+_CPU_VECTORS = 8192
+
 
 class MoTExperts(Qwen3MoeExperts):
     """E SwiGLU experts as 3-D weights: selected ones through transformers' experts interface, or all on a slab."""
@@ -70,19 +73,22 @@ class MoTSparseBlock(nn.Module):
             return self._mix_across_examples(hidden_states, logits, context)
         tokens, config = hidden_states.flatten(0, 1), self.config  # [S, D]
         if context.mode == "per_sequence":
-            companions = self.companions.expected()
-            output = mix_with_expected_companions(
-                tokens,
-                logits,
-                context.spans.to(tokens.device).flatten(),
-                companions,
-                config.group_size,
-                config.num_experts_per_tok,
-                self.experts,
-            )
+            output = self._mix_with_expected_companions(tokens, logits, context)
         else:
             output = route_tokens(tokens, logits, config.num_experts_per_tok, config.norm_topk_prob, self.experts)
         return output.view_as(hidden_states)
+
+    def _mix_with_expected_companions(self, tokens: Tensor, logits: Tensor, context: MixingContext) -> Tensor:
+        config, spans = self.config, context.spans.to(tokens.device).flatten()  # [S]
+        companions, num_experts_per_tok = self.companions.expected(), config.num_experts_per_tok
+        # The memory of S * K vectors is slow to get on a CPU unless it can be used again.
+        is_sliced = tokens.device.type == "cpu" and not is_tracing(tokens)
+        length = max(1, _CPU_VECTORS // max(1, num_experts_per_tok)) if is_sliced else len(tokens)
+        outputs = [
+            mix_with_expected_companions(*part, companions, config.group_size, num_experts_per_tok, self.experts)
+            for part in zip(*(whole.split(length) for whole in (tokens, logits, spans)), strict=True)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _mix_across_examples(self, hidden_states: Tensor, logits: Tensor, context: MixingContext) -> Tensor:
         token_mask = None if context.token_mask is None else context.token_mask.to(hidden_states.device)

@@ -1,8 +1,16 @@
 """Pretraining of causal and masked MoT language models."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import (
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from mot_hf.corpus import load_corpus, make_blocks, train_tokenizer
 from mot_hf.modeling import MoTConfig, MoTForCausalLM, MoTForMaskedLM
@@ -10,7 +18,12 @@ from mot_hf.training.arguments import CorpusArguments, ModelArguments
 
 
 def train_language_model(
-    model_args: ModelArguments, corpus_args: CorpusArguments, training_args: TrainingArguments, *, masked: bool
+    model_args: ModelArguments,
+    corpus_args: CorpusArguments,
+    training_args: TrainingArguments,
+    *,
+    masked: bool,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
     """Trains a MoT language model from scratch and saves it, with its tokenizer, in `training_args.output_dir`.
 
@@ -20,6 +33,7 @@ def train_language_model(
         training_args (`TrainingArguments`): Those of the stock `Trainer`. `train_sampling_strategy="sequential"` keeps
             the order in which neighbours in the text share no group.
         masked (`bool`): Whether to train a masked language model instead of a causal one.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): Callbacks of the trainer, besides its own.
 
     Returns:
         `Trainer`: The trainer after training, for its model and its log.
@@ -44,6 +58,7 @@ def train_language_model(
             tokenizer, mlm=masked, mlm_probability=corpus_args.mlm_probability
         ),
         processing_class=tokenizer,
+        callbacks=list(callbacks),
     )
     trainer.train()
     trainer.save_model()

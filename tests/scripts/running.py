@@ -1,0 +1,28 @@
+"""Running a script in a process of its own, without a network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run_python(folder: Path, *arguments: str | Path) -> str:
+    """Run the interpreter in a folder, which also holds its caches; returns what was printed."""
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+        "COLUMNS": "100",
+    }
+    completed = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert completed.returncode == 0, f"{arguments}\n{completed.stderr}"
+    return completed.stdout
+
+
+def run_script(folder: Path, name: str, *arguments: str | Path) -> str:
+    """Run a script of the repository."""
+    return run_python(folder, REPOSITORY / "scripts" / name, *arguments)

@@ -1,0 +1,73 @@
+"""Training, evaluation and benchmark scripts, each for a few steps of something small."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from tests.models import companions_of
+from tests.scripts.running import REPOSITORY, run_script
+
+RECIPES = REPOSITORY / "scripts" / "recipes"
+TINY = ["--hidden_size", "32", "--num_attention_heads", "2", "--intermediate_size", "64", "--num_hidden_layers", "2"]
+SHORT = ["--max_steps", "4", "--warmup_steps", "1", "--vocab_size", "512", "--max_eval_rows", "128"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a short causal and a short masked run, with two checkpoints each."""
+    folder = tmp_path_factory.mktemp("runs")
+    for kind in ("clm", "mlm"):
+        arguments = ["--output_dir", kind, "--num_experts", "64", "--save_steps", "2", *TINY, *SHORT]
+        run_script(folder, f"train_{kind}.py", RECIPES / f"small_{kind}.yaml", *arguments)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "head"), [("clm", AutoModelForCausalLM), ("mlm", AutoModelForMaskedLM)])
+def test_training_leaves_checkpoints_with_statistics_and_tokenizer(folder: Path, kind: str, head: type) -> None:
+    model = head.from_pretrained(folder / kind)
+    assert model.config.num_experts == 64
+    assert model.config.is_causal is (kind == "clm")
+    companions = companions_of(model)
+    assert {int(value) for name, value in companions.items() if name.endswith("num_batches_tracked")} == {4}
+    assert companions["model.layers.1.mlp.companions.input_shift"].any()
+    assert len(AutoTokenizer.from_pretrained(folder / kind / "checkpoint-2")) == 512
+
+
+def test_evaluate_modes_measures_every_number_of_experts(folder: Path) -> None:
+    arguments = ["--runs", "clm", "mlm", "--steps", "2", "4", "--max_rows", "128", "--calibration_batches", "2"]
+    printed = run_script(folder, "evaluate_modes.py", *arguments)
+    assert printed.strip() == (folder / "runs" / "modes" / "modes.md").read_text().strip()
+    assert (folder / "runs" / "modes" / "modes.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((folder / "runs" / "modes" / "modes.json").read_text())["results"]
+    assert [(result["run"], result["step"]) for result in results] == [("clm", 2), ("clm", 4), ("mlm", 2), ("mlm", 4)]
+    for result in results:
+        assert list(result["per_sequence"]) == ["0", "1", "2", "4", "8", "16", "32", "64"]
+        assert list(result["output_at_mean_input"]) == ["0", "1", "2"]
+        assert result["output_at_mean_input"]["0"] != result["per_sequence"]["0"]
+        losses = [*result["per_sequence"].values(), *(result[name] for name in ("cross_example", "moe", "calibrated"))]
+        assert all(4 < loss < 7 for loss in losses)
+        assert f"{result['per_sequence']['2']:.4f}" in printed
+
+
+def test_compare_momenta_evaluates_each_set_of_statistics(folder: Path) -> None:
+    arguments = ["--output_dir", "momenta", "--momenta", "1.0", "0.001", "--calibration_batches", "2", *TINY, *SHORT]
+    run_script(folder, "compare_momenta.py", RECIPES / "small_clm.yaml", *arguments, "--learning_rate", "0.03")
+    losses = json.loads((folder / "momenta" / "momenta.json").read_text())
+    assert list(losses) == ["cross_example", "momentum 1", "momentum 0.001", "calibrated"]
+    assert len(set(losses.values())) == 4
+
+
+def test_bench_generate_compares_all_models(folder: Path) -> None:
+    arguments = ["--hidden_size", "64", "--intermediate_size", "64", "--num_hidden_layers", "2", "--num_experts", "64"]
+    arguments += ["--batch_sizes", "1", "2", "--prompt_length", "8", "--num_new_tokens", "2", "--num_rounds", "2"]
+    printed = run_script(folder, "bench_generate.py", *arguments)
+    results = json.loads((folder / "runs" / "bench_generate" / "generate.json").read_text())["results"]
+    models = ["Qwen3-MoE", "MoT, per_sequence", "MoT, moe", "Qwen3, dense"]
+    assert [result["model"] for result in results] == models * 4
+    assert all(model in printed for model in models)
+    assert {result["relative_speed"] for result in results if result["model"] == "Qwen3-MoE"} == {1.0}
+    assert all(result["relative_speed"] > 0 and "tokens_per_second" not in result for result in results)

@@ -68,9 +68,18 @@ def test_padding_on_either_side_changes_nothing(mixing: str, side: str, ids: Ten
     columns = torch.arange(ids.shape[1])
     mask = torch.stack([columns < n if side == "right" else columns >= ids.shape[1] - n for n in lengths]).long()
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-    padded = logits(ids * mask, mixing, attention_mask=mask, position_ids=position_ids)
-    for row, present in enumerate(mask.bool()):
-        assert_same(padded[row, present], logits(ids[row : row + 1, present], mixing)[0])
+    for positions in (position_ids, None):
+        padded = logits(ids * mask, mixing, attention_mask=mask, position_ids=positions)
+        for row, present in enumerate(mask.bool()):
+            assert_same(padded[row, present], logits(ids[row : row + 1, present], mixing)[0])
+
+
+@pytest.mark.parametrize("num_vectors", [1, 4, 10])
+def test_slices_of_a_long_input_change_nothing(num_vectors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(1, 97, (3, 7), generator=torch.Generator().manual_seed(0))
+    whole = logits(ids, "per_sequence")
+    monkeypatch.setattr("mot_hf.modeling.modeling_mot._CPU_VECTORS", num_vectors)
+    assert_same(logits(ids, "per_sequence"), whole)
 
 
 @pytest.mark.parametrize("mixing", INDEPENDENT_MODES)

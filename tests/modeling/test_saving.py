@@ -72,7 +72,7 @@ def test_a_model_comes_back_as_it_was(dtype: torch.dtype, tmp_path: Path) -> Non
     assert_same_tensors(loaded.state_dict(), model.state_dict())
     assert any(value.abs().max() > 0.1 for value in companions_of(loaded).values())
     ids = random_ids(4, 5)
-    in_own_memory(loaded), in_own_memory(model)
+    loaded, model = in_own_memory(loaded), in_own_memory(model)
     for mode in MODES:
         assert torch.equal(loaded(ids, mixing=mode).logits, model(ids, mixing=mode).logits)
 

@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -165,15 +166,16 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     """For every model, by how much mode per_sequence is behind cross_example, over the FLOPs of the experts run."""
     names = list(dict.fromkeys(map(name_of, results)))
     figure = Figure(figsize=(4.2 * len(names), 3.8), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for result in (result for result in results if name_of(result) == name):
-            gaps = {k: loss - result["cross_example"] for k, loss in result["per_sequence"].items()}
-            shares = [k / result["dense_flops_at"] for k in gaps]
-            axes.plot(shares, list(gaps.values()), marker="o", markersize=4, label=f"{result['step']} steps")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False, sharey=True)[0], names, strict=True):
+        of_model = [result for result in results if name_of(result) == name]
+        ks, dense = list(of_model[0]["per_sequence"]), of_model[0]["dense_flops_at"]
+        for result in of_model:
+            gaps = [loss - result["cross_example"] for loss in result["per_sequence"].values()]
+            axes.plot(gaps, marker="o", markersize=4, label=f"{result['step']} steps")
         axes.axhline(0, color="black", linestyle="--", linewidth=1)
-        axes.axvline(1, color="tab:gray", linewidth=0.8)
-        axes.set_xscale("symlog", base=2, linthresh=1 / result["dense_flops_at"])
-        axes.set_xlabel("FLOPs of the experts run (dense layer = 1)")
+        axes.axvline(ks.index(dense), color="tab:gray", linewidth=0.8)
+        axes.set_xticks(range(len(ks)), [f"{k}\n{Fraction(k, dense)}" for k in ks])
+        axes.set_xlabel("experts run for a token, K\ntheir FLOPs (dense layer = 1)")
         axes.set_title(name, fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
@@ -186,10 +188,12 @@ def main(args: Arguments) -> None:
     results = [evaluate_checkpoint(args, run, step) for run in args.runs for step in args.steps]
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    corpus = asdict(default_corpus_info())
+    del corpus["source"]  # a folder of this machine
     record = {
         "results": results,
         "arguments": asdict(args),
-        "corpus": asdict(default_corpus_info()) if args.source is None else args.source,
+        "corpus": args.source or corpus,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     (folder / "modes.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -28,8 +28,6 @@ from .modeling_mot import MoTModel, MoTPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
-logger = logging.get_logger(__name__)
-
 
 class MoTLanguageModel(MoTPreTrainedModel):
     """What the two language models share: the projection to the vocabulary, and the losses."""

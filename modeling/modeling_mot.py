@@ -250,7 +250,7 @@ class MoTModel(MoTPreTrainedModel):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        num_cached = 0 if past_key_values is None or position_ids is not None else past_key_values.get_seq_length()
         context = MixingContext(mode, find_spans(inputs_embeds, position_ids, attention_mask, num_cached))
         if mode == "cross_example":
             refuse_flattened_rows(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)

@@ -81,8 +81,9 @@ def mean_loss(model: MoTPreTrainedModel, batches: Batches, mixing: str, num_expe
 def evaluate(model: MoTPreTrainedModel, batches: Batches, training_batches: Batches) -> dict[str, Any]:
     """Losses in every mode; the dense layer's FLOPs are those of E / G experts per token."""
     config = model.eval().config
-    powers = [2**power for power in range(config.num_experts.bit_length()) if 2**power <= config.num_experts]
-    dense = config.num_experts // config.group_size
+    dense = max(1, config.num_experts // config.group_size)
+    powers = {2**power for power in range(config.num_experts.bit_length()) if 2**power <= config.num_experts}
+    ks = sorted({0, *powers, dense // 2, dense, config.num_experts})
     result = {
         "num_experts": config.num_experts,
         "group_size": config.group_size,
@@ -90,11 +91,11 @@ def evaluate(model: MoTPreTrainedModel, batches: Batches, training_batches: Batc
         "is_causal": config.is_causal,
         "cross_example": mean_loss(model, batches, "cross_example", dense),
         "moe": mean_loss(model, batches, "moe", dense),
-        "per_sequence": {k: mean_loss(model, batches, "per_sequence", k) for k in tqdm([0, *powers])},
+        "per_sequence": {k: mean_loss(model, batches, "per_sequence", k) for k in tqdm(ks)},
     }
     with output_at_mean_input(model):
-        ks = [0, *(k for k in powers if k <= dense)]
-        result["output_at_mean_input"] = {k: mean_loss(model, batches, "per_sequence", k) for k in ks}
+        up_to_dense = [k for k in ks if k <= dense]
+        result["output_at_mean_input"] = {k: mean_loss(model, batches, "per_sequence", k) for k in up_to_dense}
     calibrate(model, training_batches, show_progress=False)
     result["calibrated"] = mean_loss(model, batches, "per_sequence", dense)
     return result

@@ -15,8 +15,7 @@ On a GPU:
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -118,16 +117,6 @@ def gather_statistics(model: MoTForCausalLM) -> None:
     model.train()(torch.randint(model.config.vocab_size, (model.config.group_size, 16)))
 
 
-@contextmanager
-def decoding_setup(model: PreTrainedModel) -> Iterator[None]:
-    """What `generate()` does between prefill and decoding: choose the experts' implementation for few tokens."""
-    if hasattr(model, "_optimize_model_for_decode"):
-        with model._optimize_model_for_decode():
-            yield
-    else:
-        yield
-
-
 @torch.inference_mode()
 def time_generation(
     model: PreTrainedModel, ids: Tensor, num_new_tokens: int, call: dict[str, Any], clock: Callable[[], float]
@@ -137,7 +126,7 @@ def time_generation(
     start = clock()
     logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **call).logits
     prefilled = clock()
-    with decoding_setup(model):
+    with model._optimize_model_for_decode():  # as `generate()` does: other kernels for experts with few tokens
         for _ in range(num_new_tokens):
             ids = logits[:, -1:].argmax(-1)
             logits = model(ids, past_key_values=cache, use_cache=True, **call).logits

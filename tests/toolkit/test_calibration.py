@@ -61,9 +61,19 @@ def test_groups_count_by_their_tokens() -> None:
     calibrate(model, batches, show_progress=False)
     num_tokens = [int(batch["attention_mask"].sum()) for batch in batches]
     for name, value in without_counts(companions_of(model)).items():
-        if not name.endswith("shift"):
-            mean = sum(n * one[name] for n, one in zip(num_tokens, alone, strict=True)) / sum(num_tokens)
-            torch.testing.assert_close(value, mean, atol=1e-6, rtol=1e-5)
+        if name.endswith("shift"):
+            continue
+        mean = sum(n * one[name] for n, one in zip(num_tokens, alone, strict=True)) / sum(num_tokens)
+        torch.testing.assert_close(value, mean, atol=1e-6, rtol=1e-5)
+        if name.endswith("log_mass"):
+            continue
+        shift_name = name.replace("mean_input", "input_shift").replace("mean_output", "output_shift")
+        # Columns 0, 1-2 and 3-5 are the first three spans; these are their numbers of tokens in the two batches.
+        for span, counts in enumerate([(4, 3), (8, 6), (6, 9)]):
+            span_means = [one[shift_name][span] + one[name].mean(0) for one in alone]
+            span_mean = sum(n * m for n, m in zip(counts, span_means, strict=True)) / sum(counts)
+            actual = companions_of(model)[shift_name][span] + value.mean(0)
+            torch.testing.assert_close(actual, span_mean, atol=1e-6, rtol=1e-5)
 
 
 def test_batches_of_padding_do_not_count() -> None:

@@ -4,14 +4,10 @@ The default corpus is the Python standard library of the running interpreter, so
 download. Figures on it are comparable only within one Python version: [`default_corpus_info`] says which one was read.
 """
 
-import glob
 import hashlib
-import itertools
-import os
 import platform
 import re
 import sysconfig
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
-from huggingface_hub.errors import HFValidationError
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from mot_hf.sources import PathLike, is_data_set, list_files, load_files, load_rows, split_documents
 
 PAD_TOKEN = "<|pad|>"
 END_TOKEN = "<|end|>"
@@ -33,8 +30,6 @@ SPECIAL_TOKENS = [PAD_TOKEN, END_TOKEN, MASK_TOKEN]
 EXCLUDED_FOLDER = re.compile(
     r"tests?|idle_test|idlelib|lib2to3|encodings|pydoc_data|site-packages|dist-packages|__pycache__|config-.*"
 )
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,8 @@ def load_corpus(
     text_column: str = "text",
     config_name: str | None = None,
     cache_dir: str | None = None,
-) -> DatasetDict:
+    streaming: bool = False,
+) -> DatasetDict | IterableDatasetDict:
     """Loads a text corpus as a data set of documents.
 
     A text file is one document; bytes that are not UTF-8 are replaced and line ends become newlines. A data set keeps
@@ -109,7 +105,8 @@ def load_corpus(
     Args:
         source (*optional*):
             `None` for the default corpus; the path of a text file, a folder of text files (hidden ones are left out),
-            a glob, or a list of these; a `Dataset` or `DatasetDict`; or else a data set's name for `load_dataset`.
+            a glob, or a list of these; the path, glob or URL of `.jsonl`, `.parquet` or `.csv` files; a `Dataset` or
+            `DatasetDict`; or else a data set's name for `load_dataset`.
         validation_fraction (`float`, *optional*, defaults to 0.05):
             Share of the documents held out where the source has no validation split of its own.
         text_column (`str`, *optional*, defaults to `"text"`):
@@ -118,9 +115,12 @@ def load_corpus(
             Configuration of a data set loaded by name.
         cache_dir (`str`, *optional*):
             Cache of `datasets`; its own default when not set.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether to read documents as they are needed, instead of all before.
 
     Returns:
-        `DatasetDict`: Splits `"train"` and `"validation"` with the one column `"text"`.
+        `DatasetDict`, or `IterableDatasetDict` if streaming: Splits `"train"` and `"validation"` with the one column
+        `"text"`.
 
     Raises:
         ValueError: If `validation_fraction` is not between 0 and 1, the text column is missing, a file is not text,
@@ -129,102 +129,21 @@ def load_corpus(
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"`validation_fraction={validation_fraction}` must lie between 0 and 1: 0.05 is usual.")
-    if isinstance(source, Dataset | DatasetDict):
-        corpus = _split_documents(source, text_column, validation_fraction)
-    elif isinstance(source, str) and _is_data_set_name(source):
-        loaded = _load_by_name(source, config_name, cache_dir)
-        corpus = _split_documents(loaded, text_column, validation_fraction)
+    if is_data_set(source):
+        rows = load_rows(source, config_name, cache_dir, streaming)
+        corpus = split_documents(rows, text_column, validation_fraction)
     else:
-        files = list(default_corpus_files().items()) if source is None else _list_files(source)
+        files = list(default_corpus_files().items()) if source is None else list_files(source)
         if not files:
             raise FileNotFoundError(f"`source={source!r}` matches no file: check the path or the glob.")
-        corpus = _load_files(files, validation_fraction, cache_dir)
+        corpus = load_files(files, validation_fraction, cache_dir, streaming)
     _check_not_empty(corpus, validation_fraction)
     return corpus
 
 
-def _is_data_set_name(source: str) -> bool:
-    return not glob.has_magic(source) and not Path(source).expanduser().exists()
-
-
-def _load_by_name(name: str, config_name: str | None, cache_dir: str | None) -> Dataset | DatasetDict:
-    try:
-        return load_dataset(name, config_name, cache_dir=cache_dir)
-    except (OSError, HFValidationError) as error:
-        raise OSError(
-            f"`source={name!r}` is neither an existing file or folder nor a data set that `load_dataset` finds: "
-            f"check the path, or the name and the network ({error})."
-        ) from error
-
-
-def _list_files(source: PathLike | list[PathLike]) -> list[tuple[str, Path]]:
-    """Pairs each file with its path relative to the folder it was found in."""
-    if isinstance(source, list):
-        return [pair for item in source for pair in _list_files(item)]
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [(path.name, path)]
-    if path.is_dir():
-        names = sorted(match.relative_to(path) for match in path.rglob("*") if match.is_file())
-        return [(name.as_posix(), path / name) for name in names if not _is_hidden(name)]
-    root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-    return [(match.relative_to(root).as_posix(), match) for match in matches if match.is_file()]
-
-
-def _is_hidden(name: Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in name.parts)
-
-
-def _load_files(files: list[tuple[str, Path]], validation_fraction: float, cache_dir: str | None) -> DatasetDict:
-    splits = defaultdict(list)
-    for name, path in files:
-        _check_is_text(path)
-        split = "validation" if _is_held_out(os.fsencode(name), validation_fraction) else "train"
-        splits[split].append(glob.escape(str(path.absolute())))
-    return load_dataset(
-        "text", data_files=dict(splits), sample_by="document", encoding_errors="replace", cache_dir=cache_dir
-    )
-
-
-def _check_is_text(path: Path) -> None:
-    with path.open("rb") as file:
-        if b"\0" in file.read(8192):
-            raise ValueError(
-                f"`source` holds {str(path)!r}, which is not UTF-8 text: leave it out, or load it with `datasets` "
-                "and pass the `Dataset`."
-            )
-
-
-def _is_held_out(key: bytes, validation_fraction: float) -> bool:
-    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64 < validation_fraction
-
-
-def _split_documents(source: Dataset | DatasetDict, text_column: str, validation_fraction: float) -> DatasetDict:
-    splits = source if isinstance(source, DatasetDict) else {"train": source}
-    if "train" not in splits:
-        raise ValueError(f"`source` has the splits {list(splits)} and needs one called 'train': rename one of them.")
-    train = _select_text(splits["train"], text_column)
-    for name in ("validation", "test"):
-        if name in splits:
-            return DatasetDict({"train": train, "validation": _select_text(splits[name], text_column)})
-    held_out = np.array(
-        [_is_held_out((text or "").encode(), validation_fraction) for text in train["text"]], dtype=bool
-    )
-    masks = {"train": ~held_out, "validation": held_out}
-    return DatasetDict({name: train.select(np.flatnonzero(mask)) for name, mask in masks.items()})
-
-
-def _select_text(dataset: Dataset, text_column: str) -> Dataset:
-    if text_column not in dataset.column_names:
-        raise ValueError(f"`text_column={text_column!r}` is no column of the data set: use {dataset.column_names}.")
-    selected = dataset.select_columns([text_column])
-    return selected if text_column == "text" else selected.rename_column(text_column, "text")
-
-
-def _check_not_empty(corpus: DatasetDict, validation_fraction: float) -> None:
+def _check_not_empty(corpus: DatasetDict | IterableDatasetDict, validation_fraction: float) -> None:
     for name in ("train", "validation"):
-        if name not in corpus or not any(corpus[name]["text"]):
+        if name not in corpus or not any(row["text"] for row in corpus[name]):
             raise ValueError(
                 f"The {name} split of `source` holds no text at `validation_fraction={validation_fraction}`: change "
                 "the fraction, give more documents, or pass a `DatasetDict` with the splits 'train' and 'validation'."
@@ -298,28 +217,33 @@ def token_byte_counts(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
 
 
 def make_blocks(
-    corpus: DatasetDict,
+    corpus: DatasetDict | IterableDatasetDict,
     tokenizer: PreTrainedTokenizerFast,
     *,
     block_length: int = 128,
     group_size: int = 32,
     seed: int = 0,
-) -> DatasetDict:
+    buffer_size: int = 10_000,
+) -> DatasetDict | IterableDatasetDict:
     """Tokenizes a corpus into rows of equal length, ordered by [`spread_rows`] for mixing.
 
     The documents, each followed by the end token, are joined in batches of 1000 and cut into blocks; what is left at
     the end of a batch is dropped. Special tokens spelled out in a text are encoded as text. `datasets` caches the
     result beside the corpus.
 
+    Rows of a corpus that is streamed cannot be spread over the whole of it: those of the training split are shuffled
+    through a buffer instead, and those of the validation split keep their order.
+
     Args:
-        corpus (`DatasetDict`): Splits with a column `"text"`, as [`load_corpus`] gives them.
+        corpus (`DatasetDict` or `IterableDatasetDict`): Splits with a column `"text"`, as [`load_corpus`] gives them.
         tokenizer ([`PreTrainedTokenizerFast`]): Tokenizer with an `eos_token`.
         block_length (`int`, *optional*, defaults to 128): Number of tokens in a row.
         group_size (`int`, *optional*, defaults to 32): Number of rows that are mixed.
         seed (`int`, *optional*, defaults to 0): Seed of the order of the rows.
+        buffer_size (`int`, *optional*, defaults to 10000): Rows in the buffer of a corpus that is streamed.
 
     Returns:
-        `DatasetDict`: The same splits with the one column `"input_ids"`.
+        `DatasetDict` or `IterableDatasetDict`: The same splits with the one column `"input_ids"`.
 
     Raises:
         ValueError: If `block_length` is not positive, the tokenizer has no end token or a split is shorter than a
@@ -329,15 +253,18 @@ def make_blocks(
         raise ValueError(f"`block_length={block_length}` must be at least 1.")
     if tokenizer.eos_token_id is None:
         raise ValueError("`tokenizer` has no end token: set `tokenizer.eos_token`.")
-    blocks = corpus.map(
-        _cut_blocks,
-        batched=True,
-        batch_size=1000,
-        input_columns=["text"],
-        remove_columns=["text"],
-        fn_kwargs={"tokenizer": tokenizer, "block_length": block_length},
-        desc="Cutting blocks",
-    )
+    cutting = {
+        "batched": True,
+        "batch_size": 1000,
+        "input_columns": ["text"],
+        "remove_columns": ["text"],
+        "fn_kwargs": {"tokenizer": tokenizer, "block_length": block_length},
+    }
+    if isinstance(corpus, IterableDatasetDict):
+        blocks = corpus.map(_cut_blocks, **cutting)
+        blocks["train"] = blocks["train"].shuffle(seed=seed, buffer_size=buffer_size)
+        return blocks
+    blocks = corpus.map(_cut_blocks, **cutting, desc="Cutting blocks")
     for name, split in blocks.items():
         if split.num_rows == 0:
             raise ValueError(f"The {name} split is shorter than `block_length={block_length}`: choose a shorter one.")

@@ -186,9 +186,9 @@ class TestLoadDataset:
             calls.append((args, kwargs))
             return DatasetDict({"train": Dataset.from_dict({"text": TEXTS})})
 
-        monkeypatch.setattr("mot_hf.corpus.load_dataset", fake_load_dataset)
+        monkeypatch.setattr("mot_hf.sources.load_dataset", fake_load_dataset)
         load_corpus("owner/name", config_name="raw", validation_fraction=0.3, cache_dir=cache_dir)
-        assert calls == [(("owner/name", "raw"), {"cache_dir": cache_dir})]
+        assert calls == [(("owner/name", "raw"), {"cache_dir": cache_dir, "streaming": False})]
 
 
 class TestLoadErrors:
@@ -220,7 +220,7 @@ class TestLoadErrors:
         def refuse(*args: Any, **kwargs: Any) -> None:
             raise HFValidationError("Repo id must use alphanumeric chars")
 
-        monkeypatch.setattr("mot_hf.corpus.load_dataset", refuse)
+        monkeypatch.setattr("mot_hf.sources.load_dataset", refuse)
         with pytest.raises(OSError, match=r"is neither an existing file.*alphanumeric"):
             load_corpus("no such file.txt")
 

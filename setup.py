@@ -17,11 +17,12 @@ def version() -> str:
 
 
 EXTRAS = {
-    "train": ["accelerate>=1.1", "datasets>=4.4", "tensorboard>=2.16"],
-    "report": ["matplotlib>=3.9", "rich>=13.7"],
+    "train": ["accelerate>=1.1", "datasets>=4.4", "evaluate>=0.4.6", "tensorboard>=2.16"],
+    "report": ["jinja2>=3.1", "matplotlib>=3.9", "rich>=13.7"],
+    "lora": ["peft>=0.18"],
 }
 EXTRAS["demo"] = EXTRAS["train"] + EXTRAS["report"]
-EXTRAS["dev"] = EXTRAS["demo"] + [
+EXTRAS["dev"] = EXTRAS["demo"] + EXTRAS["lora"] + [
     "build>=1.2",
     "hypothesis>=6.100",
     "pre-commit>=4.0",

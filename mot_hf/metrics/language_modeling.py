@@ -1,6 +1,10 @@
-"""Perplexity and bits per byte from a mean loss."""
+"""Loss, perplexity, bits per byte and accuracy from sums over the predicted tokens."""
 
 import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 
 def perplexity(loss: float) -> float:
@@ -18,13 +22,13 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
+def bits_per_byte(loss: float, num_tokens: float, num_bytes: float) -> float:
     """Turns a loss per token into one per byte of text, comparable between tokenizers.
 
     Args:
         loss (`float`): Mean loss in nats per predicted token.
-        num_tokens (`int`): Number of predicted tokens.
-        num_bytes (`int`): Number of UTF-8 bytes that these tokens stand for.
+        num_tokens (`float`): Number of predicted tokens.
+        num_bytes (`float`): Number of UTF-8 bytes that these tokens stand for.
 
     Returns:
         `float`: Bits per byte.
@@ -33,5 +37,61 @@ def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
         ValueError: If `num_bytes` is not positive.
     """
     if num_bytes < 1:
-        raise ValueError(f"`num_bytes={num_bytes}` must be at least 1: the predicted tokens stand for no text.")
+        raise ValueError(f"`num_bytes={num_bytes:g}` must be at least 1: the predicted tokens stand for no text.")
     return loss * num_tokens / (num_bytes * math.log(2))
+
+
+@dataclass(frozen=True)
+class TokenTotals:
+    """Sums over the predicted tokens of a text; the measures follow from them, with every token counting the same.
+
+    Args:
+        loss (`float`): Sum of the tokens' losses, in nats.
+        num_correct (`float`): Number of tokens that were the model's most probable one.
+        num_tokens (`float`): Number of predicted tokens.
+        num_bytes (`float`): Number of UTF-8 bytes that these tokens stand for; 0 if unknown.
+
+    Raises:
+        ValueError: If no token is predicted.
+    """
+
+    loss: float
+    num_correct: float
+    num_tokens: float
+    num_bytes: float
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 1:
+            raise ValueError(
+                f"`num_tokens={self.num_tokens:g}`: no token is predicted. Give rows with labels other than -100, "
+                "and of at least two tokens for a causal model."
+            )
+
+    @classmethod
+    def of_rows(cls, rows: ArrayLike) -> "TokenTotals":
+        """Adds up rows, in float64.
+
+        Args:
+            rows (array of shape `[B, 4]`): The four sums of every row, as [`LanguageModelMetrics.preprocess_logits`]
+                makes them.
+
+        Returns:
+            [`TokenTotals`]: Their sum.
+        """
+        return cls(*np.asarray(rows, dtype=np.float64).sum(0).tolist())
+
+    def token_loss(self) -> float:
+        """The mean loss in nats per predicted token."""
+        return self.loss / self.num_tokens
+
+    def perplexity(self) -> float:
+        """The number of equally likely tokens that the mean loss amounts to."""
+        return perplexity(self.token_loss())
+
+    def bits_per_byte(self) -> float:
+        """The loss in bits per byte of the predicted tokens' text; a ValueError if that text is empty or unknown."""
+        return bits_per_byte(self.token_loss(), self.num_tokens, self.num_bytes)
+
+    def accuracy(self) -> float:
+        """The share of the predicted tokens that were the model's most probable one."""
+        return self.num_correct / self.num_tokens

@@ -1,0 +1,1 @@
+"""The loss in bits per byte."""

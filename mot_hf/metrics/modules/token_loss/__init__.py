@@ -1,0 +1,1 @@
+"""The mean loss in nats per token."""

@@ -157,7 +157,7 @@ class MoTCompanions(nn.Module):
             rate = self._rate(self.num_span_batches)[:, None] if of_spans else self._rate(self.num_batches_tracked)
             running = getattr(self, name)
             setattr(self, name, torch.where(moves, torch.lerp(running, value, rate), running))
-        self._fill_spans()
+        self.fill_spans()
 
     @torch.no_grad()
     def replace(self, statistics: GroupStatistics, num_batches: int) -> None:
@@ -166,13 +166,13 @@ class MoTCompanions(nn.Module):
         self.num_span_batches = num_batches * (statistics.num_tokens > 0).to(self.num_span_batches)
         for name, value in statistics.mean._asdict().items():
             setattr(self, name, value.to(getattr(self, name)))
-        self._fill_spans()
+        self.fill_spans()
 
     def _rate(self, num_batches: Tensor) -> Tensor:
         """Weight of the newest micro-batch where it is the `num_batches`-th."""
         return num_batches.clamp(min=1).float().reciprocal().clamp(min=self.config.companion_momentum)
 
-    def _fill_spans(self) -> None:
+    def fill_spans(self) -> None:
         """Give spans that were never met the shifts of the nearest lower one that was."""
         spans = torch.arange(NUM_SPANS, device=self.num_span_batches.device)
         met = torch.where(self.num_span_batches > 0, spans, 0)  # [P]

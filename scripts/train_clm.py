@@ -1,14 +1,20 @@
-"""Train a causal MoT language model from scratch with the stock `Trainer`.
+r"""Train a causal MoT language model with the stock `Trainer`: from scratch, or a checkpoint further.
 
-Arguments are those of `TrainingArguments`, and the architecture and the text; a recipe gives them defaults.
+Arguments are those of `TrainingArguments`, the architecture, the text and the method; a recipe gives them defaults.
 
     python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/small_clm
     python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/small_clm_256 --num_experts 256
+
+On several GPUs or machines, with one of the configurations in scripts/accelerate; after an interruption:
+
+    accelerate launch --config_file scripts/accelerate/ddp.yaml scripts/train_clm.py \
+        scripts/recipes/medium_32e.yaml --output_dir runs/medium --source my_texts/ --resume_from_checkpoint true
 """
 
 from transformers import TrainingArguments
 
-from mot_hf.training import CorpusArguments, ModelArguments, parse_arguments, train_language_model
+from mot_hf.training import CorpusArguments, MethodArguments, ModelArguments, parse_arguments, train_language_model
 
 if __name__ == "__main__":
-    train_language_model(*parse_arguments((ModelArguments, CorpusArguments, TrainingArguments)), masked=False)
+    classes = (ModelArguments, CorpusArguments, TrainingArguments, MethodArguments)
+    train_language_model(*parse_arguments(classes), masked=False)

@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from mot_hf.modeling import MoTPreTrainedModel
 from mot_hf.modeling.modeling_mot import MoTExperts
 
@@ -39,3 +42,23 @@ def count_parameters(model: MoTPreTrainedModel) -> ModelSize:
     )
     idle = in_experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts
     return ModelSize(total, total - idle)
+
+
+@torch.no_grad()
+def count_flops(model: MoTPreTrainedModel, num_columns: int) -> float:
+    """Counts the FLOPs of the forward pass for a token in mode `cross_example`; training takes three times as many.
+
+    Args:
+        model ([`MoTPreTrainedModel`]): The model, best on the meta device: nothing is computed there.
+        num_columns (`int`): Tokens T of a row, which attention depends on.
+
+    Returns:
+        `float`: Floating-point operations per token, a multiplication and an addition counted as two.
+    """
+    num_rows, device = model.config.group_size, model.device
+    ids = torch.zeros(num_rows, num_columns, dtype=torch.long, device=device)
+    # A mask for attention alone: transformers would look at the data for other ones, and there may be none.
+    mask = torch.zeros(num_rows, 1, num_columns, num_columns, dtype=torch.bool, device=device)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, attention_mask=mask, mixing="cross_example", use_cache=False)
+    return counter.get_total_flops() / ids.numel()

@@ -1,6 +1,32 @@
-"""Training of MoT language models with the stock `Trainer`."""
+"""Training of MoT models with the stock `Trainer`."""
 
-from mot_hf.training.arguments import CorpusArguments, ModelArguments, parse_arguments
+from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArguments, parse_arguments
+from mot_hf.training.checkpoints import find_checkpoint, find_damage, find_last_checkpoint
+from mot_hf.training.group_check import GroupSizeCheck
 from mot_hf.training.language_modeling import train_language_model
+from mot_hf.training.lora import add_lora
+from mot_hf.training.monitor import MixingMonitor
+from mot_hf.training.run import add_callbacks, run_training
+from mot_hf.training.safety import DiskSpaceCheck, FiniteCheck
+from mot_hf.training.statistics import CompanionSynchronization
+from mot_hf.training.transition import TransitionTuning
 
-__all__ = ["CorpusArguments", "ModelArguments", "parse_arguments", "train_language_model"]
+__all__ = [
+    "CompanionSynchronization",
+    "CorpusArguments",
+    "DiskSpaceCheck",
+    "FiniteCheck",
+    "GroupSizeCheck",
+    "MethodArguments",
+    "MixingMonitor",
+    "ModelArguments",
+    "TransitionTuning",
+    "add_callbacks",
+    "add_lora",
+    "find_checkpoint",
+    "find_damage",
+    "find_last_checkpoint",
+    "parse_arguments",
+    "run_training",
+    "train_language_model",
+]

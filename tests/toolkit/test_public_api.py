@@ -23,10 +23,28 @@ MODELS = [
 def test_names() -> None:
     assert sorted(mot_hf.__all__) == [*MODELS, "__version__"]
     assert sorted(mot_hf.modeling.__all__) == ["MixingMode", *MODELS]
-    assert mot_hf.metrics.__all__ == ["bits_per_byte", "perplexity"]
+    metrics = ["METRICS", "LanguageModelMetrics", "TokenTotals", "bits_per_byte", "load_metric", "perplexity"]
+    assert mot_hf.metrics.__all__ == metrics
     assert mot_hf.reporting.__all__ == ["ModelSize", "count_parameters", "plot_training_curve"]
-    training = ["CorpusArguments", "ModelArguments", "parse_arguments", "train_language_model"]
-    assert mot_hf.training.__all__ == training
+    assert mot_hf.training.__all__ == [
+        "CompanionSynchronization",
+        "CorpusArguments",
+        "DiskSpaceCheck",
+        "FiniteCheck",
+        "GroupSizeCheck",
+        "MethodArguments",
+        "MixingMonitor",
+        "ModelArguments",
+        "TransitionTuning",
+        "add_callbacks",
+        "add_lora",
+        "find_checkpoint",
+        "find_damage",
+        "find_last_checkpoint",
+        "parse_arguments",
+        "run_training",
+        "train_language_model",
+    ]
     for module in (mot_hf, mot_hf.modeling, mot_hf.metrics, mot_hf.reporting, mot_hf.training):
         assert all(hasattr(module, name) for name in module.__all__)
 

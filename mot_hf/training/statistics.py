@@ -1,0 +1,69 @@
+"""The same statistics of the typical group in every process."""
+
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mot_hf.modeling.mixing_mot import MoTCompanions
+
+
+class CompanionSynchronization(TrainerCallback):
+    """Averages the running statistics over all processes before every evaluation and every save.
+
+    Each process gathers them from its own micro-batches, and only one process writes them. Without this callback a
+    checkpoint holds the statistics of that process alone, and processes evaluate with slightly different ones. With
+    `ddp_broadcast_buffers=False` every process's batches count equally; else DDP hands those of the first process to
+    all before each forward pass.
+    """
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        """Average if this step evaluates or saves."""
+        if args.world_size > 1 and (control.should_evaluate or control.should_save):
+            average_companions(model)
+
+    on_epoch_end = on_step_end
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        """Average for what is saved after training."""
+        if args.world_size > 1:
+            average_companions(model)
+
+
+@torch.no_grad()
+def average_companions(model: nn.Module) -> None:
+    """Replaces the running statistics of a model by their means over all processes.
+
+    Args:
+        model (`nn.Module`): A MoT model, also wrapped for parallel training. Every process must call this.
+    """
+    for module in model.modules():
+        if isinstance(module, MoTCompanions):
+            _average(module)
+
+
+def _average(companions: MoTCompanions) -> None:
+    met = (companions.num_span_batches > 0)[:, None].float()  # [P, 1]
+    num_met = reduce(met, "sum").clamp(min=1)  # [P, 1], processes that have met a span
+    for name, value in companions.expected()._asdict().items():
+        of_spans = name in ("input_shift", "output_shift")
+        setattr(companions, name, reduce(value * met, "sum") / num_met if of_spans else reduce(value, "mean"))
+    for name in ("num_batches_tracked", "num_span_batches"):
+        setattr(companions, name, reduce(getattr(companions, name), "max"))
+    companions.fill_spans()

@@ -1,0 +1,104 @@
+"""Transition tuning: a MoT model goes on as token choice, with the same parameters."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mot_hf.modeling import MoTModel, MoTPreTrainedModel
+from mot_hf.modeling.mixing_mot import MIXING_MODES
+
+
+class TransitionTuning(TrainerCallback):
+    """Switches a run to mode `moe` at a given share of its steps, and logs the loss in every mode.
+
+    The transition tuning of arXiv 2310.15961: parameters and optimizer state go on as they are, the controller becomes
+    the router. From the switch on the load-balancing loss is added in training, with weight
+    `config.router_aux_loss_coef`, and `config.mixing` and `config.inference_mixing` are `"moe"`, in every checkpoint
+    saved from then on too. Which step comes in which mode follows from the number of the step alone, so a resumed run
+    switches where it would have.
+
+    If the trainer evaluates, `eval_<mode>_loss` is logged for every mode at each evaluation and before the first step
+    in mode `moe`; it leaves out the load-balancing loss.
+
+    Args:
+        trainer (`Trainer`): The trainer, which evaluates: `trainer.add_callback(TransitionTuning(trainer, 0.9))`.
+        share (`float`): Share of the steps that come before the switch, in [0, 1); 0.9 in the paper, 0 to tune a
+            finished model.
+
+    Raises:
+        ValueError: `share` is out of range, or the trainer's model has no MoT layers.
+    """
+
+    def __init__(self, trainer: Trainer, share: float) -> None:
+        if not 0 <= share < 1:
+            raise ValueError(f"`share={share}` must be in [0, 1): 0.9 switches before the last tenth of the steps.")
+        backbones = [module for module in trainer.model.modules() if isinstance(module, MoTModel)]
+        if not backbones or "sparse" not in backbones[0].config.mlp_layer_types:
+            raise ValueError(
+                f"`trainer.model` ({type(trainer.model).__name__}) has no MoT layers to tune: "
+                "`config.mlp_layer_types` needs an entry 'sparse'."
+            )
+        self.trainer = trainer
+        self.share = share
+        self.is_evaluating = False
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Set the mode of the step; at the switch, evaluate first."""
+        switch = round(self.share * state.max_steps)
+        if state.global_step == switch:
+            self.evaluate_modes(model)
+        for config in _configs(model):
+            config.output_router_logits = state.global_step >= switch
+            if state.global_step >= switch:
+                config.mixing = config.inference_mixing = "moe"
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Evaluation and checkpoints are without the load-balancing loss."""
+        for config in _configs(model):
+            config.output_router_logits = False
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Evaluate in the other modes too."""
+        if self.trainer.is_in_train and not self.is_evaluating:
+            self.evaluate_modes(model)
+
+    def evaluate_modes(self, model: nn.Module) -> None:
+        """Log the loss in every mode, if there is something to evaluate on.
+
+        Args:
+            model (`nn.Module`): The trainer's model.
+        """
+        if self.trainer.eval_dataset is None:
+            return
+        self.is_evaluating = True
+        for mode in MIXING_MODES:
+            with _inference_mixing(model, mode):
+                self.trainer.evaluate(metric_key_prefix=f"eval_{mode}")
+        self.is_evaluating = False
+
+
+@contextmanager
+def _inference_mixing(model: nn.Module, mode: str) -> Iterator[None]:
+    modes = {id(config): config.inference_mixing for config in _configs(model)}
+    for config in _configs(model):
+        config.inference_mixing = mode
+    try:
+        yield
+    finally:
+        for config in _configs(model):
+            config.inference_mixing = modes[id(config)]
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configurations of a model and its backbone: a masked language model works on a copy."""
+    owners = [module for module in model.modules() if isinstance(module, MoTPreTrainedModel)]
+    return list({id(owner.config): owner.config for owner in owners}.values())

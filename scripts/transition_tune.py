@@ -1,0 +1,35 @@
+r"""Tune a MoT language model in mode `moe`: token choice with a load-balancing loss, and the same parameters.
+
+Logs the loss in every mode before, in and after; the model that is saved answers in mode `moe`. For a finished model:
+
+    python scripts/transition_tune.py scripts/recipes/transition.yaml --model_name_or_path runs/small_clm \
+        --output_dir runs/small_moe
+
+With the optimizer's state, at the tail of the run itself: stop a run at some checkpoint, or let one switch by itself,
+
+    python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/small_clm --transition_share 0.9
+"""
+
+from transformers import AutoConfig, TrainingArguments
+
+from mot_hf.training import CorpusArguments, MethodArguments, ModelArguments, parse_arguments, train_language_model
+
+
+def main(
+    model_args: ModelArguments,
+    corpus_args: CorpusArguments,
+    training_args: TrainingArguments,
+    method_args: MethodArguments,
+) -> None:
+    """Train from the first step on in mode `moe`."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is not given: name the MoT model to tune, or use train_clm.py.")
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+    method_args.transition_share = method_args.transition_share or 0.0
+    train_language_model(
+        model_args, corpus_args, training_args, method_args, masked=config.architectures == ["MoTForMaskedLM"]
+    )
+
+
+if __name__ == "__main__":
+    main(*parse_arguments((ModelArguments, CorpusArguments, TrainingArguments, MethodArguments)))

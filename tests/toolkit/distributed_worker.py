@@ -1,0 +1,37 @@
+"""One process of a distributed training run on CPUs: `train_language_model` with the arguments of the command line.
+
+accelerate has FSDP and DeepSpeed only for processes with a GPU or the like. What it decides that by is set here; what
+follows is theirs.
+"""
+
+import os
+import sys
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mot_hf.training import CorpusArguments, MethodArguments, ModelArguments, parse_arguments, train_language_model
+from tests.models import companions_of
+
+
+class KeepStatistics(TrainerCallback):
+    """Writes this process's statistics beside every checkpoint."""
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        torch.save(companions_of(model), f"{args.output_dir}/statistics-{state.global_step}-{args.process_index}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    PartialState(cpu=True)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    classes = (ModelArguments, CorpusArguments, TrainingArguments, MethodArguments)
+    trainer = train_language_model(*parse_arguments(classes), masked=False, callbacks=[KeepStatistics()])
+    sys.stdout.write(f"distributed by {trainer.accelerator.distributed_type.value}\n")

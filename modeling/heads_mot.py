@@ -293,6 +293,10 @@ class MoTForMaskedLM(MoTLanguageModel):
 class MoTForSequenceClassification(GenericForSequenceClassification, MoTPreTrainedModel):
     """A MoT model that classifies sequences by their last token that is not padding."""
 
+    # The inherited forward leaves `num_items_in_batch` out of the loss; Trainer would think that it divides by it, and
+    # multiply losses and gradients by the number of accumulated micro-batches.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: MoTConfig) -> None:
         MoTPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
@@ -303,6 +307,8 @@ class MoTForSequenceClassification(GenericForSequenceClassification, MoTPreTrain
 
 class MoTForTokenClassification(GenericForTokenClassification, MoTPreTrainedModel):
     """A MoT model that classifies every token."""
+
+    accepts_loss_kwargs = False  # as in MoTForSequenceClassification
 
     def __init__(self, config: MoTConfig) -> None:
         MoTPreTrainedModel.__init__(self, config)

@@ -58,6 +58,6 @@ setup(
     extras_require=EXTRAS,
     packages=[*find_packages(include=["mot_hf", "mot_hf.*"]), "mot_hf.modeling"],
     package_dir={"mot_hf": "mot_hf", "mot_hf.modeling": "modeling"},
-    package_data={"mot_hf": ["py.typed"]},
+    package_data={"mot_hf": ["py.typed"], "mot_hf.reporting": ["templates/*.html"]},
     entry_points={"console_scripts": ["mot=mot_hf.cli:run"]},
 )

@@ -1,13 +1,26 @@
-"""Pictures, drawn with matplotlib."""
+"""Pictures, drawn with matplotlib.
 
+Axes: E experts.
+"""
+
+import base64
+import io
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mot_hf.reporting.run_log import LogHistory, series
+
+_SVG_LIMIT = 100_000  # bytes; beyond it a PNG is smaller
 
 
-def plot_training_curve(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+def plot_training_curve(log_history: LogHistory, path: str | os.PathLike[str]) -> None:
     """Draws training and evaluation loss over the steps, and the learning rate below.
 
     Args:
@@ -17,24 +30,141 @@ def plot_training_curve(log_history: Sequence[Mapping[str, Any]], path: str | os
     Raises:
         ValueError: If no training loss was logged.
     """
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    training = _series(log_history, "loss")
-    if not training[0]:
+    if not series(log_history, "loss")[0]:
         raise ValueError("`log_history` holds no training loss: train with `logging_steps` below the number of steps.")
-    losses.plot(*training, color="tab:blue", alpha=0.8, label="training")
-    losses.plot(*_series(log_history, "eval_loss"), "o-", color="tab:orange", label="validation")
-    losses.set_ylabel("loss (nats per token)")
-    losses.grid(alpha=0.3)
+    draw_training_curve(log_history).savefig(path, dpi=150)
+
+
+def draw_training_curve(log_history: LogHistory, loss_label: str = "loss (nats per token)") -> Figure:
+    """Draws training and evaluation loss, bits per byte where they were logged, and the learning rate.
+
+    Args:
+        log_history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`.
+        loss_label (`str`, *optional*, defaults to `"loss (nats per token)"`): What the losses are.
+
+    Returns:
+        `Figure`: The picture.
+    """
+    bits = series(log_history, "eval_bits_per_byte")
+    heights = [4, 2, 1] if bits[0] else [4, 1]
+    figure = Figure(figsize=(6, sum(heights)), layout="constrained")
+    losses, *middle, rates = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    losses.plot(*series(log_history, "loss"), color="tab:blue", alpha=0.8, label="training")
+    if (validation := series(log_history, "eval_loss"))[0]:
+        losses.plot(*validation, "o-", color="tab:orange", label="validation")
+    losses.set_ylabel(loss_label)
     losses.legend(frameon=False)
-    rates.plot(*_series(log_history, "learning_rate"), color="tab:gray")
+    for axes in middle:
+        axes.plot(*bits, "o-", color="tab:orange")
+        axes.set_ylabel("bits per byte")
+    rates.plot(*series(log_history, "learning_rate"), color="tab:gray")
     rates.set_ylabel("learning rate")
     rates.set_xlabel("step")
     rates.set_ylim(bottom=0)
-    rates.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+    return figure
 
 
-def _series(log_history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    entries = [entry for entry in log_history if key in entry]
-    return [entry["step"] for entry in entries], [entry[key] for entry in entries]
+def draw_by_layer(
+    lines: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    label: str,
+    *,
+    is_small: bool = False,
+    limits: tuple[float, float] | None = None,
+) -> Figure:
+    """Draws a quantity of mixing over the steps, one line for each layer, from dark (low) to bright (high).
+
+    Args:
+        lines (`Mapping[str, tuple[Sequence[int], Sequence[float]]]`): Steps and values by the name of the layers.
+        label (`str`): What the values are.
+        is_small (`bool`, *optional*, defaults to `False`): Whether it is one of several small pictures, which have a
+            title and no legend.
+        limits (`tuple[float, float]`, *optional*): Limits of the values; by default those that are there.
+
+    Returns:
+        `Figure`: The picture.
+    """
+    figure = Figure(figsize=(3.6, 2.4) if is_small else (6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(lines)))  # [number of lines, 4]
+    for (name, line), color in zip(lines.items(), colors, strict=True):
+        axes.plot(*line, color=color, label=name)
+    if is_small:
+        axes.set_title(label, fontsize=10)
+    else:
+        axes.set_ylabel(label)
+        figure.legend(loc="outside right upper", frameon=False, reverse=True)
+    axes.set_ylim(limits)
+    _finish(axes)
+    return figure
+
+
+def draw_mode_losses(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> Figure:
+    """Draws validation losses over the steps, one line for each mixing mode.
+
+    Args:
+        lines (`Mapping[str, tuple[Sequence[int], Sequence[float]]]`): Steps and losses by the name of the mode.
+
+    Returns:
+        `Figure`: The picture.
+    """
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    # Two of the modes often agree: one must be seen under the other.
+    for (name, line), style in zip(lines.items(), ("o-", "s--", "^:"), strict=False):
+        axes.plot(*line, style, label=name)
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.legend(frameon=False)
+    _finish(axes)
+    return figure
+
+
+def draw_experts(effective_tokens: Mapping[int, np.ndarray], group_size: int) -> Figure:
+    """Draws a heat map of experts against layers: how many tokens make up an expert's mixture, in effect.
+
+    Args:
+        effective_tokens (`Mapping[int, np.ndarray]`): By layer, the effective tokens of its experts `[E]`.
+        group_size (`int`): Rows G of a group.
+
+    Returns:
+        `Figure`: The picture; the experts of every layer are sorted.
+    """
+    values = np.stack([np.sort(values) for values in effective_tokens.values()])  # [number of layers, E]
+    figure = Figure(figsize=(6, 1.4 + 0.35 * len(values)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, aspect="auto", origin="lower", interpolation="nearest", norm=LogNorm(1, group_size))
+    axes.set_yticks(range(len(values)), map(str, effective_tokens))
+    axes.set_ylabel("layer")
+    axes.set_xlabel("experts of the layer, the most concentrated first")
+    ticks = [2**power for power in range(group_size.bit_length()) if 2**power <= group_size]
+    bar = figure.colorbar(image, label="effective tokens", pad=0.02)
+    bar.set_ticks(ticks, labels=map(str, ticks), minor=False)
+    bar.minorticks_off()
+    return figure
+
+
+def _finish(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    axes.grid(alpha=0.3)
+
+
+def to_data_uri(figure: Figure) -> str:
+    """Writes a picture into a `data:` address, which a page can hold: as SVG, or as PNG where the SVG is large.
+
+    Args:
+        figure (`Figure`): The picture.
+
+    Returns:
+        `str`: The address.
+    """
+    buffer = io.BytesIO()
+    # The same picture is the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "mot_hf"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    kind = "svg+xml"
+    if buffer.tell() > _SVG_LIMIT:
+        buffer, kind = io.BytesIO(), "png"
+        figure.savefig(buffer, format="png", dpi=180)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,5 +1,6 @@
 """The `mot` command."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -59,21 +60,67 @@ def test_calibrate_works_in_place_on_a_masked_language_model(source: Path, tmp_p
     assert not any(torch.equal(value, statistics[name]) for name, value in companions_of(before).items())
 
 
+@pytest.mark.parametrize("head", [MoTForCausalLM, MoTForMaskedLM])
+def test_report_writes_a_page_into_the_run(
+    head: type[MoTForCausalLM] | type[MoTForMaskedLM], source: Path, tmp_path: Path
+) -> None:
+    run_dir = save_model(head, tmp_path / "run")
+    state = {"global_step": 7, "max_steps": 7, "log_history": [{"step": 7, "loss": 4.125, "learning_rate": 0.1}]}
+    (run_dir / "checkpoint-7").mkdir()
+    (run_dir / "checkpoint-7" / "trainer_state.json").write_text(json.dumps(state))
+    result = CliRunner().invoke(app, ["report", str(run_dir), "--source", str(source), "--num-batches", "1"])
+    assert result.exit_code == 0, result.output
+    page = " ".join((run_dir / "report.html").read_text().split())
+    assert "4 validation rows of 64 tokens" in page  # what the tiny model is meant for
+    assert "4.1250" in page
+    assert head.__name__ in page
+
+
+def test_report_of_a_checkpoint_into_another_file(source: Path, tmp_path: Path) -> None:
+    save_model(MoTForCausalLM, tmp_path / "run" / "checkpoint-7")
+    output = tmp_path / "page.html"
+    command = ["report", str(tmp_path / "run"), "--source", str(source), "--block-length", "16"]
+    result = CliRunner().invoke(app, [*command, "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    assert "rows of 16 tokens" in " ".join(output.read_text().split())
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def fail(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setattr("sys.argv", ["mot", *arguments])
+    with pytest.raises(SystemExit, match="1"):
+        run()
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["calibrate", "report"])
 def test_what_the_user_can_mend_is_reported_without_a_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Qwen3Config(vocab_size=97).save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "model.safetensors").touch()
+    MoTForCausalLM(tiny_config()).save_pretrained(tmp_path / "untold")
     (tmp_path / "empty").mkdir()
-    for folder, message in (("dense", "holds a model of type 'qwen3', not 'mot'"), ("empty", "config.json")):
-        monkeypatch.setattr("sys.argv", ["mot", "calibrate", str(tmp_path / folder)])
-        with pytest.raises(SystemExit, match="1"):
-            run()
-        error = capsys.readouterr().err
-        assert error.startswith("error: ")
+    for folder, message in (
+        ("dense", "holds a model of type 'qwen3', not 'mot'"),
+        ("untold", "untold' holds no tokenizer: save it there"),
+        ("empty", "config.json"),
+    ):
+        error = fail([command, str(tmp_path / folder)], monkeypatch, capsys)
+        assert "error: " in error
+        assert "Traceback" not in error
         assert message in error
+
+
+def test_a_folder_that_is_no_run_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is no training run" in fail(["report", str(tmp_path)], monkeypatch, capsys)
+    assert "absent' is no folder" in fail(["report", str(tmp_path / "absent")], monkeypatch, capsys)
 
 
 def test_help_names_the_commands() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
     assert "calibrate" in result.output
+    assert "report" in result.output

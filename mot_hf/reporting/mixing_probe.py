@@ -1,0 +1,145 @@
+"""What a model does to text: how its experts mix tokens, and its loss in every mixing mode.
+
+Axes: B rows, T columns, G group size, A = B / G groups of rows, E experts, M tokens that are remembered for an expert.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import log
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mot_hf.metrics import bits_per_byte, perplexity
+from mot_hf.modeling import MoTModel, MoTPreTrainedModel
+from mot_hf.modeling.mixing_mot import MIXING_MODES
+
+Batches = Sequence[Mapping[str, Tensor]]
+
+
+@dataclass
+class LayerMixing:
+    """How the experts of one MoT layer weigh the tokens of their groups: means over all groups, by expert.
+
+    Args:
+        layer (`int`): Index of the layer.
+        entropy (`torch.Tensor` of shape `[E]`): Entropy of the weights, from 0 (one token) to 1 (all alike).
+        effective_tokens (`torch.Tensor` of shape `[E]`): 1 / sum of squared weights, from 1 to G.
+        largest_weight (`torch.Tensor` of shape `[E]`): Weight of the group's heaviest token, from 1 / G to 1.
+        top_weights (`torch.Tensor` of shape `[M, E]`): Largest weights in all groups, in descending order.
+        top_tokens (`torch.Tensor` of shape `[M, E]`): Their tokens' places among all tokens of the text, row by row.
+    """
+
+    layer: int
+    entropy: Tensor
+    effective_tokens: Tensor
+    largest_weight: Tensor
+    top_weights: Tensor
+    top_tokens: Tensor
+
+
+class ModeLoss(NamedTuple):
+    """Loss of a language model in one mixing mode.
+
+    Args:
+        mode (`str`): The mode.
+        loss (`float`): Nats per predicted token.
+        perplexity (`float`): Perplexity.
+        bits_per_byte (`float`, *optional*): Bits per byte of predicted text; `None` if the bytes are not known.
+    """
+
+    mode: str
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+
+
+@torch.no_grad()
+def measure_experts(model: MoTPreTrainedModel, batches: Batches, *, num_top: int = 6) -> list[LayerMixing]:
+    """Measures the mixing weights of every expert in mode `cross_example`.
+
+    Args:
+        model ([`MoTPreTrainedModel`]): A model with or without a head.
+        batches (`Sequence[Mapping[str, torch.Tensor]]`): Batches with `input_ids` `[B, T]`: full groups of rows of one
+            length, without padding.
+        num_top (`int`, *optional*, defaults to 6): Number M of tokens to remember for an expert.
+
+    Returns:
+        `list[LayerMixing]`: One entry for each MoT layer, from the lowest up; empty if there is none.
+    """
+    layers = [index for index, kind in enumerate(model.config.mlp_layer_types) if kind == "sparse"]
+    if not layers:
+        return []
+    backbone = next(module for module in model.eval().modules() if isinstance(module, MoTModel))
+    seen: list[list[LayerMixing]] = []
+    first = 0
+    for batch in batches:
+        ids = batch["input_ids"].to(model.device)  # [B, T]
+        outputs = backbone(ids, mixing="cross_example", output_router_logits=True, use_cache=False)
+        shape = (-1, model.config.group_size, ids.shape[1])
+        logits = [logits.unflatten(0, shape) for logits in outputs.router_logits]  # [A, G, T, E]
+        seen.append([_measure(layer, l, first, num_top) for layer, l in zip(layers, logits, strict=True)])
+        first += ids.numel()
+    sizes = torch.tensor([batch["input_ids"].numel() for batch in batches], dtype=torch.float64)
+    return [_join(parts, sizes / sizes.sum(), num_top) for parts in zip(*seen, strict=True)]
+
+
+def _measure(layer: int, logits: Tensor, first: int, num_top: int) -> LayerMixing:
+    """Measure one batch, whose logits are `[A, G, T, E]` and whose first token has the place `first`."""
+    w = logits.softmax(dim=1)  # [A, G, T, E]
+    entropy = torch.special.entr(w).sum(dim=1) / log(w.shape[1])  # [A, T, E]
+    tokens = w.flatten(0, 2)  # [B * T, E]
+    top = tokens.topk(min(num_top, len(tokens)), dim=0)  # [M, E]
+    means = (entropy, w.square().sum(dim=1).reciprocal(), w.amax(dim=1))  # [A, T, E]
+    means = [values.double().mean(dim=(0, 1)).cpu() for values in means]  # [E]
+    return LayerMixing(layer, *means, top.values.cpu(), top.indices.cpu() + first)
+
+
+def _join(parts: Sequence[LayerMixing], shares: Tensor, num_top: int) -> LayerMixing:
+    """Join what was measured in several batches of one layer; `shares` of the text add up to 1."""
+
+    def mean(name: str) -> Tensor:
+        return shares @ torch.stack([getattr(part, name) for part in parts])  # [E]
+
+    weights = torch.cat([part.top_weights for part in parts])
+    tokens = torch.cat([part.top_tokens for part in parts])
+    top = weights.topk(min(num_top, len(weights)), dim=0)  # [M, E]
+    means = [mean(name) for name in ("entropy", "effective_tokens", "largest_weight")]
+    return LayerMixing(parts[0].layer, *means, top.values, tokens.gather(0, top.indices))
+
+
+@torch.no_grad()
+def measure_losses(model: MoTPreTrainedModel, batches: Batches, byte_counts: Tensor | None = None) -> list[ModeLoss]:
+    """Measures the loss of a language model in each of the three mixing modes, on the same text.
+
+    Args:
+        model ([`MoTPreTrainedModel`]): A causal or masked language model.
+        batches (`Sequence[Mapping[str, torch.Tensor]]`): Batches as a collator makes them, with `labels`.
+        byte_counts (`torch.Tensor`, *optional*): Bytes of text by token id, see [`token_byte_counts`].
+
+    Returns:
+        `list[ModeLoss]`: One entry for each mode.
+    """
+    predicted = [_predicted_tokens(model, batch["labels"]) for batch in batches]
+    num_tokens = sum(map(len, predicted))
+    num_bytes = None if byte_counts is None else int(byte_counts[torch.cat(predicted).cpu()].sum())
+    losses = []
+    for mode in MIXING_MODES:
+        total = sum(_mean_loss(model, batch, mode) * len(ids) for batch, ids in zip(batches, predicted, strict=True))
+        loss = total / num_tokens
+        bits = None if num_bytes is None else bits_per_byte(loss, num_tokens, num_bytes)
+        losses.append(ModeLoss(mode, loss, perplexity(loss), bits))
+    return losses
+
+
+def _predicted_tokens(model: MoTPreTrainedModel, labels: Tensor) -> Tensor:
+    """The tokens that the loss is about, as a vector."""
+    labels = labels[:, 1:] if model.config.is_causal else labels
+    return labels[labels != -100]
+
+
+def _mean_loss(model: MoTPreTrainedModel, batch: Mapping[str, Tensor], mode: str) -> float:
+    inputs = {name: value.to(model.device) for name, value in batch.items()}
+    # Without logits there is no load-balancing loss, which is no part of what the model knows of the text.
+    return model.eval()(**inputs, mixing=mode, output_router_logits=False).loss.item()

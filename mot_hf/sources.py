@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TypeVar
 
+from aiohttp import ClientError
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from huggingface_hub.errors import HFValidationError
 
@@ -47,6 +48,10 @@ def load_rows(
         if builder is None:
             return load_dataset(name, config_name, cache_dir=cache_dir, streaming=streaming)
         return load_dataset(builder, data_files={"train": name}, cache_dir=cache_dir, streaming=streaming)
+    except ClientError as error:
+        raise OSError(
+            f"Downloading `source={name!r}` was interrupted: check the network and start again ({error})."
+        ) from error
     except (OSError, HFValidationError) as error:
         raise OSError(
             f"`source={name!r}` is neither an existing file or folder nor a data set that `load_dataset` finds: "

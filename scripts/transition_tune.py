@@ -22,7 +22,7 @@ def main(
     method_args: MethodArguments,
 ) -> None:
     """Train from the first step on in mode `moe`."""
-    if model_args.model_name_or_path is None:
+    if not model_args.model_name_or_path:
         raise ValueError("`model_name_or_path` is not given: name the MoT model to tune, or use train_clm.py.")
     config = AutoConfig.from_pretrained(model_args.model_name_or_path)
     method_args.transition_share = method_args.transition_share or 0.0

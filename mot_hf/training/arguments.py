@@ -83,6 +83,9 @@ class MethodArguments:
         default=None,
         metadata={"help": "share of the steps after which training goes on in mode moe (transition tuning)"},
     )
+    early_stopping_patience: int = field(
+        default=0, metadata={"help": "evaluations without a better metric_for_best_model to stop after; 0 for never"}
+    )
     lora_rank: int = field(default=0, metadata={"help": "rank of LoRA adapters; 0 trains all parameters"})
     lora_alpha: int = field(default=16, metadata={"help": "scale of LoRA adapters, divided by their rank"})
 

@@ -24,6 +24,7 @@ from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArg
 from mot_hf.training.checkpoints import find_checkpoint
 from mot_hf.training.lora import add_lora
 from mot_hf.training.run import add_callbacks, run_training
+from mot_hf.training.safety import explain_failures
 
 # Documents that a tokenizer is trained on; a stream may have no end.
 _MAX_TOKENIZER_DOCUMENTS = 20_000
@@ -76,7 +77,7 @@ def train_language_model(
     method_args = method_args or MethodArguments()
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
-    with training_args.main_process_first(desc="reading the text"):
+    with explain_failures(training_args), training_args.main_process_first(desc="reading the text"):
         data = _load_data(model_args, corpus_args, training_args.seed)
     _check_evaluation(training_args, corpus_args, len(data.validation))
     model = _make_model(model_args, data.tokenizer, corpus_args.block_length, masked)

@@ -1,11 +1,11 @@
 """A run of the stock `Trainer` on a MoT model: what watches it, and how it ends."""
 
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 
 from mot_hf.training.arguments import MethodArguments
 from mot_hf.training.group_check import GroupSizeCheck
 from mot_hf.training.monitor import MixingMonitor
-from mot_hf.training.safety import DiskSpaceCheck, FiniteCheck, explain_failed_writes
+from mot_hf.training.safety import DiskSpaceCheck, FiniteCheck, explain_failures
 from mot_hf.training.statistics import CompanionSynchronization
 from mot_hf.training.transition import TransitionTuning
 
@@ -15,13 +15,16 @@ def add_callbacks(trainer: Trainer, args: MethodArguments | None = None) -> None
 
     Args:
         trainer (`Trainer`): The trainer, before training.
-        args ([`MethodArguments`], *optional*): Whether to monitor the mixing, and when to switch to mode `moe`.
+        args ([`MethodArguments`], *optional*): Whether to monitor the mixing, when to stop early, when to switch to
+            mode `moe`.
     """
     args = args or MethodArguments()
     for callback in (GroupSizeCheck(), CompanionSynchronization(), FiniteCheck(), DiskSpaceCheck()):
         trainer.add_callback(callback)
     if args.monitor_mixing:
         trainer.add_callback(MixingMonitor(trainer))
+    if args.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     if args.transition_share is not None:
         trainer.add_callback(TransitionTuning(trainer, args.transition_share))
 
@@ -37,7 +40,7 @@ def run_training(trainer: Trainer, checkpoint: str | None) -> None:
         OSError: A checkpoint could not be written; earlier ones are untouched.
         FloatingPointError: The loss or a parameter is no finite number.
     """
-    with explain_failed_writes(trainer.args):
+    with explain_failures(trainer.args):
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.is_fsdp_enabled:  # checkpoints may be sharded, but the model is for everyone
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

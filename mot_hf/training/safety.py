@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from aiohttp import ClientError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -76,17 +77,23 @@ class DiskSpaceCheck(TrainerCallback):
 
 
 @contextmanager
-def explain_failed_writes(args: TrainingArguments) -> Iterator[None]:
-    """Turns what libraries raise when a checkpoint cannot be written into one clear error.
+def explain_failures(args: TrainingArguments) -> Iterator[None]:
+    """Turns what libraries raise when a checkpoint cannot be written, or data no longer be read, into clear errors.
 
     Args:
         args (`TrainingArguments`): Arguments of the `Trainer`.
 
     Raises:
-        OSError: A file could not be written; says why, and which checkpoint is the last good one.
+        OSError: A file could not be written, or the connection that text comes from broke; says why, and which
+            checkpoint is the last good one.
     """
     try:
         yield
+    except (ConnectionError, ClientError) as error:
+        raise OSError(
+            f"Reading the text was interrupted ({error}). The last good checkpoint is "
+            f"{find_last_checkpoint(args.output_dir) or 'none'}: go on with --resume_from_checkpoint true."
+        ) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         if not _is_failed_write(error):
             raise

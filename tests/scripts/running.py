@@ -8,14 +8,19 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 
 
-def run_python(folder: Path, *arguments: str | Path) -> str:
-    """Run the interpreter in a folder, which also holds its caches; returns what was printed."""
-    environment = {
+def environment_of(folder: Path) -> dict[str, str]:
+    """The environment of a process that works in a folder, which also holds its caches."""
+    return {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(folder / "cache"),
         "COLUMNS": "100",
     }
+
+
+def run_python(folder: Path, *arguments: str | Path, environment: dict[str, str] | None = None) -> str:
+    """Run the interpreter in a folder; returns what was printed."""
+    environment = environment or environment_of(folder)
     completed = subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
     )

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from mot_hf import MoTForCausalLM
 from mot_hf.training import DiskSpaceCheck, FiniteCheck, find_last_checkpoint, run_training
-from mot_hf.training.safety import explain_failed_writes
+from mot_hf.training.safety import explain_failures
 from tests.models import tiny_config
 from tests.toolkit.training import make_trainer
 
@@ -116,17 +116,25 @@ def test_what_libraries_say_of_a_full_disk(error: Exception, tmp_path: Path) -> 
     trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path)
     with (
         pytest.raises(OSError, match="checkpoint could not be written") as caught,
-        explain_failed_writes(trainer.args),
+        explain_failures(trainer.args),
     ):
         raise error
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.__cause__ is error
 
 
+def test_text_that_can_no_longer_be_read(tmp_path: Path) -> None:
+    trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    message = r"Reading the text was interrupted \(Server Disconnected\).*checkpoint-2: go on with"
+    with pytest.raises(OSError, match=message), explain_failures(trainer.args):
+        raise ConnectionError("Server Disconnected")
+
+
 @pytest.mark.parametrize("error", [OSError("no such data set"), RuntimeError("CUDA out of memory"), ValueError("?")])
 def test_other_errors_pass(error: Exception, tmp_path: Path) -> None:
     trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path)
-    with pytest.raises(type(error)) as caught, explain_failed_writes(trainer.args):
+    with pytest.raises(type(error)) as caught, explain_failures(trainer.args):
         raise error
     assert caught.value is error
 

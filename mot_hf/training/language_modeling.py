@@ -84,7 +84,7 @@ def train_language_model(
     if method_args.lora_rank:
         task_type = None if masked else "CAUSAL_LM"
         model = add_lora(model, rank=method_args.lora_rank, alpha=method_args.lora_alpha, task_type=task_type)
-    metrics = LanguageModelMetrics(data.tokenizer, masked=masked)
+    metrics = _make_metrics(data.tokenizer, masked)
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -109,9 +109,7 @@ def _load_data(model_args: ModelArguments, args: CorpusArguments, seed: int) -> 
     )
     tokenizer_name = args.tokenizer or model_args.model_name_or_path
     if tokenizer_name:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
-        if tokenizer.pad_token is None:  # the end token instead would be left out of the loss
-            tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+        tokenizer = _load_tokenizer(tokenizer_name)
     else:
         documents = (row["text"] for row in islice(corpus["train"], _MAX_TOKENIZER_DOCUMENTS))
         tokenizer = train_tokenizer(documents, args.vocab_size)
@@ -131,6 +129,22 @@ def _load_data(model_args: ModelArguments, args: CorpusArguments, seed: int) -> 
         return LanguageData(tokenizer, rows["train"], rows["validation"].select(range(num_eval_rows)))
     taken = Dataset.from_list(list(rows["validation"].take(args.max_eval_rows)))
     return LanguageData(tokenizer, rows["train"], taken.select(spread_rows(len(taken), group_size, seed)))
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None:  # the end token instead would be left out of the loss
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    if tokenizer.eos_token is None:  # BERT's tokenizers end a text with their separator
+        tokenizer.eos_token = tokenizer.sep_token
+    return tokenizer
+
+
+def _make_metrics(tokenizer: PreTrainedTokenizerBase, masked: bool) -> LanguageModelMetrics:
+    try:
+        return LanguageModelMetrics(tokenizer, masked=masked)
+    except ValueError:  # no byte-level tokenizer, so there are no bits per byte
+        return LanguageModelMetrics(masked=masked)
 
 
 def _check_evaluation(args: TrainingArguments, corpus_args: CorpusArguments, num_rows: int) -> None:

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from tokenizers import BertWordPieceTokenizer as WordPieceTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertTokenizerFast
 
 from tests.models import companions_of
 from tests.scripts.running import REPOSITORY, run_script
@@ -71,3 +72,32 @@ def test_bench_generate_compares_all_models(folder: Path) -> None:
     assert all(model in printed for model in models)
     assert {result["relative_speed"] for result in results if result["model"] == "Qwen3-MoE"} == {1.0}
     assert all(result["relative_speed"] > 0 and "tokens_per_second" not in result for result in results)
+
+
+def test_a_tokenizer_that_is_not_byte_level_serves_too(folder: Path) -> None:
+    words = WordPieceTokenizer()
+    words.train([str(REPOSITORY / "README.md")], vocab_size=400, show_progress=False)
+    BertTokenizerFast(tokenizer_object=words._tokenizer).save_pretrained(folder / "wordpiece")
+    arguments = ["--tokenizer", "wordpiece", "--source", REPOSITORY / "mot_hf", "--output_dir", "wordpiece_mlm"]
+    small = ["--per_device_eval_batch_size", "32"]
+    run_script(
+        folder, "train_mlm.py", RECIPES / "small_mlm.yaml", *arguments, *TINY, *SHORT, "--eval_steps", "4", *small
+    )
+    history = json.loads((folder / "wordpiece_mlm" / "trainer_state.json").read_text())["log_history"]
+    (evaluation,) = [entry for entry in history if "eval_loss" in entry]
+    assert evaluation["eval_token_loss"] > 0
+    assert "eval_bits_per_byte" not in evaluation
+
+
+def test_bench_training_times_every_phase_of_both_models(folder: Path) -> None:
+    arguments = ["--hidden_size", "64", "--intermediate_size", "64", "--num_hidden_layers", "2", "--num_rows", "32"]
+    printed = run_script(folder, "bench_training.py", *arguments, "--num_columns", "8", "--num_rounds", "2")
+    results = json.loads((folder / "runs" / "bench_training" / "training.json").read_text())["results"]
+    phases = ["forward and backward", "forward", "backward", "optimizer"]
+    assert [(result["model"], result["phase"]) for result in results] == [
+        (model, phase) for model in ("dense", "MoT", "MoT, monitored") for phase in phases
+    ]
+    assert {result["relative_time"] for result in results if result["model"] == "dense"} == {1.0}
+    assert all("seconds" not in result for result in results)
+    assert 1 < results[4]["relative_flops"] < 1.2
+    assert "relative to the dense model" in printed

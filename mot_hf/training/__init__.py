@@ -2,6 +2,7 @@
 
 from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArguments, parse_arguments
 from mot_hf.training.checkpoints import find_checkpoint, find_damage, find_last_checkpoint
+from mot_hf.training.classification import finetune_classification
 from mot_hf.training.group_check import GroupSizeCheck
 from mot_hf.training.language_modeling import train_language_model
 from mot_hf.training.lora import add_lora
@@ -26,6 +27,7 @@ __all__ = [
     "find_checkpoint",
     "find_damage",
     "find_last_checkpoint",
+    "finetune_classification",
     "parse_arguments",
     "run_training",
     "train_language_model",

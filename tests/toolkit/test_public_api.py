@@ -41,6 +41,7 @@ def test_names() -> None:
         "find_checkpoint",
         "find_damage",
         "find_last_checkpoint",
+        "finetune_classification",
         "parse_arguments",
         "run_training",
         "train_language_model",

@@ -1,0 +1,158 @@
+"""Fine-tuning of pretrained MoT models for the classification of sequences and of tokens."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from mot_hf.training.arguments import MethodArguments
+from mot_hf.training.checkpoints import find_checkpoint
+from mot_hf.training.classification_data import IGNORED, encode
+from mot_hf.training.lora import add_lora
+from mot_hf.training.run import add_callbacks, run_training
+
+
+def finetune_classification(
+    model_name_or_path: str,
+    data: DatasetDict,
+    training_args: TrainingArguments,
+    method_args: MethodArguments | None = None,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    """Fine-tunes a pretrained model on labelled texts and saves it, with its tokenizer, in `training_args.output_dir`.
+
+    Texts are cut to the length that the model is meant for, and padded on the right. A MoT model is trained in mode
+    `config.mixing` and evaluated in mode `config.inference_mixing`. In mode `cross_example` the rows of a group should
+    have nothing to do with one another, lest a row's label shows in its companions: both splits are shuffled once, and
+    `train_sampling_strategy="random"` shuffles the training split again for every epoch. `"group_by_length"` saves
+    padding, but then the last batches, which weigh most in the statistics of the typical group, are not typical.
+    Training texts that fill no batch are left out, fewer than one batch; all validation texts count.
+
+    Args:
+        model_name_or_path (`str`): A pretrained model with a tokenizer, MoT or dense.
+        data (`DatasetDict`): Texts as [`load_classification_data`] gives them.
+        training_args (`TrainingArguments`): Those of the stock `Trainer`.
+        method_args ([`MethodArguments`], *optional*): Monitoring, early stopping, adapters.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): Callbacks of the trainer, besides its own.
+
+    Returns:
+        `Trainer`: The trainer after training. Its `evaluate()` gives accuracy and macro F1 on the validation split.
+
+    Raises:
+        ValueError: If there are fewer than two labels, the tokenizer cannot pad or gives no offsets,
+            `dataloader_drop_last` is set, or `output_dir` holds checkpoints and nothing says what to do with them.
+        OSError: If the model cannot be read or written.
+        FloatingPointError: If the loss or a parameter is no finite number.
+    """
+    if training_args.dataloader_drop_last:
+        raise ValueError(
+            "`dataloader_drop_last=True` would leave out validation texts too: set it to False. Training texts that "
+            "fill no batch are left out anyway."
+        )
+    method_args = method_args or MethodArguments()
+    checkpoint = find_checkpoint(training_args)
+    set_seed(training_args.seed)
+    of_tokens = "starts" in data["train"].column_names
+    tokenizer = _load_tokenizer(model_name_or_path, of_tokens)
+    model = _load_model(model_name_or_path, _label_names(data), tokenizer, of_tokens)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    if method_args.lora_rank:
+        task_type = "TOKEN_CLS" if of_tokens else "SEQ_CLS"
+        model = add_lora(model, rank=method_args.lora_rank, alpha=method_args.lora_alpha, task_type=task_type)
+    encoded = encode(data, tokenizer, tokenizer.model_max_length).shuffle(seed=training_args.seed)
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=_fill_batches(encoded["train"], training_args),
+        eval_dataset=encoded["validation"],
+        data_collator=(DataCollatorForTokenClassification if of_tokens else DataCollatorWithPadding)(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=_most_likely,
+        callbacks=list(callbacks),
+    )
+    add_callbacks(trainer, method_args)
+    run_training(trainer, checkpoint)
+    return trainer
+
+
+def _label_names(data: DatasetDict) -> list[str]:
+    features = data["train"].features
+    names = features["labels"].feature.names if "labels" in features else features["label"].names
+    if len(names) < 2:
+        raise ValueError(f"`data` has the labels {names}, and there must be two or more to choose from.")
+    return names
+
+
+def _load_tokenizer(model_name_or_path: str, of_tokens: bool) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, padding_side="right", truncation_side="right")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"The tokenizer of `model_name_or_path={model_name_or_path!r}` has no padding token: set "
+            "`tokenizer.pad_token` to a token that no text holds, and save it."
+        )
+    if of_tokens and not tokenizer.is_fast:
+        raise ValueError(
+            f"The tokenizer of `model_name_or_path={model_name_or_path!r}` does not say where its tokens are in the "
+            "text: token classification needs a fast one."
+        )
+    return tokenizer
+
+
+def _load_model(
+    model_name_or_path: str, names: list[str], tokenizer: PreTrainedTokenizerBase, of_tokens: bool
+) -> PreTrainedModel:
+    head = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
+    return head.from_pretrained(
+        model_name_or_path,
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _fill_batches(rows: Dataset, args: TrainingArguments) -> Dataset:
+    num_full = len(rows) - len(rows) % (args.train_batch_size * args.world_size)
+    return rows.select(range(num_full or len(rows)))
+
+
+def _most_likely(logits: Tensor, labels: Tensor) -> Tensor:
+    """The predicted labels [...], all that is kept of logits [..., L]."""
+    return logits.argmax(dim=-1)
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Compares predicted labels with true ones, where there is a true one.
+
+    Args:
+        prediction (`EvalPrediction`): Predicted labels and true ones, of the same shape; -100 is no label.
+
+    Returns:
+        `dict[str, float]`: `accuracy`, and `macro_f1`, the mean of F1 over all labels that are true or predicted
+        somewhere.
+    """
+    counted = prediction.label_ids != IGNORED
+    predicted, true = prediction.predictions[counted], prediction.label_ids[counted]
+    num_labels = 1 + max(predicted.max(), true.max())
+    right, num_predicted, num_true = (
+        np.bincount(labels, minlength=num_labels) for labels in (true[predicted == true], predicted, true)
+    )
+    total = num_predicted + num_true
+    f1 = 2 * right[total > 0] / total[total > 0]
+    return {"accuracy": float((predicted == true).mean()), "macro_f1": float(f1.mean())}

@@ -1,0 +1,37 @@
+"""Fine-tune a pretrained MoT model to classify sequences or tokens, and say how well it does on held-out texts.
+
+Arguments are those of `TrainingArguments`, and the model and the texts; a recipe gives them defaults. By default the
+texts are code of Python's standard library: which package is a function from, or what is the role of each token?
+
+    python scripts/finetune_classification.py scripts/recipes/finetune/sequence.yaml \
+        --model_name_or_path runs/clm32 --output_dir runs/finetune/packages
+    python scripts/finetune_classification.py scripts/recipes/finetune/tokens.yaml \
+        --model_name_or_path runs/clm32 --output_dir runs/finetune/roles
+
+On texts of your own, here a file of rows such as {"review": "...", "stars": 4}; for `--task tokens` the columns hold
+lists of words and of their labels. `accelerate launch` in place of `python` uses every device.
+
+    python scripts/finetune_classification.py scripts/recipes/finetune/sequence.yaml \
+        --model_name_or_path runs/clm32 --output_dir runs/finetune/reviews \
+        --source reviews.jsonl --text_column review --label_column stars
+"""
+
+from transformers import TrainingArguments
+
+from mot_hf.training import MethodArguments, parse_arguments
+from mot_hf.training.classification import finetune_classification
+from mot_hf.training.classification_data import ClassificationArguments, load_classification_data
+
+
+def main(args: ClassificationArguments, training_args: TrainingArguments, method_args: MethodArguments) -> None:
+    """Fine-tune, evaluate, and write the metrics to the output folder."""
+    with training_args.main_process_first(desc="reading the texts"):
+        data = load_classification_data(args)
+    trainer = finetune_classification(args.model_name_or_path, data, training_args, method_args)
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+
+
+if __name__ == "__main__":
+    main(*parse_arguments((ClassificationArguments, TrainingArguments, MethodArguments)))

@@ -1,0 +1,413 @@
+"""Tasks made of code, labelled texts of a user's own, and fine-tuning on them."""
+
+import itertools
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+from mot_hf import MoTForCausalLM, MoTForMaskedLM, MoTForSequenceClassification, MoTForTokenClassification
+from mot_hf.code_tasks import ROLES, package_task, role_task
+from mot_hf.corpus import train_tokenizer
+from mot_hf.sources import is_held_out
+from mot_hf.training.classification import compute_metrics, finetune_classification
+from mot_hf.training.classification_data import (
+    ClassificationArguments,
+    align_labels,
+    encode,
+    load_classification_data,
+)
+from tests.models import companions_of, tiny_config
+
+SOURCE = '''\
+"""Shapes."""
+import math as m  # for pi
+
+class Round(Shape):
+    sides = 0
+
+    @staticmethod
+    async def area(radius, *, digits: int = 2, **rest):
+        def inner(x):
+            return x
+        é, radius.size = "ü", lambda y: y + z
+        return round(m.pi * radius ** 2, digits)
+
+def last(): pass
+'''
+
+WORDS = {"animal": ["cat", "dog", "horse"], "colour": ["red", "blue", "green"]}
+
+
+def roles_of(piece: dict) -> list[tuple[str, str]]:
+    """The words of a piece with their roles."""
+    spans = zip(piece["starts"], piece["ends"], piece["labels"], strict=True)
+    return [(piece["text"][start:end], ROLES[label]) for start, end, label in spans]
+
+
+def file_name(package: str, is_validation: bool) -> str:
+    """Name of a file that is held out, or not, at the fraction 0.2."""
+    names = (f"{package}/file_{number}.py" for number in itertools.count())
+    return next(name for name in names if is_held_out(os.fsencode(name), 0.2) is is_validation)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """Two packages with functions in each split, one without a file in validation, and a file of no package."""
+    names = [file_name(package, held_out) for package in ("ham", "spam") for held_out in (False, True)]
+    paths = {}
+    for name in [*names, file_name("eggs", False), "alone.py"]:
+        paths[name] = tmp_path / name
+        paths[name].parent.mkdir(exist_ok=True)
+        functions = [f"    def {Path(name).stem}_{i}(self):\n        return {name!r}\n" for i in range(3)]
+        paths[name].write_text("def same():\n    pass\n\nclass A:\n" + "".join(functions))
+    return paths
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> dict[str, Path]:
+    """One file with everything in it, and one that is held out."""
+    (tmp_path / "shapes.py").write_text(SOURCE, encoding="utf-8")
+    (tmp_path / "held_out.py").write_text("x = 1\n")
+    return {"p/0.py": tmp_path / "shapes.py", file_name("p", True): tmp_path / "held_out.py"}
+
+
+class TestPackageTask:
+    def test_labels_functions_by_package(self, files: dict[str, Path]) -> None:
+        task = package_task(files, min_functions=3)
+        for split in task.values():
+            assert split.features["label"] == ClassLabel(names=["ham", "spam"])
+            for row in split:
+                assert row["file"].split("/")[0] == ["ham", "spam"][row["label"]]
+                assert row["text"] == "def same():\n    pass" or f"return {row['file']!r}" in row["text"]
+        assert len(task["train"]) in (6, 7)
+        # a text that is in several files counts for the first
+        assert task["train"]["text"][:].count("def same():\n    pass") <= 1
+
+    def test_holds_out_files(self, files: dict[str, Path]) -> None:
+        task = package_task(files, min_functions=3)
+        assert not set(task["train"]["file"]) & set(task["validation"]["file"])
+        assert all(is_held_out(os.fsencode(name), 0.2) for name in task["validation"]["file"])
+
+    def test_is_the_same_every_time(self, files: dict[str, Path]) -> None:
+        backwards = dict(reversed(files.items()))
+        first, second = package_task(files, min_functions=3), package_task(backwards, min_functions=3)
+        for name in first:
+            assert first[name].to_list() == second[name].to_list()
+
+    def test_functions_lose_decorators_and_indentation(self, files: dict[str, Path]) -> None:
+        for path in files.values():
+            path.write_text(path.read_text() + "\n    @property\n    def deep(self):\n        def inner(): ...\n")
+        texts = package_task(files, min_functions=3)["train"]["text"][:]
+        assert sum("inner" in text for text in texts) <= 1
+        assert all(text.startswith("def ") for text in texts)
+
+    def test_too_few_packages_are_refused(self, files: dict[str, Path]) -> None:
+        with pytest.raises(ValueError, match=r"`min_functions=9` .* packages \[\].*lower it"):
+            package_task(files, min_functions=9)
+
+    @pytest.mark.parametrize("fraction", [0, 1.0])
+    def test_a_fraction_out_of_range_is_refused(self, files: dict[str, Path], fraction: float) -> None:
+        with pytest.raises(ValueError, match=f"`validation_fraction={fraction}` must lie between 0 and 1"):
+            package_task(files, validation_fraction=fraction)
+
+    def test_a_file_that_is_not_python_is_named(self, files: dict[str, Path]) -> None:
+        files["alone.py"].write_text("def :")
+        with pytest.raises(ValueError, match=r"'alone.py', which is not Python \(.*leave it out"):
+            role_task(files)
+
+
+class TestRoleTask:
+    def test_cuts_before_definitions(self, shapes: dict[str, Path]) -> None:
+        pieces = role_task(shapes, validation_fraction=0.2)["train"]
+        starts = [text.strip().split("\n")[0] for text in pieces["text"]]
+        assert starts == ['"""Shapes."""', "class Round(Shape):", "@staticmethod", "def last(): pass"]
+        assert SOURCE.replace("\n", "").replace(" ", "") == "".join("".join(pieces["text"]).split())
+
+    def test_names_the_role_of_every_token(self, shapes: dict[str, Path]) -> None:
+        head, shape, area, last = map(roles_of, role_task(shapes, validation_fraction=0.2)["train"])
+        assert head == [
+            ('"""Shapes."""', "string"),
+            ("import", "keyword"),
+            ("math", "name"),
+            ("as", "keyword"),
+            ("m", "name"),
+            ("# for pi", "comment"),
+        ]
+        assert [role for _, role in shape] == [
+            *("keyword", "class", "operator", "name", "operator", "operator"),  # class Round(Shape):
+            *("name", "operator", "number"),  # sides = 0
+        ]
+        assert [word for word, role in area if role == "function"] == ["area", "inner"]
+        assert [word for word, role in area if role == "attribute"] == ["size", "pi"]
+        assert [word for word, role in area if role == "string"] == ['"ü"']
+        assert [word for word, role in area if role == "parameter"] == [
+            *("radius", "digits", "rest", "x", "x", "radius", "y", "y", "radius", "digits")
+        ]
+        assert [word for word, role in area if role == "name"] == ["staticmethod", "int", "é", "z", "round", "m"]
+        assert last[-1] == ("pass", "keyword")
+
+    def test_an_empty_split_is_refused(self, shapes: dict[str, Path]) -> None:
+        with pytest.raises(ValueError, match=r"`validation_fraction=0.0001` leaves a split without text"):
+            role_task(shapes, validation_fraction=0.0001)
+
+    def test_holds_out_files_of_the_default_corpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        stdlib = Path(os.__file__).parent
+        names = ["abc.py", "json/decoder.py", "json/encoder.py", "json/scanner.py", "json/tool.py", "bisect.py"]
+        monkeypatch.setattr("mot_hf.code_tasks.default_corpus_files", lambda: {name: stdlib / name for name in names})
+        task = role_task(validation_fraction=0.4)
+        assert set(task["train"]["file"]) | set(task["validation"]["file"]) == set(names)
+        assert not set(task["train"]["file"]) & set(task["validation"]["file"])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer([SOURCE] * 4 + list(itertools.chain(*WORDS.values())) * 9, vocab_size=320)
+
+
+def joined_by_role(tokenizer: PreTrainedTokenizerFast, row: dict) -> dict[str, str]:
+    """What the tokens of each role spell, without white space."""
+    tokens: dict[str, list[int]] = {}
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        if label != -100:
+            tokens.setdefault(ROLES[label], []).append(token)
+    return {role: "".join(tokenizer.decode(ids).split()) for role, ids in tokens.items()}
+
+
+class TestAlignment:
+    def test_a_token_has_the_label_of_its_first_visible_character(self) -> None:
+        text = "if  (a,\nbc"
+        offsets = [(0, 2), (2, 3), (3, 5), (5, 7), (7, 9), (9, 10), (10, 10)]
+        assert align_labels(text, offsets, [0, 4, 8], [2, 6, 10], [5, 6, 7]) == [5, -100, 6, 6, 7, 7, -100]
+
+    def test_what_is_outside_the_words_has_no_label(self) -> None:
+        assert align_labels("a b", [(0, 1), (1, 3)], [2], [3], [4]) == [-100, 4]
+        assert align_labels("a b", [(0, 1), (1, 3)], [0], [1], [4]) == [4, -100]
+
+    def test_roles_reach_the_tokens(self, shapes: dict[str, Path], tokenizer: PreTrainedTokenizerFast) -> None:
+        task = role_task(shapes, validation_fraction=0.2)
+        encoded = encode(task, tokenizer, max_length=500)["train"]
+        for piece, row in zip(task["train"], encoded, strict=True):
+            assert tokenizer.decode(row["input_ids"]) == piece["text"]
+            visible = [bool(tokenizer.decode(token).strip()) for token in row["input_ids"]]
+            assert [label != -100 for label in row["labels"]] == visible
+            assert joined_by_role(tokenizer, row) == {
+                role: "".join("".join(word.split()) for word, other in roles_of(piece) if other == role)
+                for role in {role for _, role in roles_of(piece)}
+            }
+
+    def test_texts_are_cut(self, shapes: dict[str, Path], tokenizer: PreTrainedTokenizerFast) -> None:
+        encoded = encode(role_task(shapes, validation_fraction=0.2), tokenizer, max_length=5)["train"]
+        assert [len(ids) for ids in encoded["input_ids"]] == [5] * 4
+        assert [len(labels) for labels in encoded["labels"]] == [5] * 4
+
+
+def write_rows(path: Path, rows: list[dict]) -> ClassificationArguments:
+    """Write rows to a file; returns the arguments that read it."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return ClassificationArguments("model", source=str(path))
+
+
+class TestOwnData:
+    def test_numbers_labels_in_order(self, tmp_path: Path) -> None:
+        args = write_rows(tmp_path / "rows.jsonl", [{"review": f"so {i}", "stars": 1 + i % 5} for i in range(60)])
+        data = load_classification_data(replace(args, text_column="review", label_column="stars"))
+        assert data["train"].features["label"].names == ["1", "2", "3", "4", "5"]
+        assert 0 < len(data["validation"]) < 20
+        assert len(data["train"]) + len(data["validation"]) == 60
+        for row in [*data["train"], *data["validation"]]:
+            assert row["label"] == int(row["text"][3:]) % 5
+
+    def test_joins_words(self, tmp_path: Path) -> None:
+        rows = [{"words": ["in", "New York", str(i)], "tags": ["O", "place", "O"]} for i in range(40)]
+        args = write_rows(tmp_path / "rows.jsonl", rows)
+        args = replace(args, task="tokens", text_column="words", label_column="tags")
+        data = load_classification_data(args)
+        assert data["train"].features["labels"].feature.names == ["O", "place"]
+        row = data["train"][0]
+        words = [row["text"][start:end] for start, end in zip(row["starts"], row["ends"], strict=True)]
+        assert words[:2] == ["in", "New York"]
+        assert row["labels"] == [0, 1, 0]
+
+    def test_keeps_splits_and_leaves_out_empty_texts(self, tmp_path: Path) -> None:
+        for name, texts in (("train", ["a", "", "b"]), ("test", ["c", "d"])):
+            write_rows(tmp_path / f"{name}.jsonl", [{"text": text, "label": "x"} for text in texts])
+        data = load_classification_data(ClassificationArguments("model", source=str(tmp_path)))
+        assert data["train"]["text"][:] == ["a", "b"]
+        assert data["validation"]["text"][:] == ["c", "d"]
+
+    def test_an_unknown_task_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="`task='words'` must be 'sequence' or 'tokens'"):
+            load_classification_data(ClassificationArguments("model", task="words"))
+
+    def test_a_source_that_does_not_exist_is_named(self) -> None:
+        with pytest.raises(OSError, match="nothing"):
+            load_classification_data(ClassificationArguments("model", source="nothing.jsonl"))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"text_column": "txt"}, r"`text_column='txt'` is no column of the data set: use \['text', 'label'\]"),
+            ({"label_column": "tag"}, "`label_column='tag'` is no column"),
+            ({"task": "tokens"}, "`text_column='text'` does not fit `task='tokens'`"),
+        ],
+    )
+    def test_columns_that_do_not_fit_are_named(self, tmp_path: Path, changes: dict, message: str) -> None:
+        args = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "label": "x"}])
+        with pytest.raises(ValueError, match=message):
+            load_classification_data(replace(args, **changes))
+
+    @pytest.mark.parametrize(
+        ("train", "test", "message"),
+        [
+            (["x", None], ["x"], "`label_column='label'` has texts without a label"),
+            (["x", "y"], ["z"], r"Label 'z' does not occur in the training split, which has \['x', 'y'\]"),
+        ],
+    )
+    def test_labels_that_do_not_fit_are_named(self, tmp_path: Path, train: list, test: list, message: str) -> None:
+        for name, labels in (("train", train), ("test", test)):
+            write_rows(tmp_path / f"{name}.jsonl", [{"text": "a", "label": label} for label in labels])
+        with pytest.raises(ValueError, match=message):
+            load_classification_data(ClassificationArguments("model", source=str(tmp_path)))
+
+    def test_an_empty_split_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="validation split of `source` holds no text"):
+            load_classification_data(write_rows(tmp_path / "rows.jsonl", [{"text": "a", "label": "x"}]))
+
+
+def test_metrics_count_labelled_positions_only() -> None:
+    true = np.array([[0, 0, 1, -100], [1, 3, 3, -100]])
+    predicted = np.array([[0, 1, 1, 2], [1, 3, 0, 2]])
+    # label 2 is neither true nor predicted; F1 is 1/2 for 0, 4/5 for 1 and 2/3 for 3
+    metrics = compute_metrics(EvalPrediction(predicted, true))
+    assert metrics == pytest.approx({"accuracy": 4 / 6, "macro_f1": (1 / 2 + 4 / 5 + 2 / 3) / 3})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = tiny_config(vocab_size=len(tokenizer), max_position_embeddings=12, num_hidden_layers=2)
+    MoTForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def texts_of_words(of_tokens: bool) -> list[dict]:
+    """Texts of one to three words about one thing, or about both with a label for each word."""
+    rows = []
+    for things in itertools.product(*[list(WORDS)] * 3):
+        for choice in itertools.product(range(3), repeat=3):
+            words = [WORDS[thing][number] for thing, number in zip(things, choice, strict=True)]
+            if of_tokens:
+                rows.append({"text": words, "label": list(things)})
+            elif len(set(things)) == 1:
+                rows += [{"text": " ".join(words[:length]), "label": things[0]} for length in (1, 2, 3)]
+    return rows
+
+
+def finetune(checkpoint: Path, folder: Path, task: str, max_steps: int = 40) -> Trainer:
+    args = write_rows(folder / "rows.jsonl", texts_of_words(task == "tokens"))
+    training_args = TrainingArguments(
+        output_dir=str(folder / "tuned"),
+        max_steps=max_steps,
+        learning_rate=1e-2,
+        per_device_train_batch_size=16,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return finetune_classification(str(checkpoint), load_classification_data(replace(args, task=task)), training_args)
+
+
+def test_sequence_classification_learns_and_answers_in_a_pipeline(checkpoint: Path, tmp_path: Path) -> None:
+    trainer = finetune(checkpoint, tmp_path, "sequence")
+    metrics = trainer.evaluate()
+    assert metrics["eval_accuracy"] > 0.9
+    assert metrics["eval_macro_f1"] > 0.9
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
+    assert type(model) is MoTForSequenceClassification
+    assert model.config.id2label == {0: "animal", 1: "colour"}
+    assert model.config.pad_token_id == trainer.processing_class.pad_token_id
+    tracked = [value for name, value in companions_of(model).items() if name.endswith("num_batches_tracked")]
+    assert [int(value) for value in tracked] == [40]  # trained in mode cross_example
+    classifier = pipeline("text-classification", model=str(tmp_path / "tuned"), device="cpu")
+    texts = ["dog cat dog", "red", "green blue"]
+    for batch_size in (1, 3):
+        assert [answer["label"] for answer in classifier(texts, batch_size=batch_size)] == [
+            *("animal", "colour", "colour")
+        ]
+
+
+def test_token_classification_learns_and_answers_in_a_pipeline(checkpoint: Path, tmp_path: Path) -> None:
+    metrics = finetune(checkpoint, tmp_path, "tokens").evaluate()
+    assert metrics["eval_accuracy"] > 0.9
+    assert type(AutoModelForTokenClassification.from_pretrained(tmp_path / "tuned")) is MoTForTokenClassification
+    tagger = pipeline("token-classification", model=str(tmp_path / "tuned"), device="cpu", aggregation_strategy="max")
+    text = "dog red cat"
+    found = [(text[word["start"] : word["end"]].strip(), word["entity_group"]) for word in tagger(text)]
+    assert found == [("dog", "animal"), ("red", "colour"), ("cat", "animal")]
+
+
+@pytest.mark.parametrize("task", ["sequence", "tokens"])
+def test_dense_and_bidirectional_checkpoints_are_fine_tuned(
+    task: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = tmp_path / "checkpoint"
+    config = tiny_config(vocab_size=len(tokenizer), num_hidden_layers=1, mlp_layer_types=["dense"])
+    MoTForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    trainer = finetune(folder, tmp_path, task, max_steps=1)
+    assert trainer.model.config.is_causal is False
+    assert 0 <= trainer.evaluate()["eval_macro_f1"] <= 1
+
+
+def test_texts_are_cut_to_the_model_and_padded_on_the_right(checkpoint: Path, tmp_path: Path) -> None:
+    trainer = finetune(checkpoint, tmp_path, "sequence", max_steps=1)
+    assert AutoTokenizer.from_pretrained(tmp_path / "tuned").model_max_length == 12
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["input_ids"].shape[1] <= 12
+    assert batch["attention_mask"][:, 0].all()
+    assert not batch["attention_mask"].all()
+
+
+def test_batches_are_full_and_every_validation_text_counts(checkpoint: Path, tmp_path: Path) -> None:
+    trainer = finetune(checkpoint, tmp_path, "tokens", max_steps=1)
+    num_texts = len(texts_of_words(of_tokens=True))
+    num_validation = len(trainer.eval_dataset)
+    assert len(trainer.train_dataset) == (num_texts - num_validation) // 16 * 16
+    assert sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader()) == num_validation
+    trainer.args.dataloader_drop_last = True
+    with pytest.raises(ValueError, match="`dataloader_drop_last=True` would leave out validation texts too"):
+        finetune_classification(str(checkpoint), DatasetDict(), trainer.args)
+
+
+def test_one_label_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    split = Dataset.from_dict({"text": ["a"], "label": [0]}).cast_column("label", ClassLabel(names=["x"]))
+    training_args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    with pytest.raises(ValueError, match=r"`data` has the labels \['x'\], and there must be two"):
+        finetune_classification(str(checkpoint), DatasetDict(train=split, validation=split), training_args)
+
+
+def test_a_tokenizer_without_padding_is_refused(
+    checkpoint: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "config.json").write_text((checkpoint / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"has no padding token: set `tokenizer.pad_token`"):
+        finetune(tmp_path / "tokenizer", tmp_path, "sequence")

@@ -22,7 +22,9 @@ EXTRAS = {
     "lora": ["peft>=0.18"],
 }
 EXTRAS["demo"] = EXTRAS["train"] + EXTRAS["report"]
-EXTRAS["dev"] = EXTRAS["demo"] + EXTRAS["lora"] + [
+EXTRAS["dev"] = [
+    *EXTRAS["demo"],
+    *EXTRAS["lora"],
     "build>=1.2",
     "hypothesis>=6.100",
     "pre-commit>=4.0",

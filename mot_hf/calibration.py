@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel, send_to_device
@@ -98,7 +98,7 @@ def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *
     Raises:
         ValueError: The model has no MoT layers, or there is no batch with a token. The statistics are unchanged.
     """
-    model = extract_model_from_parallel(model)
+    model = cast(MoTPreTrainedModel, extract_model_from_parallel(model))
     layers = [module for module in model.modules() if isinstance(module, MoTSparseBlock)]
     if not layers:
         raise ValueError(

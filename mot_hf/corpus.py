@@ -201,6 +201,8 @@ def token_byte_counts(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     Raises:
         ValueError: If the tokenizer is not byte-level.
     """
+    if "ByteLevel" not in str(tokenizer.backend_tokenizer.decoder):
+        raise ValueError(f"`tokenizer` must be byte-level BPE, its decoder is {tokenizer.backend_tokenizer.decoder}.")
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     added = tokenizer.added_tokens_decoder
     vocab = tokenizer.get_vocab()

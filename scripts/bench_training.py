@@ -3,8 +3,8 @@
 Both models have the same attention, embeddings and dense layers; a MoT layer's experts together do the work of the
 dense layer that it replaces. A round takes one step with each model, in turn; a figure is the median over rounds, of
 times and of ratios to the dense model in the same round. The optimizer (AdamW) is timed by itself: it has `group_size`
-times the parameters to update in a MoT layer, however many tokens a step has. "MoT, monitored" is the same model in a
-step that `MixingMonitor` looks at, as it does in steps that log. Close other programs. Writes
+times the parameters to update in a MoT layer, however many tokens a step has. Last comes the share of a step that
+`MixingMonitor` adds to those that log. Close other programs. Writes
 `training.json` to the output folder, with absolute speeds only from a GPU. The stored results:
 
     python scripts/bench_training.py --output_dir results/bench_training
@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import HfArgumentParser, Trainer, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from mot_hf import MoTConfig, MoTForCausalLM
+from mot_hf.modeling.modeling_mot import MoTSparseBlock
 from mot_hf.training import MixingMonitor
 
 PHASES = ("forward", "backward", "optimizer")
@@ -56,7 +57,7 @@ class Arguments:
 
 
 def make_models(args: Arguments) -> dict[str, MoTForCausalLM]:
-    """Make the dense model, and the MoT model twice."""
+    """Make the dense model and the MoT model."""
     shared = {
         "vocab_size": args.vocab_size,
         "hidden_size": args.hidden_size,
@@ -69,28 +70,54 @@ def make_models(args: Arguments) -> dict[str, MoTForCausalLM]:
     }
     dense = MoTForCausalLM(MoTConfig(**shared, mlp_layer_types=["dense"] * args.num_hidden_layers))
     models = {"dense": dense, "MoT": MoTForCausalLM(MoTConfig(**shared))}
-    models["MoT, monitored"] = MoTForCausalLM(MoTConfig(**shared))
-    watch(models["MoT, monitored"])
     return {name: model.to(args.device).train() for name, model in models.items()}
 
 
-def watch(model: MoTForCausalLM) -> None:
-    """Let a monitor look at every step, and forget what it saw."""
-    arguments = TrainingArguments(report_to="none", logging_steps=1)
-    monitor = MixingMonitor(Trainer(model, arguments))
-    state, control = TrainerState(logging_steps=1), TrainerControl()
-    monitor.log = lambda values: None
-    monitor.on_train_begin(arguments, state, control, model=model)
+class TimedMonitor(MixingMonitor):
+    """A monitor that looks at every step, and adds up the time that it takes.
 
-    def begin(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        monitor.on_step_begin(arguments, state, control)
+    Args:
+        model (`MoTForCausalLM`): The model.
+        clock (`Callable`): Tells the time, when all work is done.
+    """
 
-    def end(module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        monitor.on_step_end(arguments, state, control)
-        monitor.on_log(arguments, state, control, logs={"loss": 0.0})
+    def __init__(self, model: MoTForCausalLM, clock: Callable[[], float]) -> None:
+        arguments = TrainingArguments(report_to="none")
+        super().__init__(Trainer(model, arguments))
+        self.log = lambda values: None
+        self.clock, self.seconds = clock, 0.0
+        self.context = (arguments, TrainerState(logging_steps=1), TrainerControl())
+        self.on_train_begin(*self.context, model=model)
 
-    model.register_forward_pre_hook(begin)
-    model.register_forward_hook(end)
+    def _make_recorder(self, layer: MoTSparseBlock) -> Callable[..., None]:
+        record = super()._make_recorder(layer)
+        return lambda *inputs: self.add_time(lambda: record(*inputs))
+
+    def add_time(self, work: Callable[[], None]) -> None:
+        """Do some work of the monitor."""
+        start = self.clock()
+        work()
+        self.seconds += self.clock() - start
+
+    def finish_step(self) -> float:
+        """Log; returns the seconds since the last time."""
+        self.on_step_end(*self.context)
+        self.add_time(lambda: self.on_log(*self.context, logs={"loss": 0.0}))
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+def measure_monitor(
+    model: MoTForCausalLM, ids: Tensor, args: Arguments, num_rounds: int, clock: Callable[[], float]
+) -> float:
+    """Share of a step's forward and backward that the monitor adds to a step that logs: the median."""
+    monitor, optimizer, shares = TimedMonitor(model, clock), torch.optim.AdamW(model.parameters()), []
+    for _ in range(num_rounds + 1):
+        monitor.on_step_begin(*monitor.context)
+        seconds = time_step(model, optimizer, ids, args, clock)
+        watching = monitor.finish_step()
+        shares.append(watching / (seconds["forward"] + seconds["backward"] - watching))
+    return median(shares[1:])
 
 
 def time_step(
@@ -120,8 +147,8 @@ def count_flops(model: MoTForCausalLM, ids: Tensor) -> int:
     return counter.get_total_flops()
 
 
-def measure(args: Arguments) -> list[dict[str, Any]]:
-    """Take steps with all models in turn, round after round."""
+def measure(args: Arguments) -> tuple[list[dict[str, Any]], float]:
+    """Take steps with both models in turn, round after round, then some with a monitor."""
 
     def clock() -> float:
         if args.device.startswith("cuda"):
@@ -139,7 +166,10 @@ def measure(args: Arguments) -> list[dict[str, Any]]:
         {name: time_step(model, optimizers[name], ids, args, clock) for name, model in models.items()}
         for _ in range(args.num_rounds + 1)
     ][1:]
-    return [summarize(name, phases, rounds, flops) for name in models for phases in (("forward", "backward"), *PHASES)]
+    results = [
+        summarize(name, phases, rounds, flops) for name in models for phases in (("forward", "backward"), *PHASES)
+    ]
+    return results, measure_monitor(models["MoT"], ids, args, args.num_rounds, clock)
 
 
 def summarize(
@@ -179,17 +209,19 @@ def print_table(results: list[dict[str, Any]], console: Console) -> None:
 
 
 def main(args: Arguments) -> None:
-    """Time all models, then write and print the results."""
+    """Time both models and the monitor, then write and print the results."""
     set_seed(0)
-    results = measure(args)
+    results, monitor_share = measure(args)
     console = Console()
     print_table(results, console)
+    console.print(f"the monitor adds {monitor_share:.2%} to a step that logs")
     on_gpu = args.device.startswith("cuda")
     if not on_gpu:
         for result in results:
             del result["seconds"]  # of no use on another machine
     record = {
         "results": results,
+        "monitor_share_of_a_logging_step": monitor_share,
         "arguments": asdict(args),
         "machine": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -36,12 +36,13 @@ def add_lora(
         raise ValueError(f"`rank={rank}` must be at least 1.")
     from peft import LoraConfig, get_peft_model
 
+    has_experts = "sparse" in model.config.mlp_layer_types
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         task_type=task_type,
         target_modules=_PROJECTIONS,
-        target_parameters=_EXPERTS,
-        modules_to_save=["companions"],
+        target_parameters=_EXPERTS if has_experts else None,
+        modules_to_save=["companions"] if has_experts else None,
     )
     return get_peft_model(model, config)

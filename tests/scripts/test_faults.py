@@ -113,7 +113,7 @@ def url() -> Iterator[str]:
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_an_interrupted_download_is_explained(folder: Path, url: str, streaming: str) -> None:
     """Without streaming nothing has begun; in a stream, training has: its checkpoints stay good."""
-    CutServer.cut = 700_000 if streaming == "true" else 100_000
+    CutServer.cut = 1_000_000 if streaming == "true" else 100_000
     script = REPOSITORY / "scripts" / "train_clm.py"
     # datasets tries again for 100 seconds; here, not so long.
     patch = "import datasets, runpy, sys; datasets.config.STREAMING_READ_RETRY_INTERVAL = 0; sys.argv = sys.argv[1:]; "

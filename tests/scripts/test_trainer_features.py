@@ -122,6 +122,7 @@ class TestFeatures:
         saved = load_file(tuned / "adapter_model.safetensors")
         assert any("experts" in name and "lora_B" in name and value.any() for name, value in saved.items())
         assert any("companions" in name for name in saved)
+        assert any("score" in name for name in saved) is (script == "finetune_classification")
         assert sum(value.numel() for name, value in saved.items() if "lora" in name) < 20_000
         assert len(losses(tuned)) == 4
 

@@ -73,7 +73,7 @@ def test_without_a_checkpoint_the_advice_is_to_start_again(tmp_path: Path) -> No
 
 
 @pytest.fixture
-def short_files() -> Iterator[None]:
+def short_files() -> Iterator[TrainerCallback]:
     """Lets no file grow above 20 kB, as on a disk that is full."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 

@@ -33,7 +33,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def texts_of(corpus: DatasetDict | IterableDatasetDict) -> dict[str, list[str]]:
-    return {name: sorted(row["text"] for row in rows) for name, rows in corpus.items()}
+    return {str(name): sorted(row["text"] for row in rows) for name, rows in corpus.items()}
 
 
 @pytest.mark.parametrize("name", ["texts", "rows.jsonl", "rows.parquet", "rows.csv"])

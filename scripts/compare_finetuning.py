@@ -7,7 +7,7 @@ folder. The stored results (`evaluate_modes.py` says how the MoT models were tra
 
     python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/dense \
         --mlp_layer_types dense dense dense dense
-    python scripts/compare_finetuning.py --models runs/clm32 runs/clm256 runs/dense runs/mlm32 runs/mlm256 \
+    python scripts/compare_finetuning.py --models runs/clm32 runs/dense runs/clm256 \
         --recipes scripts/recipes/finetune/sequence.yaml scripts/recipes/finetune/tokens.yaml \
         --output_dir results/finetuning
 """

@@ -42,6 +42,7 @@ class Arguments:
     output_dir: str = field(default="runs/transition", metadata={"help": "folder for the results"})
     source: str | None = field(default=None, metadata={"help": "text; by default Python's standard library"})
     block_length: int = field(default=64, metadata={"help": "tokens T of a row"})
+    share: float = field(default=0.9, metadata={"help": "share of the steps before the switch"})
     num_batches: int = field(default=32, metadata={"help": "validation batches of 32 rows"})
 
 
@@ -62,18 +63,25 @@ def evaluate(args: Arguments, run: str) -> dict[str, Any]:
     batches = load_batches(args, found.model_dir, model.config.group_size)
     curves = {mode: series(found.log_history, f"eval_{mode}_loss") for mode in MIXING_MODES}
     return {
+        "switch": round(args.share * found.max_steps),
         "num_experts": model.config.num_experts,
         "final": {loss.mode: loss.loss for loss in measure_losses(model, batches)},
         "curves": {mode: curve for mode, curve in curves.items() if curve[0]},
     }
 
 
-def find_recovery(curves: dict[str, Any]) -> dict[str, Any]:
-    """The loss before the switch and right after it, and when mode moe had made up for it."""
-    steps, moe = curves["moe"]
-    before = min(curves[mode][1][0] for mode in ("cross_example", "per_sequence"))
-    recovered = next((step - steps[0] for step, loss in zip(steps, moe, strict=True) if loss <= before), None)
-    return {"switch": steps[0], "before": before, "moe_at_switch": moe[0], "steps_to_recover": recovered}
+def find_recovery(tuned: dict[str, Any]) -> dict[str, Any]:
+    """The losses at the switch, and when mode moe had made up for it."""
+    switch = tuned["switch"]
+    losses = {mode: dict(zip(*curve, strict=True)) for mode, curve in tuned["curves"].items()}
+    before = losses["per_sequence"][switch]
+    recovered = [step - switch for step, loss in losses["moe"].items() if step > switch and loss <= before]
+    return {
+        "switch": switch,
+        "before": before,
+        "moe_at_switch": losses["moe"][switch],
+        "steps_to_recover": min(recovered, default=None),
+    }
 
 
 def make_table(results: list[dict[str, Any]]) -> str:
@@ -100,8 +108,10 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     """The losses of the tuned run by mode from the switch on, beside the other runs' final ones."""
     figure = Figure(figsize=(5 * len(results), 3.8), layout="constrained")
     for axes, result in zip(figure.subplots(1, len(results), squeeze=False)[0], results, strict=True):
+        recovery = result["recovery"]
         for mode, (steps, losses) in result["tuned"]["curves"].items():
-            axes.plot(steps, losses, marker="o", markersize=3, label=f"tuned, {mode}")
+            start = steps.index(recovery["switch"])
+            axes.plot(steps[start:], losses[start:], marker="o", markersize=3, label=f"tuned, {mode}")
         axes.axhline(
             result["untuned"]["curve_end"], color="black", linestyle="--", linewidth=1, label="untuned, per_sequence"
         )
@@ -109,7 +119,6 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
-        recovery = result["recovery"]
         axes.set_ylim(top=recovery["before"] + 0.25)
         axes.annotate(
             f"moe at the switch: {recovery['moe_at_switch']:.2f}",
@@ -130,7 +139,7 @@ def compare(args: Arguments, runs: str) -> dict[str, Any]:
         name: evaluate(args, run) for name, run in zip(("untuned", "tuned", "scratch"), paths, strict=True)
     }
     result["untuned"]["curve_end"] = series(find_run(paths[0]).log_history, "eval_loss")[1][-1]
-    return result | {"recovery": find_recovery(result["tuned"]["curves"])}
+    return result | {"recovery": find_recovery(result["tuned"])}
 
 
 def main(args: Arguments) -> None:

@@ -64,7 +64,8 @@ def explain_short_groups(config: MoTConfig, num_rows: int, num_last_rows: int = 
     if num_last_rows % group_size:
         messages.append(
             f"The last batch of every epoch has {num_last_rows} rows, which is no multiple of "
-            f"group_size={group_size}: {_cost(num_last_rows, group_size)} Set dataloader_drop_last=True."
+            f"group_size={group_size}: {_cost(num_last_rows, group_size)} Set dataloader_drop_last=True, which leaves "
+            "out the last evaluation batch too."
         )
     return messages
 

@@ -41,7 +41,7 @@ def test_training_leaves_checkpoints_with_statistics_and_tokenizer(folder: Path,
 def test_evaluate_modes_measures_every_number_of_experts(folder: Path) -> None:
     arguments = ["--runs", "clm", "mlm", "--steps", "2", "4", "--max_rows", "128", "--calibration_batches", "2"]
     printed = run_script(folder, "evaluate_modes.py", *arguments)
-    assert printed.strip() == (folder / "runs" / "modes" / "modes.md").read_text().strip()
+    assert printed.strip().endswith((folder / "runs" / "modes" / "modes.md").read_text().strip())
     assert (folder / "runs" / "modes" / "modes.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((folder / "runs" / "modes" / "modes.json").read_text())["results"]
     assert [(result["run"], result["step"]) for result in results] == [("clm", 2), ("clm", 4), ("mlm", 2), ("mlm", 4)]
@@ -103,3 +103,19 @@ def test_bench_training_times_every_phase_of_both_models(folder: Path) -> None:
     assert all("seconds" not in result for result in results)
     assert 1 < results[4]["relative_flops"] < 1.2
     assert "relative to the dense model" in printed
+
+
+def test_compare_transition_measures_the_recovery(folder: Path) -> None:
+    tuning = ["--transition_share", "0.5", "--eval_strategy", "steps", "--eval_steps", "1", "--output_dir", "tuned"]
+    run_script(folder, "train_clm.py", RECIPES / "small_clm.yaml", *TINY, *SHORT, *tuning, "--num_experts", "64")
+    untuned = ["--eval_strategy", "steps", "--eval_steps", "4", "--output_dir", "untuned"]
+    run_script(folder, "train_clm.py", RECIPES / "small_clm.yaml", *TINY, *SHORT, *untuned, "--num_experts", "64")
+    arguments = ["--runs", "untuned:tuned:clm", "--num_batches", "2", "--share", "0.5"]
+    printed = run_script(folder, "compare_transition.py", *arguments)
+    (result,) = json.loads((folder / "runs" / "transition" / "transition.json").read_text())["results"]
+    assert result["recovery"]["switch"] == 2
+    assert result["tuned"]["curves"]["moe"][0] == [1, 2, 2, 3, 4]  # at the switch and at every evaluation
+    losses = [result[name]["final"]["moe"] for name in ("untuned", "tuned", "scratch")]
+    assert losses[0] == losses[2] != losses[1]  # the untuned run is that of the fixture
+    assert all(f"{loss:.4f}" in printed for loss in losses)
+    assert (folder / "runs" / "transition" / "transition.png").read_bytes().startswith(b"\x89PNG")

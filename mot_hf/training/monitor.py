@@ -36,8 +36,8 @@ class MixingMonitor(TrainerCallback):
     - `mixing/companion_drift/...`: relative change of the expected mixtures since the last log.
     - `mixing/full_groups`: share of groups in which no token is missing.
 
-    Weights are those among the tokens that are present. Only steps that log are looked at, and in them up to 64 groups
-    of every micro-batch. In other modes than `cross_example` nothing is logged.
+    Weights are those among the tokens that are present. Only steps that log are looked at (with logging strategy
+    `"steps"`), and in them up to 64 groups of every micro-batch. In other modes than `cross_example` there is no log.
 
     Args:
         trainer (`Trainer`): The trainer that logs: `trainer.add_callback(MixingMonitor(trainer))`.

@@ -21,7 +21,8 @@ class FiniteCheck(TrainerCallback):
     """Stops the run at the first loss that is not a number, and before a model that is not finite is saved.
 
     The stock `Trainer` goes on: it leaves such losses out of its log (`logging_nan_inf_filter`), saves the ruined
-    model and deletes good checkpoints for it (`save_total_limit`).
+    model and deletes good checkpoints for it (`save_total_limit`). DeepSpeed ZeRO-3 keeps gradients and parameters to
+    itself: there nothing is seen, and nothing stopped.
 
     Raises:
         FloatingPointError: The gradient or the parameters are not finite; says at which step, and where to go on from.

@@ -8,6 +8,15 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 
 
+def write_texts(folder: Path, num_words: int) -> Path:
+    """Write 60 different small texts into a folder."""
+    folder.mkdir()
+    for number in range(60):
+        words = [f"{number % 7}{'abcdefgh'[(number * place) % 8]}{place % 5}" for place in range(num_words)]
+        (folder / f"{number}.txt").write_text(" ".join(words))
+    return folder
+
+
 def environment_of(folder: Path) -> dict[str, str]:
     """The environment of a process that works in a folder, which also holds its caches."""
     return {

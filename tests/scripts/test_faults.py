@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mot_hf.training import find_last_checkpoint
-from tests.scripts.running import REPOSITORY, environment_of, run_script
+from tests.scripts.running import REPOSITORY, environment_of, run_script, write_texts
 
 RECIPE = str(REPOSITORY / "scripts" / "recipes" / "small_clm.yaml")
 TINY = ["--hidden_size", "32", "--num_attention_heads", "2", "--intermediate_size", "64", "--num_hidden_layers", "2"]
@@ -26,10 +26,7 @@ pytestmark = pytest.mark.slow
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with texts and, for reading at once and as a stream, a run that nothing stopped."""
     folder = tmp_path_factory.mktemp("faults")
-    (folder / "texts").mkdir()
-    for number in range(60):
-        text = " ".join(f"{number % 7}{'abcdefgh'[(number * step) % 8]}{step % 5}" for step in range(300))
-        (folder / "texts" / f"{number}.txt").write_text(text)
+    write_texts(folder / "texts", num_words=300)
     for streaming in ("false", "true"):
         run_script(folder, "train_clm.py", *arguments(f"whole_{streaming}", streaming))
     return folder

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mot_hf.training import find_last_checkpoint
 from tests.hub import HubServer
-from tests.scripts.running import REPOSITORY, environment_of, run_python
+from tests.scripts.running import REPOSITORY, environment_of, run_python, write_texts
 
 HUB_STRATEGIES = {
     "train_clm": "every_save",
@@ -38,10 +38,7 @@ pytestmark = pytest.mark.slow
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with texts, labelled texts and a small model."""
     folder = tmp_path_factory.mktemp("features")
-    (folder / "texts").mkdir()
-    for number in range(60):
-        text = " ".join(f"{number % 7}{'abcdefgh'[(number * step) % 8]}{step % 5}" for step in range(100))
-        (folder / "texts" / f"{number}.txt").write_text(text)
+    write_texts(folder / "texts", num_words=100)
     rows = [json.dumps({"text": f"{'ab'[number % 2]} {number}", "label": "xy"[number % 2]}) for number in range(200)]
     (folder / "rows.jsonl").write_text("\n".join(rows))
     run(folder, "train_clm", "base")

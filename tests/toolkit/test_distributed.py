@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from mot_hf.training import CorpusArguments, ModelArguments, find_damage, parse_arguments, train_language_model
 from tests.models import companions_of
+from tests.scripts.running import write_texts
 
 REPOSITORY = Path(__file__).parents[2]
 KINDS = [
@@ -97,10 +98,7 @@ def values_of(folder: Path) -> dict[str, list[float]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with texts, and a run of one process on batches as large as those of two processes together."""
     folder = tmp_path_factory.mktemp("distributed")
-    (folder / "texts").mkdir()
-    for number in range(40):
-        text = " ".join(f"{'abcdefgh'[(number * step) % 8]}{step % 7}" for step in range(200))
-        (folder / "texts" / f"{number}.txt").write_text(text)
+    write_texts(folder / "texts", num_words=200)
     classes = (ModelArguments, CorpusArguments, TrainingArguments)
     train_language_model(*parse_arguments(classes, command_line(folder / "one", 16)), masked=False)
     return folder

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from transformers import Trainer
 
@@ -104,6 +105,13 @@ def run(folder: Path, **arguments: Any) -> list[dict[str, Any]]:
 
 
 class TestRuns:
+    def test_tensorboard_shows_the_values(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+        logs = run(tmp_path, max_steps=2, logging_steps=1, report_to="tensorboard")
+        board = EventAccumulator(str(tmp_path / "board")).Reload()
+        shown = [event.value for event in board.Scalars("train/mixing/entropy/layers_2")]
+        assert shown == pytest.approx([entry["mixing/entropy/layers_2"] for entry in logs])
+
     def test_logs_beside_every_loss(self, tmp_path: Path) -> None:
         logs = run(tmp_path, max_steps=6, logging_steps=2)
         assert [entry["step"] for entry in logs] == [2, 4, 6]

@@ -119,7 +119,7 @@ class MoTConfig(PreTrainedConfig):
     """
 
     model_type = "mot"
-    keys_to_ignore_at_inference = ["past_key_values", "router_logits"]
+    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss"]
     attribute_map = {"num_local_experts": "num_experts"}
 
     vocab_size: int = 50257

@@ -18,7 +18,7 @@ lists of words and of their labels. `accelerate launch` in place of `python` use
 
 from transformers import TrainingArguments
 
-from mot_hf.training import MethodArguments, parse_arguments
+from mot_hf.training import MethodArguments, end_processes, parse_arguments
 from mot_hf.training.classification import finetune_classification
 from mot_hf.training.classification_data import ClassificationArguments, load_classification_data
 
@@ -35,3 +35,4 @@ def main(args: ClassificationArguments, training_args: TrainingArguments, method
 
 if __name__ == "__main__":
     main(*parse_arguments((ClassificationArguments, TrainingArguments, MethodArguments)))
+    end_processes()

@@ -13,8 +13,16 @@ On several GPUs or machines, with one of the configurations in scripts/accelerat
 
 from transformers import TrainingArguments
 
-from mot_hf.training import CorpusArguments, MethodArguments, ModelArguments, parse_arguments, train_language_model
+from mot_hf.training import (
+    CorpusArguments,
+    MethodArguments,
+    ModelArguments,
+    end_processes,
+    parse_arguments,
+    train_language_model,
+)
 
 if __name__ == "__main__":
     classes = (ModelArguments, CorpusArguments, TrainingArguments, MethodArguments)
     train_language_model(*parse_arguments(classes), masked=True)
+    end_processes()

@@ -12,7 +12,14 @@ With the optimizer's state, at the tail of the run itself: stop a run at some ch
 
 from transformers import AutoConfig, TrainingArguments
 
-from mot_hf.training import CorpusArguments, MethodArguments, ModelArguments, parse_arguments, train_language_model
+from mot_hf.training import (
+    CorpusArguments,
+    MethodArguments,
+    ModelArguments,
+    end_processes,
+    parse_arguments,
+    train_language_model,
+)
 
 
 def main(
@@ -33,3 +40,4 @@ def main(
 
 if __name__ == "__main__":
     main(*parse_arguments((ModelArguments, CorpusArguments, TrainingArguments, MethodArguments)))
+    end_processes()

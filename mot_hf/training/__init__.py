@@ -7,7 +7,7 @@ from mot_hf.training.group_check import GroupSizeCheck
 from mot_hf.training.language_modeling import train_language_model
 from mot_hf.training.lora import add_lora
 from mot_hf.training.monitor import MixingMonitor
-from mot_hf.training.run import add_callbacks, run_training
+from mot_hf.training.run import add_callbacks, end_processes, run_training
 from mot_hf.training.safety import DiskSpaceCheck, FiniteCheck
 from mot_hf.training.statistics import CompanionSynchronization
 from mot_hf.training.transition import TransitionTuning
@@ -24,6 +24,7 @@ __all__ = [
     "TransitionTuning",
     "add_callbacks",
     "add_lora",
+    "end_processes",
     "find_checkpoint",
     "find_damage",
     "find_last_checkpoint",

@@ -1,5 +1,8 @@
 """A run of the stock `Trainer` on a MoT model: what watches it, and how it ends."""
 
+import gc
+
+from accelerate import PartialState
 from transformers import EarlyStoppingCallback, Trainer
 
 from mot_hf.training.arguments import MethodArguments
@@ -46,5 +49,13 @@ def run_training(trainer: Trainer, checkpoint: str | None) -> None:
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model()
         trainer.save_state()
+        # A launcher ends all processes when one fails: none may leave while another one still saves.
+        trainer.accelerator.wait_for_everyone()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+
+
+def end_processes() -> None:
+    """Ends the connections between processes; call it last. Processes joined by gloo else may abort when they exit."""
+    gc.collect()  # the model of a trainer that is no longer used holds on to them
+    PartialState().destroy_process_group()

@@ -14,7 +14,14 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mot_hf.training import CorpusArguments, MethodArguments, ModelArguments, parse_arguments, train_language_model
+from mot_hf.training import (
+    CorpusArguments,
+    MethodArguments,
+    ModelArguments,
+    end_processes,
+    parse_arguments,
+    train_language_model,
+)
 from tests.models import companions_of
 
 
@@ -27,11 +34,17 @@ class KeepStatistics(TrainerCallback):
         torch.save(companions_of(model), f"{args.output_dir}/statistics-{state.global_step}-{args.process_index}.pt")
 
 
+def main() -> None:
+    """Train, and say by what the processes were joined."""
+    classes = (ModelArguments, CorpusArguments, TrainingArguments, MethodArguments)
+    trainer = train_language_model(*parse_arguments(classes), masked=False, callbacks=[KeepStatistics()])
+    sys.stdout.write(f"distributed by {trainer.accelerator.distributed_type.value}\n")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     PartialState(cpu=True)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-    classes = (ModelArguments, CorpusArguments, TrainingArguments, MethodArguments)
-    trainer = train_language_model(*parse_arguments(classes), masked=False, callbacks=[KeepStatistics()])
-    sys.stdout.write(f"distributed by {trainer.accelerator.distributed_type.value}\n")
+    main()
+    end_processes()

@@ -38,6 +38,7 @@ def test_names() -> None:
         "TransitionTuning",
         "add_callbacks",
         "add_lora",
+        "end_processes",
         "find_checkpoint",
         "find_damage",
         "find_last_checkpoint",

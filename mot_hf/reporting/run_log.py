@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mot_hf.training.checkpoints import list_checkpoints
+
 logger = logging.getLogger(__name__)
 
 LogHistory = Sequence[Mapping[str, Any]]
@@ -49,7 +51,7 @@ def find_run(folder: str | os.PathLike[str]) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"{str(folder)!r} is no folder: give the `output_dir` of a training run.")
-    candidates = [folder, *_checkpoints(folder)]
+    candidates = [folder, *reversed(list_checkpoints(folder))]
     model_dir = next((path for path in candidates if _holds_model(path)), None)
     if model_dir is None:
         raise FileNotFoundError(
@@ -61,13 +63,6 @@ def find_run(folder: str | os.PathLike[str]) -> Run:
     if newest is None:
         return Run(folder, model_dir)
     return Run(folder, model_dir, newest["log_history"], newest["global_step"], newest.get("max_steps", 0))
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Folders of checkpoints, the newest first."""
-    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.iterdir()}
-    steps = {path: int(match[1]) for path, match in found.items() if match}
-    return sorted(steps, key=lambda path: -steps[path])
 
 
 def _holds_model(folder: Path) -> bool:

@@ -38,7 +38,7 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
         OSError: The checkpoint asked for does not exist.
     """
     wanted = (args.resume_from_checkpoint or "").strip()
-    checkpoints = _list_checkpoints(args.output_dir)
+    checkpoints = list_checkpoints(args.output_dir)
     if wanted.lower() in ("", "false"):
         if checkpoints:
             raise ValueError(
@@ -70,7 +70,7 @@ def find_last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     Returns:
         `str` or `None`: Folder of the checkpoint; `None` if there is no good one.
     """
-    for checkpoint in reversed(_list_checkpoints(output_dir)):
+    for checkpoint in reversed(list_checkpoints(output_dir)):
         problem = find_damage(checkpoint)
         if problem is None:
             return str(checkpoint)
@@ -108,7 +108,8 @@ def _find_problems(checkpoint: Path) -> Iterator[str]:
             shards = set(json.loads(index.read_text())["weight_map"].values())
             yield from (f"{name} is missing" for name in sorted(shards) if not (checkpoint / name).is_file())
     yield from (f"{path.name} is damaged" for path in sorted(checkpoint.glob("*.safetensors")) if not _is_whole(path))
-    yield from (f"{path.name} is damaged" for path in sorted(checkpoint.rglob("*.p*t*")) if not _is_intact(path))
+    torch_files = sorted(path for path in checkpoint.rglob("*") if path.suffix in (".pt", ".pth"))
+    yield from (f"{path.name} is damaged" for path in torch_files if not _is_intact(path))
     folders = [path.parent for path in sorted(checkpoint.rglob("*.distcp"))]
     yield from (f"{folder.name} is damaged" for folder in dict.fromkeys(folders) if not _is_whole_folder(folder))
     if not (checkpoint / SCHEDULER_NAME).is_file():
@@ -119,8 +120,15 @@ def _find_problems(checkpoint: Path) -> Iterator[str]:
             yield f"rng_state_{rank}.pth is missing"
 
 
-def _list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """Checkpoints in a folder, by their steps."""
+def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """Lists the checkpoints of a run, good or not, by their steps.
+
+    Args:
+        folder (`str` or `os.PathLike`): Folder of the run.
+
+    Returns:
+        `list[Path]`: Folders `checkpoint-N`, the newest last.
+    """
     paths = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(paths, key=lambda path: int(path.name.split("-")[1]))
 
@@ -155,9 +163,7 @@ def _is_whole_folder(folder: Path) -> bool:
 
 
 def _is_intact(path: Path) -> bool:
-    """Whether a file of torch has the checksums that it says; other files are not judged."""
-    if path.suffix not in (".pt", ".pth"):
-        return True
+    """Whether a file of torch has the checksums that it says."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None

@@ -28,8 +28,8 @@ class CompanionSynchronization(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Average if this step evaluates or saves."""
-        if args.world_size > 1 and (control.should_evaluate or control.should_save):
-            average_companions(model)
+        if control.should_evaluate or control.should_save:
+            self.on_train_end(args, state, control, model)
 
     on_epoch_end = on_step_end
 

@@ -20,11 +20,22 @@ EXTRAS = {
     "train": ["accelerate>=1.1", "datasets>=4.4", "evaluate>=0.4.6", "tensorboard>=2.16"],
     "report": ["jinja2>=3.1", "matplotlib>=3.9", "rich>=13.7"],
     "lora": ["peft>=0.18"],
+    "serve": ["transformers[serving]>=5.17"],
 }
 EXTRAS["demo"] = EXTRAS["train"] + EXTRAS["report"]
 EXTRAS["dev"] = [
     *EXTRAS["demo"],
     *EXTRAS["lora"],
+    *EXTRAS["serve"],
+    # what the tests in tests/ecosystem work with
+    "bitsandbytes>=0.50",
+    "lm_eval>=0.4.13",
+    "onnx>=1.23",
+    "onnxruntime>=1.32",
+    "onnxscript>=0.7",
+    "torchao>=0.18",
+    "trl>=1.16",
+    # and the checks
     "build>=1.2",
     "hypothesis>=6.100",
     "pre-commit>=4.0",
@@ -60,6 +71,6 @@ setup(
     extras_require=EXTRAS,
     packages=[*find_packages(include=["mot_hf", "mot_hf.*"]), "mot_hf.modeling"],
     package_dir={"mot_hf": "mot_hf", "mot_hf.modeling": "modeling"},
-    package_data={"mot_hf": ["py.typed"], "mot_hf.reporting": ["templates/*.html"]},
+    package_data={"mot_hf": ["py.typed"], "mot_hf.reporting": ["templates/*"]},
     entry_points={"console_scripts": ["mot=mot_hf.cli:run"]},
 )

@@ -4,6 +4,7 @@ Axes: B rows, T columns, G group size, S = B * T tokens, N groups of tokens, E e
 width, F expert width.
 """
 
+from functools import partial
 from typing import Self
 
 import torch
@@ -79,14 +80,21 @@ class MoTSparseBlock(nn.Module):
         return output.view_as(hidden_states)
 
     def _mix_with_expected_companions(self, tokens: Tensor, logits: Tensor, context: MixingContext) -> Tensor:
-        config, spans = self.config, context.spans.to(tokens.device).flatten()  # [S]
-        companions, num_experts_per_tok = self.companions.expected(), config.num_experts_per_tok
+        spans = context.spans.to(tokens.device).flatten()  # [S]
+        mix = partial(
+            mix_with_expected_companions,
+            companions=self.companions.expected(),
+            group_size=self.config.group_size,
+            num_experts_per_tok=self.config.num_experts_per_tok,
+            experts=self.experts,
+        )
+        # A graph is not sliced: it would hold for one number S of tokens only.
+        if tokens.device.type != "cpu" or is_tracing(tokens):
+            return mix(tokens, logits, spans)
         # The memory of S * K vectors is slow to get on a CPU unless it can be used again.
-        is_sliced = tokens.device.type == "cpu" and not is_tracing(tokens)
-        length = max(1, _CPU_VECTORS // max(1, num_experts_per_tok)) if is_sliced else len(tokens)
+        length = max(1, _CPU_VECTORS // max(1, self.config.num_experts_per_tok))
         outputs = [
-            mix_with_expected_companions(*part, companions, config.group_size, num_experts_per_tok, self.experts)
-            for part in zip(*(whole.split(length) for whole in (tokens, logits, spans)), strict=True)
+            mix(*part) for part in zip(*(whole.split(length) for whole in (tokens, logits, spans)), strict=True)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

@@ -1,0 +1,1 @@
+"""Checkpoints of one architecture made into those of another."""

@@ -1,11 +1,19 @@
 """Mixture-of-Tokens model configuration."""
 
+import copy
+import os
 from math import gcd, isfinite
-from typing import Literal
+from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils.versions import require_version
+
+# This file is the first that a checkpoint loads, and older versions lack the names that follow.
+require_version("transformers>=5.17", "MoT models need it: `pip install --upgrade transformers`.")
+require_version("torch>=2.11", "MoT models need it: `pip install --upgrade torch`.")
+
+from huggingface_hub.dataclasses import strict  # noqa: E402
+from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
+from transformers.modeling_rope_utils import RopeParameters  # noqa: E402
 
 MixingMode = Literal["cross_example", "per_sequence", "moe"]
 
@@ -168,6 +176,24 @@ class MoTConfig(PreTrainedConfig):
             num_dense = self.num_hidden_layers // 2
             self.mlp_layer_types = ["dense"] * num_dense + ["sparse"] * (self.num_hidden_layers - num_dense)
         super().__post_init__(**kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Save the configuration and the code of the models, under the names that the Auto classes load it by.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder, made if it does not exist.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to upload the folder's new files too.
+            kwargs: Passed on to `push_to_hub`.
+        """
+        # Imported here, because that file imports this one. transformers carries with a file those that it imports,
+        # and with this import each file leads to all.
+        from .heads_mot import AUTO_MAP
+
+        config = copy.copy(self)  # so that saving changes nothing in memory
+        config.auto_map = dict(AUTO_MAP)
+        super(MoTConfig, config).save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def validate_architecture(self) -> None:
         """Check that every size is at least 1, and a group at least 2.

@@ -28,6 +28,17 @@ from .modeling_mot import MoTModel, MoTPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
+# What each Auto class loads from a checkpoint that carries this code.
+AUTO_MAP = {
+    "AutoConfig": "configuration_mot.MoTConfig",
+    "AutoModel": "modeling_mot.MoTModel",
+    "AutoModelForCausalLM": "heads_mot.MoTForCausalLM",
+    "AutoModelForMaskedLM": "heads_mot.MoTForMaskedLM",
+    "AutoModelForSequenceClassification": "heads_mot.MoTForSequenceClassification",
+    "AutoModelForTokenClassification": "heads_mot.MoTForTokenClassification",
+    "AutoModelForQuestionAnswering": "heads_mot.MoTForQuestionAnswering",
+}
+
 
 class MoTLanguageModel(MoTPreTrainedModel):
     """What the two language models share: the projection to the vocabulary, and the losses."""

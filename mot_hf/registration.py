@@ -21,7 +21,8 @@ from mot_hf.modeling import (
     MoTModel,
 )
 
-_AUTO_CLASSES = {
+# The model class of each Auto class, and the table in which transformers looks its name up.
+AUTO_CLASSES = {
     AutoModel: (MoTModel, modeling_auto.MODEL_MAPPING_NAMES),
     AutoModelForCausalLM: (MoTForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     AutoModelForMaskedLM: (MoTForMaskedLM, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
@@ -41,9 +42,10 @@ _AUTO_CLASSES = {
 
 
 def register() -> None:
-    """Make `AutoConfig`, `AutoModel` and the Auto classes of every head know the model type `"mot"`."""
+    """Make the Auto classes know the model type `"mot"`, and checkpoints carry the code of the models."""
     AutoConfig.register(MoTConfig.model_type, MoTConfig, exist_ok=True)
-    for auto_class, (model_class, names) in _AUTO_CLASSES.items():
+    MoTConfig.register_for_auto_class()
+    for auto_class, (model_class, names) in AUTO_CLASSES.items():
         auto_class.register(MoTConfig, model_class, exist_ok=True)
         # Label smoothing in Trainer, the pipelines and model cards look classes up by name in these tables.
         names[MoTConfig.model_type] = model_class.__name__

@@ -1,5 +1,6 @@
 """Checkpoints: what is written, what comes back, and in which precision."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from mot_hf import (
+    MoTConfig,
     MoTForCausalLM,
     MoTForMaskedLM,
     MoTForQuestionAnswering,
@@ -37,6 +39,7 @@ AUTO_CLASSES = {
     AutoModelForTokenClassification: MoTForTokenClassification,
     AutoModelForQuestionAnswering: MoTForQuestionAnswering,
 }
+CODE = {"configuration_mot.py", "mixing_mot.py", "modeling_mot.py", "heads_mot.py"}
 
 
 def make_model() -> MoTForCausalLM:
@@ -61,6 +64,17 @@ def assert_companions_are_kept(model: MoTPreTrainedModel, expected: dict[str, Te
     assert_same_tensors(companions, expected)
 
 
+def assert_carries_the_code(folder: Path) -> None:
+    """Every Auto class finds its class in a file of the folder, and the files are those of this package."""
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    classes = {auto_class.__name__: head for auto_class, head in AUTO_CLASSES.items()} | {"AutoConfig": MoTConfig}
+    assert auto_map == {name: f"{head.__module__.split('.')[-1]}.{head.__name__}" for name, head in classes.items()}
+    source = Path(inspect.getfile(MoTConfig)).parent
+    assert {path.name for path in folder.glob("*.py")} == CODE
+    for name in CODE:
+        assert (folder / name).read_bytes() == (source / name).read_bytes()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_model_comes_back_as_it_was(dtype: torch.dtype, tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path / "float32")
@@ -81,7 +95,7 @@ def test_file_names_and_tensor_names_are_those_of_transformers(tmp_path: Path) -
     model = make_model()
     model.save_pretrained(tmp_path)
     written = {path.name for path in tmp_path.iterdir()}
-    assert written == {"config.json", "generation_config.json", "model.safetensors"}
+    assert written == {"config.json", "generation_config.json", "model.safetensors"} | CODE
     tensors = load_file(tmp_path / "model.safetensors")
     assert tensors.keys() == model.state_dict().keys()
     layer = "model.layers.3.mlp."
@@ -102,12 +116,59 @@ def test_file_names_and_tensor_names_are_those_of_transformers(tmp_path: Path) -
     assert config["architectures"] == ["MoTForCausalLM"]
 
 
+@pytest.mark.parametrize("head", AUTO_CLASSES.values(), ids=lambda head: head.__name__)
+def test_every_checkpoint_carries_the_code_of_all_heads(head: type[MoTPreTrainedModel], tmp_path: Path) -> None:
+    head(tiny_config()).save_pretrained(tmp_path / "first")
+    assert_carries_the_code(tmp_path / "first")
+    loaded = head.from_pretrained(tmp_path / "first")
+    # What a checkpoint of someone else may have said.
+    loaded.config.auto_map = {"AutoModel": "someone/else--other.Model"}
+    loaded.save_pretrained(tmp_path / "again")
+    assert_carries_the_code(tmp_path / "again")
+    assert loaded.config.auto_map == {"AutoModel": "someone/else--other.Model"}
+    loaded.config.save_pretrained(tmp_path / "config")
+    assert_carries_the_code(tmp_path / "config")
+
+
+def test_saving_leaves_no_trace_in_the_configuration_but_those_of_transformers(tmp_path: Path) -> None:
+    config = tiny_config()
+    before = config.to_dict()
+    config.save_pretrained(tmp_path / "config")
+    assert config.to_dict() == before
+    assert config == tiny_config()
+    model = MoTForMaskedLM(config)
+    given = model.config.to_dict()
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "model")
+        named = {"architectures": ["MoTForMaskedLM"], "dtype": "float32"}
+        assert model.config.to_dict() == given | named
+    assert config.to_dict() == before
+    loaded = AutoConfig.from_pretrained(tmp_path / "model").to_dict()
+    assert {name for name in loaded if loaded[name] != model.config.to_dict().get(name)} == {
+        "auto_map",
+        "_name_or_path",
+    }
+
+
+def test_adapters_are_saved_without_the_code_of_their_base(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    peft.get_peft_model(make_model(), settings).save_pretrained(tmp_path / "wrapped")
+    model = make_model()
+    model.add_adapter(settings)
+    model.save_pretrained(tmp_path / "added")
+    for folder in (tmp_path / "wrapped", tmp_path / "added"):
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in folder.iterdir()}
+        assert not [*folder.glob("*.py"), *folder.glob("config.json")]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sharded_checkpoints_come_back_too(dtype: torch.dtype, tmp_path: Path) -> None:
     model = make_model().to(dtype)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
     assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert_carries_the_code(tmp_path)
     assert_same_tensors(MoTForCausalLM.from_pretrained(tmp_path).state_dict(), model.state_dict())
 
 

@@ -1,12 +1,20 @@
 """`modeling/` is copied beside a checkpoint: it must stand on its own."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from transformers.dynamic_module_utils import get_relative_import_files
 
 import mot_hf.modeling
+from mot_hf.registration import AUTO_CLASSES
+from tests import stranger
+from tests.elsewhere import run_elsewhere
+from tests.models import tiny_config, trained
 
 FILES = sorted(Path(mot_hf.modeling.__file__).parent.glob("*.py"))
 ALLOWED = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
@@ -24,3 +32,48 @@ def test_imports_nothing_but_torch_transformers_and_siblings(file: Path) -> None
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 1, "transformers copies siblings only"
             assert node.module in siblings, "transformers finds `from .name import ...` only"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_transformers_finds_all_files_from_each(file: Path) -> None:
+    found = {Path(path).name for path in get_relative_import_files(file)} | {file.name}
+    assert found | {"__init__.py"} == {path.name for path in FILES}
+
+
+@pytest.mark.parametrize(("package", "version"), [("transformers", "5.16.1"), ("torch", "2.10.0+cu130")])
+def test_old_versions_are_named(package: str, version: str, tmp_path: Path) -> None:
+    # As old versions are: without the names that the code needs.
+    code = f"""
+import importlib.metadata, runpy, transformers.configuration_utils, transformers.modeling_rope_utils
+del transformers.configuration_utils.PreTrainedConfig, transformers.modeling_rope_utils.RopeParameters
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: {version!r} if name == {package!r} else version(name)
+runpy.run_path({str(FILES[0].with_name("configuration_mot.py"))!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    error = done.stderr.strip().splitlines()[-2:]
+    assert error[0].startswith(f"ImportError: {package}>=")
+    assert f"found {package}=={version}" in error[0]
+    assert error[1] == f"MoT models need it: `pip install --upgrade {package}`."
+
+
+@pytest.mark.slow
+def test_checkpoints_work_where_only_transformers_is_installed(tmp_path: Path) -> None:
+    expected = {}
+    heads = {auto_class.__name__: head for auto_class, (head, _) in AUTO_CLASSES.items()}
+    for name, head in heads.items():
+        model = trained(head(tiny_config(num_labels=2)))
+        model.save_pretrained(tmp_path / "in" / name)
+        expected[name] = stranger.answer(name, model)
+        if name == "AutoModelForCausalLM":
+            expected["generated"] = model.generate(stranger.IDS[:2], max_new_tokens=8, do_sample=False)
+    save_file(expected, tmp_path / "expected.safetensors")
+    run_elsewhere(tmp_path, stranger.__file__, "load", "in", *heads)
+    # What was trained there comes back here, and no code of the folder runs.
+    for auto_class, (head, _) in AUTO_CLASSES.items():
+        loaded, report = auto_class.from_pretrained(
+            tmp_path / "out" / auto_class.__name__, output_loading_info=True, trust_remote_code=True
+        )
+        assert type(loaded) is head
+        assert not any(report.values())
+        assert torch.isfinite(stranger.answer(auto_class.__name__, loaded.eval())).all()

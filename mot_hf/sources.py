@@ -4,6 +4,7 @@ import glob
 import hashlib
 import itertools
 import os
+import platform
 from collections import defaultdict
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +31,22 @@ def is_data_set(source: object) -> bool:
     if Path(name).suffix in _BUILDERS or name.startswith(_URL_SCHEMES):
         return True
     return isinstance(source, str) and not glob.has_magic(name) and not Path(name).expanduser().exists()
+
+
+def name_source(source: str | None) -> str:
+    """Names a source of text in words that others may read: a file or folder without the path to it.
+
+    Args:
+        source (`str`, *optional*): File, folder, glob, address or data set; `None` for Python's standard library.
+
+    Returns:
+        `str`: The name.
+    """
+    if source is None:
+        return f"the standard library of Python {platform.python_version()}"
+    path = Path(source)
+    is_local = glob.has_magic(source) or path.suffix in _BUILDERS or path.expanduser().exists()
+    return path.name if is_local and not source.startswith(_URL_SCHEMES) else source
 
 
 def load_rows(

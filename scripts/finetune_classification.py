@@ -27,7 +27,9 @@ def main(args: ClassificationArguments, training_args: TrainingArguments, method
     """Fine-tune, evaluate, and write the metrics to the output folder."""
     with training_args.main_process_first(desc="reading the texts"):
         data = load_classification_data(args)
-    trainer = finetune_classification(args.model_name_or_path, data, training_args, method_args)
+    trainer = finetune_classification(
+        args.model_name_or_path, data, training_args, method_args, text_name=args.text_name()
+    )
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)

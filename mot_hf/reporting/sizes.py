@@ -60,5 +60,5 @@ def count_flops(model: MoTPreTrainedModel, num_columns: int) -> float:
     # A mask for attention alone: transformers would look at the data for other ones, and there may be none.
     mask = torch.zeros(num_rows, 1, num_columns, num_columns, dtype=torch.bool, device=device)
     with FlopCounterMode(display=False) as counter:
-        model(ids, attention_mask=mask, mixing="cross_example", use_cache=False)
+        model(ids, attention_mask=mask, mixing="cross_example")
     return counter.get_total_flops() / ids.numel()

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from mot_hf.sources import name_source
+
 
 @dataclass
 class ModelArguments:
@@ -72,6 +74,10 @@ class CorpusArguments:
     block_length: int = field(default=128, metadata={"help": "tokens T of a row"})
     mlm_probability: float = field(default=0.15, metadata={"help": "share of masked tokens (masked models only)"})
     max_eval_rows: int = field(default=512, metadata={"help": "validation rows that are evaluated in training"})
+
+    def text_name(self) -> str:
+        """What the text is called in a model card."""
+        return name_source(self.source)
 
 
 @dataclass

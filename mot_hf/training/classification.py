@@ -33,6 +33,7 @@ def finetune_classification(
     training_args: TrainingArguments,
     method_args: MethodArguments | None = None,
     *,
+    text_name: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
     """Fine-tunes a pretrained model on labelled texts and saves it, with its tokenizer, in `training_args.output_dir`.
@@ -49,6 +50,7 @@ def finetune_classification(
         data (`DatasetDict`): Texts as [`load_classification_data`] gives them.
         training_args (`TrainingArguments`): Those of the stock `Trainer`.
         method_args ([`MethodArguments`], *optional*): Monitoring, early stopping, adapters.
+        text_name (`str`, *optional*): What the texts are called in the model card.
         callbacks (`Sequence[TrainerCallback]`, *optional*): Callbacks of the trainer, besides its own.
 
     Returns:
@@ -88,7 +90,7 @@ def finetune_classification(
         callbacks=list(callbacks),
     )
     add_callbacks(trainer, method_args)
-    run_training(trainer, checkpoint)
+    run_training(trainer, checkpoint, text_name)
     return trainer
 
 

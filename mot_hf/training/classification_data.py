@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from mot_hf.code_tasks import package_task, role_task
-from mot_hf.sources import is_held_out, load_rows
+from mot_hf.sources import is_held_out, load_rows, name_source
 
 IGNORED = -100  # label of a token that counts neither in the loss nor in metrics
 
@@ -31,6 +31,10 @@ class ClassificationArguments:
     config_name: str | None = field(default=None, metadata={"help": "configuration of a data set loaded by name"})
     text_column: str = field(default="text", metadata={"help": "column of texts; of lists of words for task tokens"})
     label_column: str = field(default="label", metadata={"help": "column of labels; of lists of them for task tokens"})
+
+    def text_name(self) -> str:
+        """What the texts are called in a model card."""
+        return name_source(self.source)
 
 
 def load_classification_data(args: ClassificationArguments) -> DatasetDict:

@@ -99,7 +99,7 @@ def train_language_model(
         callbacks=list(callbacks),
     )
     add_callbacks(trainer, method_args)
-    run_training(trainer, checkpoint)
+    run_training(trainer, checkpoint, corpus_args.text_name())
     return trainer
 
 

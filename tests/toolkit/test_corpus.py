@@ -1,4 +1,5 @@
 import hashlib
+import platform
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mot_hf.corpus import (
     token_byte_counts,
     train_tokenizer,
 )
+from mot_hf.sources import name_source
 
 WORDS = ["token", "mixture", "expert", "row", "  group", "\tweight", "über", "漢字", "\n", "(x + 1)"]
 TEXTS = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(40)) + f" {i}" for i in range(60)]
@@ -415,3 +417,13 @@ class TestSpreadRows:
     def test_wrong_sizes(self, num_rows: int, group_size: int) -> None:
         with pytest.raises(ValueError, match=f"`num_rows={num_rows}`.*`group_size={group_size}`"):
             spread_rows(num_rows, group_size, 0)
+
+
+def test_the_name_of_a_source_does_not_tell_where_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    assert name_source(str(tmp_path / "texts")) == "texts"
+    assert name_source(str(tmp_path / "texts" / "*.py")) == "*.py"
+    assert name_source("secret/rows.jsonl") == "rows.jsonl"
+    assert name_source("https://example.org/rows.jsonl") == "https://example.org/rows.jsonl"
+    assert name_source("HuggingFaceFW/fineweb") == "HuggingFaceFW/fineweb"
+    assert name_source(None) == f"the standard library of Python {platform.python_version()}"

@@ -1,0 +1,118 @@
+"""Sharing models on the Hugging Face Hub."""
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import filter_repo_objects
+
+from mot_hf.modeling.heads_mot import AUTO_MAP
+from mot_hf.reporting.card import CARD_NAME, SavedModel, address_card, is_generated, read_model, write_card
+from mot_hf.training.record import RECORD_NAME
+
+logger = logging.getLogger(__name__)
+
+# What training leaves beside a model and nobody loads; pickles among it, which could run anything.
+_DEBRIS = (
+    *("checkpoint-*", "last-checkpoint/*", "runs/*", "*events.out.tfevents.*", "*.pt", "*.pth", "*.bin", "*.pkl"),
+    *("trainer_state.json", RECORD_NAME, ".*", "*/.*", "*__pycache__*"),
+)
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+# What httpx raises where there is no answer, whichever of its versions huggingface_hub uses.
+_NoAnswerError = HfHubHTTPError.__bases__[0]
+
+
+def push_model(
+    model_dir: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Uploads a MoT model with its code, its card and, if there is one, its tokenizer, in one commit.
+
+    Nothing is seen on the Hub before all of it is there, and an upload that is repeated does not send again what had
+    arrived. Weights of an earlier model that the new one has not are removed. What training leaves in a folder
+    (checkpoints, logs, optimizer states) is not uploaded. `model_dir` is not changed: a card or code that is missing
+    there is made for the upload.
+
+    Args:
+        model_dir (`str` or `os.PathLike`): Folder of the model.
+        repo_id (`str`): Name on the Hub, such as `"me/my-model"`.
+        private (`bool`, *optional*, defaults to `False`): Whether only you can see it, if it is new. Otherwise your
+            account's setting for new models decides.
+        revision (`str`, *optional*): Branch to upload to, made if it does not exist. Defaults to the main branch.
+        message (`str`, *optional*): Message of the commit.
+
+    Returns:
+        `str`: The model's address.
+
+    Raises:
+        OSError: A file of the model is missing, or the Hub cannot be reached or refuses.
+        ValueError: The folder holds no complete MoT model, or `repo_id` is no name on the Hub.
+    """
+    saved = read_model(model_dir)
+    if not saved.has_tokenizer:
+        logger.warning("%s holds no tokenizer: the model is uploaded without one.", model_dir)
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as folder, _explain_failures(repo_id):
+        repo = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        files = _list_files(saved.reader.folder) | _make_missing_files(saved, Path(folder), repo.repo_id)
+        if revision is not None:
+            api.create_branch(repo.repo_id, branch=revision, exist_ok=True)
+        present = api.list_repo_files(repo.repo_id, revision=revision)
+        outdated = {name for name in present if _WEIGHTS.fullmatch(name)} - files.keys()
+        api.create_commit(
+            repo.repo_id,
+            [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
+            + [CommitOperationDelete(name) for name in sorted(outdated)],
+            commit_message=message or "Upload model",
+            revision=revision,
+        )
+    return f"{repo.url}/tree/{revision}" if revision else repo.url
+
+
+def _list_files(folder: Path) -> dict[str, Path]:
+    """The files of a model's folder that others can use, by their names there."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: files[name] for name in filter_repo_objects(files, ignore_patterns=list(_DEBRIS))}
+
+
+def _make_missing_files(saved: SavedModel, folder: Path, repo_id: str) -> dict[str, Path]:
+    """Make in `folder` what the model lacks: the code with the names of all heads, and a card with its new address."""
+    model_dir, auto_map = saved.reader.folder, saved.reader.config.get("auto_map") or {}
+    code = {f"{name.split('.')[0]}.py" for name in AUTO_MAP.values()}
+    if not (auto_map.keys() >= AUTO_MAP.keys() and all((model_dir / name).is_file() for name in code)):
+        saved.model.config.save_pretrained(folder)
+    card, own = folder / CARD_NAME, model_dir / CARD_NAME
+    if not own.is_file():
+        write_card(model_dir, output=card, model_id=repo_id)
+    elif is_generated(text := own.read_text(encoding="utf-8")):
+        card.write_text(address_card(text, repo_id), encoding="utf-8")
+    return {path.name: path for path in folder.iterdir()}
+
+
+@contextmanager
+def _explain_failures(repo_id: str) -> Iterator[None]:
+    """Say what can be done about what the Hub answers, or about no answer."""
+    again = "Repeat the command: what has arrived is not sent again, and nobody sees it until all of it is there."
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise OSError(
+                f"The Hub does not let you write to {repo_id!r} ({error.response.status_code}): log in with `hf auth "
+                "login`, or set HF_TOKEN to a token with the permission to write there."
+            ) from error
+        raise OSError(f"The Hub refused {repo_id!r}: {error} {again}") from error
+    except _NoAnswerError as error:
+        raise OSError(f"The Hub did not answer ({error}): is there a connection to it? {again}") from error
+    except RuntimeError as error:  # of huggingface_hub, for one large file
+        raise OSError(f"{error} {again}") from error

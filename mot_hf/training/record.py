@@ -1,0 +1,99 @@
+"""What a run leaves about itself beside its model, for the model card."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+RECORD_NAME = "training.json"
+
+_HYPERPARAMETERS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "weight_decay",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "fp16",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a run knows of itself, and its log does not say.
+
+    Args:
+        text_name (`str`, *optional*): What the training text is called.
+        base_model (`str`, *optional*): The model that was trained further: its name on the Hub, or, without a slash,
+            that of its folder.
+        num_processes (`int`, *optional*, defaults to 1): Processes that trained together.
+        hyperparameters (`Mapping[str, Any]`, *optional*): Values of `TrainingArguments`, by their names there.
+        best_step (`int`, *optional*): The step whose weights were saved at the end, if that is not the last one.
+    """
+
+    text_name: str | None = None
+    base_model: str | None = None
+    num_processes: int = 1
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    best_step: int | None = None
+
+
+def write_record(trainer: Trainer, text_name: str | None) -> None:
+    """Writes the record of a run into its folder.
+
+    Args:
+        trainer (`Trainer`): The trainer, after training.
+        text_name (`str`, *optional*): What the training text is called.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    args = trainer.args
+    settings = args.to_dict()
+    record = TrainingRecord(
+        text_name=text_name,
+        base_model=_name_base_model(trainer.model.config.name_or_path),
+        num_processes=args.world_size,
+        hyperparameters={name: settings[name] for name in _HYPERPARAMETERS},
+        best_step=trainer.state.best_global_step if args.load_best_model_at_end else None,
+    )
+    path = Path(args.output_dir) / RECORD_NAME
+    path.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+
+
+def read_record(folder: str | os.PathLike[str]) -> TrainingRecord | None:
+    """Reads the record of a run.
+
+    Args:
+        folder (`str` or `os.PathLike`): The run's folder.
+
+    Returns:
+        [`TrainingRecord`] or `None`: The record; `None` if there is none.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path = Path(folder) / RECORD_NAME
+    if not path.is_file():
+        return None
+    try:
+        return TrainingRecord(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}): delete it, and the model card does without.") from error
+
+
+def _name_base_model(name_or_path: str) -> str | None:
+    if not name_or_path:
+        return None
+    return Path(name_or_path).resolve().name if Path(name_or_path).is_dir() else name_or_path

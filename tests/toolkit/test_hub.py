@@ -1,0 +1,335 @@
+"""Models on their way to the Hub and back; a server on this machine stands in for the Hub."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from mot_hf import MoTConfig, MoTForCausalLM
+from mot_hf.cli import app
+from mot_hf.corpus import train_tokenizer
+from mot_hf.hub import push_model
+from mot_hf.registration import AUTO_CLASSES
+from mot_hf.reporting.card import is_generated, write_card
+from tests import stranger
+from tests.elsewhere import run_elsewhere
+from tests.hub import HubServer
+from tests.models import tiny_config, trained
+from tests.scripts.running import REPOSITORY, environment_of, run_python, write_texts
+
+CODE = {"configuration_mot.py", "mixing_mot.py", "modeling_mot.py", "heads_mot.py"}
+MODEL = CODE | {"config.json", "generation_config.json", "README.md"}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+
+PUSH_EACH = """
+from transformers import AutoTokenizer
+import mot_hf
+from mot_hf.registration import AUTO_CLASSES
+
+for auto_class, (head, _) in AUTO_CLASSES.items():
+    name = f"tester/small-{auto_class.__name__}"
+    head.from_pretrained(auto_class.__name__).push_to_hub(name)
+    AutoTokenizer.from_pretrained("tokenizer").push_to_hub(name)
+"""
+
+LOAD_WITHOUT_A_FLAG = """
+import torch, transformers
+from safetensors.torch import load_file
+from mot_hf import modeling
+from tests import stranger
+
+expected = load_file("pushed.safetensors")
+for head, revision in (("AutoModelForCausalLM", "main"), ("AutoModelForSequenceClassification", "classifier")):
+    model = getattr(transformers, head).from_pretrained("tester/small-trained", revision=revision)
+    assert type(model).__module__ == modeling.heads_mot.__name__
+    torch.testing.assert_close(stranger.answer(head, model.eval()), expected[head])
+tokenizers = [transformers.AutoTokenizer.from_pretrained(name) for name in ("tester/small-trained", "tokenizer")]
+assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(["def add(a, b):\n    return a + b\n" * 50], vocab_size=300)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub, also for the libraries of this process, which read its address when they were imported."""
+    server = HubServer()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", server.environment()["HF_TOKEN"])
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path / "model"
+    trained(MoTForCausalLM(tiny_config(vocab_size=300))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_is_pushed_with_code_card_and_tokenizer_in_one_commit(hub: HubServer, model_dir: Path) -> None:
+    before = {path.name: path.read_bytes() for path in model_dir.iterdir()}
+    command = ["push", str(model_dir), "tester/small", "--message", "A small one"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert result.output == f"model uploaded to {hub.url}/tester/small\n"
+    files = hub.files["tester/small"]
+    assert files.keys() == MODEL | TOKENIZER | {"model.safetensors"}
+    assert {name: files[name] for name in before} == before
+    assert [summary for summary, _ in hub.commits] == ["A small one"]
+    card = ModelCard(files["README.md"].decode())
+    assert 'model_id = "tester/small"' in card.text
+    assert card.data.pipeline_tag == "text-generation"
+    assert is_generated(files["README.md"].decode())
+    assert {path.name: path.read_bytes() for path in model_dir.iterdir()} == before
+    assert not hub.repositories["tester/small"].is_private
+
+
+def test_what_training_leaves_is_not_pushed(hub: HubServer, model_dir: Path) -> None:
+    debris = ["checkpoint-4/model.safetensors", "runs/Jan1/events.out.tfevents.1", "optimizer.pt", "rng_state_0.pth"]
+    debris += ["training_args.bin", "trainer_state.json", "training.json", ".cache/x", "__pycache__/heads_mot.pyc"]
+    kept = ["images/curve.png", "report.html", "additional_chat_templates/tools.jinja"]
+    for name in debris + kept:
+        (model_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (model_dir / name).write_text("{}" if name.endswith("json") else name)
+    push_model(model_dir, "tester/small")
+    assert hub.files["tester/small"].keys() == MODEL | TOKENIZER | {"model.safetensors", *kept}
+
+
+def test_an_old_checkpoint_gets_the_code(hub: HubServer, model_dir: Path) -> None:
+    for name in CODE:
+        (model_dir / name).unlink()
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "auto_map"}))
+    push_model(model_dir, "tester/small")
+    assert json.loads(hub.files["tester/small"]["config.json"]) == config
+    source = Path(sys.modules[MoTConfig.__module__].__file__ or "").parent
+    assert {name: hub.files["tester/small"][name] for name in CODE} == {
+        name: (source / name).read_bytes() for name in CODE
+    }
+    assert not CODE & {path.name for path in model_dir.iterdir()}
+
+
+def test_someones_card_is_pushed_as_it_is_and_one_of_ours_with_the_new_name(hub: HubServer, model_dir: Path) -> None:
+    write_card(model_dir, text_name="a text")
+    push_model(model_dir, "tester/ours")
+    card = hub.files["tester/ours"]["README.md"].decode()
+    assert "Text: a text." in card
+    assert 'model_id = "tester/ours"' in card
+    assert f'model_id = "{model_dir}"' in (model_dir / "README.md").read_text()
+    (model_dir / "README.md").write_text("# Mine\n")
+    push_model(model_dir, "tester/mine")
+    assert hub.files["tester/mine"]["README.md"] == b"# Mine\n"
+
+
+def test_a_model_without_a_tokenizer_is_pushed_and_that_is_said(
+    hub: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    MoTForCausalLM(tiny_config()).save_pretrained(tmp_path / "model")
+    with caplog.at_level(logging.WARNING):
+        push_model(tmp_path / "model", "small", private=True)
+    assert "holds no tokenizer" in caplog.text
+    assert hub.repositories["tester/small"].is_private
+    assert "without a tokenizer" in hub.files["tester/small"]["README.md"].decode()
+
+
+def test_a_revision_leaves_the_main_branch_alone(hub: HubServer, model_dir: Path, tmp_path: Path) -> None:
+    push_model(model_dir, "tester/small")
+    first = hub.files["tester/small"]
+    trained(MoTForCausalLM(tiny_config(vocab_size=300)), num_batches=1).save_pretrained(model_dir)
+    address = push_model(model_dir, "tester/small", revision="second")
+    assert address == f"{hub.url}/tester/small/tree/second"
+    assert hub.files["tester/small"] == first
+    assert hub.files_of("tester/small", "second")["model.safetensors"] != first["model.safetensors"]
+    cache = tmp_path / "cache"
+    for revision in ("main", "second"):
+        path = HfApi().hf_hub_download("tester/small", "model.safetensors", revision=revision, cache_dir=cache)
+        assert Path(path).read_bytes() == hub.files_of("tester/small", revision)["model.safetensors"]
+    with pytest.raises(RevisionNotFoundError):
+        HfApi().hf_hub_download("tester/small", "model.safetensors", revision="third", cache_dir=cache)
+
+
+def test_weights_of_an_earlier_model_do_not_stay(hub: HubServer, model_dir: Path) -> None:
+    push_model(model_dir, "tester/small")
+    model = MoTForCausalLM.from_pretrained(model_dir)
+    (model_dir / "model.safetensors").unlink()
+    model.save_pretrained(model_dir, max_shard_size="50KB")
+    push_model(model_dir, "tester/small")
+    files = hub.files["tester/small"]
+    assert "model.safetensors" not in files
+    assert {name for name in files if "safetensors" in name} == {path.name for path in model_dir.glob("*safetensors*")}
+    assert len(files) > len(MODEL | TOKENIZER) + 3
+
+
+def test_what_has_not_changed_is_not_sent_again(hub: HubServer, model_dir: Path) -> None:
+    push_model(model_dir, "tester/small")
+    (model_dir / "notes.md").write_text("new")
+    push_model(model_dir, "tester/small")
+    assert len(hub.uploads()) == 1
+    assert [changed for _, changed in hub.commits][1] == ["notes.md"]
+
+
+def test_an_upload_that_fails_shows_nothing_and_goes_on_where_it_stopped(hub: HubServer, model_dir: Path) -> None:
+    model = MoTForCausalLM.from_pretrained(model_dir)
+    (model_dir / "model.safetensors").unlink()
+    model.save_pretrained(model_dir, max_shard_size="50KB")
+    shards = [path.name for path in model_dir.glob("model-*.safetensors")]
+    assert len(shards) > 3
+
+    # The storage refuses what comes after the first file, which huggingface_hub sees no sense in trying again.
+    hub.fault = lambda method, path: 403 if method == "PUT" and hub.objects else None
+    with pytest.raises(
+        OSError, match=r"(?s)Error while uploading .* Repeat the command: what has arrived is not sent"
+    ):
+        push_model(model_dir, "tester/small")
+    assert len(hub.objects) == 1
+    assert hub.files["tester/small"] == {}
+    (arrived,) = hub.objects
+
+    # All files arrive, but the commit does not.
+    hub.fault = lambda method, path: 500 if "/commit/" in path else None
+    hub.requests.clear()
+    with pytest.raises(OSError, match=r"(?s)The Hub refused 'tester/small': .*Repeat the command"):
+        push_model(model_dir, "tester/small")
+    assert hub.files["tester/small"] == {}
+    assert arrived not in hub.uploads()
+    assert len(hub.uploads()) == len(shards) - 1
+
+    hub.fault = lambda method, path: None
+    hub.requests.clear()
+    push_model(model_dir, "tester/small")
+    assert hub.uploads() == []
+    assert set(shards) < hub.files["tester/small"].keys()
+    assert len(hub.commits) == 1
+
+
+def push_or_fail(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["push", *arguments])
+    assert isinstance(result.exception, OSError | ValueError), result.exception
+    return str(result.exception)
+
+
+def test_what_the_user_can_mend_is_said(hub: HubServer, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "absent' is no folder" in push_or_fail(str(model_dir / "absent"), "tester/small")
+    assert "Repo id must" in push_or_fail(str(model_dir), "no name")
+    assert not hub.requests
+    assert "HF_TOKEN to a token with the permission" in push_or_fail(str(model_dir), "someone/else")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert "does not let you write to 'tester/small' (401)" in push_or_fail(str(model_dir), "tester/small")
+    assert "tester/small" not in hub.repositories
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    assert "The Hub did not answer" in push_or_fail(str(model_dir), "tester/small")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "offline" in push_or_fail(str(model_dir), "tester/small")
+    (model_dir / "model.safetensors").unlink()
+    assert "holds no model.safetensors" in push_or_fail(str(model_dir), "tester/small")
+
+
+def test_a_private_model_is_nobody_elses(hub: HubServer, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    push_model(model_dir, "tester/small", private=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_someone")
+    with pytest.raises(RepositoryNotFoundError):
+        HfApi().hf_hub_download("tester/small", "config.json", cache_dir=model_dir.parent / "cache")
+
+
+@pytest.mark.slow
+def test_an_upload_whose_process_is_killed_goes_on_where_it_stopped(hub: HubServer, model_dir: Path) -> None:
+    model = MoTForCausalLM.from_pretrained(model_dir)
+    (model_dir / "model.safetensors").unlink()
+    model.save_pretrained(model_dir, max_shard_size="50KB")
+    environment = environment_of(model_dir.parent) | hub.environment()
+    command = [sys.executable, "-m", "mot_hf.cli", "push", str(model_dir), "tester/small"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+
+    def kill(method: str, path: str) -> int | None:
+        if method == "PUT" and hub.objects:
+            process.kill()
+            return 500
+        return None
+
+    hub.fault = kill
+    process.communicate()
+    assert process.returncode == -9
+    assert hub.files["tester/small"] == {}
+    (arrived,) = hub.objects
+    hub.fault = lambda method, path: None
+    hub.requests.clear()
+    run_python(model_dir.parent, *command[1:], environment=environment)
+    assert arrived not in hub.uploads()
+    assert {path.name for path in model_dir.glob("model-*")} < hub.files["tester/small"].keys()
+
+
+@pytest.mark.slow
+def test_every_head_goes_round(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    expected = {}
+    heads = {auto_class.__name__: head for auto_class, (head, _) in AUTO_CLASSES.items()}
+    for name, head in heads.items():
+        model = trained(head(tiny_config(vocab_size=300, num_labels=2)))
+        model.save_pretrained(tmp_path / name)
+        expected[name] = stranger.answer(name, model)
+        if name == "AutoModelForCausalLM":
+            expected["generated"] = model.generate(stranger.IDS[:2], max_new_tokens=8, do_sample=False)
+    save_file(expected, tmp_path / "expected.safetensors")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+
+    hub = HubServer()
+    try:
+        here = environment_of(tmp_path) | hub.environment() | {"PYTHONPATH": str(REPOSITORY)}
+        here |= {"HF_HUB_CACHE": str(tmp_path / "hub")}
+        run_python(tmp_path, "-c", PUSH_EACH, environment=here)
+        for name in heads:
+            files = hub.files[f"tester/small-{name}"]
+            assert CODE | TOKENIZER | {"config.json", "model.safetensors", "README.md"} <= files.keys()
+        run_elsewhere(tmp_path, stranger.__file__, "load", "tester/small", *heads, environment=hub.environment())
+        run_elsewhere(tmp_path, stranger.__file__, "push", "tester/small", environment=hub.environment())
+        for revision in ("main", "classifier"):
+            assert CODE <= hub.files_of("tester/small-trained", revision).keys()
+        run_python(tmp_path, "-c", LOAD_WITHOUT_A_FLAG, environment=here)
+    finally:
+        hub.close()
+    assert load_file(tmp_path / "pushed.safetensors").keys() == {
+        "AutoModelForCausalLM",
+        "AutoModelForSequenceClassification",
+    }
+
+
+@pytest.mark.slow
+def test_a_training_script_pushes_the_code_with_the_first_weights_and_our_card_last(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts", num_words=100)
+    tiny = "--hidden_size 32 --num_attention_heads 2 --intermediate_size 64 --num_hidden_layers 2 --group_size 4"
+    tiny += " --num_experts 8 --vocab_size 300 --source texts --block_length 16 --max_eval_rows 16 --max_steps 4"
+    tiny += " --warmup_steps 0 --per_device_train_batch_size 8 --report_to none --eval_strategy no --save_steps 2"
+    tiny += " --push_to_hub true --hub_strategy every_save --hub_model_id tester/clm --hub_always_push true"
+    recipe = REPOSITORY / "scripts" / "recipes" / "small_clm.yaml"
+    hub = HubServer()
+    try:
+        command = [REPOSITORY / "scripts" / "train_clm.py", recipe, "--output_dir", "out", *tiny.split()]
+        run_python(tmp_path, *command, environment=environment_of(tmp_path) | hub.environment())
+    finally:
+        hub.close()
+    with_weights = [changed for _, changed in hub.commits if "model.safetensors" in changed]
+    assert CODE < set(with_weights[0])
+    files = hub.files["tester/clm"]
+    assert is_generated(files["README.md"].decode())
+    assert 'model_id = "tester/clm"' in files["README.md"].decode()
+    assert files["README.md"] == (tmp_path / "out" / "README.md").read_bytes()
+    assert os.fspath(tmp_path) not in files["README.md"].decode()

@@ -1,4 +1,4 @@
-"""Whether the batches that a `Trainer` really uses fill the groups that a model mixes."""
+"""Whether the batches that a `Trainer` really uses fill the groups that a model mixes, and are meant to be mixed."""
 
 import logging
 from typing import Any
@@ -17,6 +17,8 @@ class GroupSizeCheck(TrainerCallback):
     Groups are formed within one device's micro-batch: neither gradient accumulation nor more devices fill them. The
     check looks at the batches of the data loader, so also at those that `auto_find_batch_size` or `split_batches` made
     smaller, and at the last batch of an epoch.
+
+    Of TRL's trainers it says also where their defaults do not suit the mixing, see [`explain_trl`].
     """
 
     def on_train_begin(
@@ -28,11 +30,13 @@ class GroupSizeCheck(TrainerCallback):
         train_dataloader: Any,
         **kwargs: Any,
     ) -> None:
-        """Warn of short groups."""
+        """Warn of short groups, and of what TRL does to them."""
         backbone = next((module for module in model.modules() if isinstance(module, MoTModel)), None)
-        if backbone is None or backbone.config.mixing != "cross_example":
+        if backbone is None or "sparse" not in backbone.config.mlp_layer_types:
             return
-        if "sparse" not in backbone.config.mlp_layer_types:
+        for message in explain_trl(backbone.config, args):
+            logger.warning(message)
+        if backbone.config.mixing != "cross_example":
             return
         num_rows, num_last_rows = _count_rows(args, state, train_dataloader)
         for message in explain_short_groups(backbone.config, num_rows, num_last_rows):
@@ -66,6 +70,34 @@ def explain_short_groups(config: MoTConfig, num_rows: int, num_last_rows: int = 
             f"The last batch of every epoch has {num_last_rows} rows, which is no multiple of "
             f"group_size={group_size}: {_cost(num_last_rows, group_size)} Set dataloader_drop_last=True, which leaves "
             "out the last evaluation batch too."
+        )
+    return messages
+
+
+def explain_trl(config: MoTConfig, args: TrainingArguments) -> list[str]:
+    """What TRL's trainers do to a model that mixes, unasked, and what to set against it.
+
+    Args:
+        config ([`MoTConfig`]): The model's configuration, as the trainer left it.
+        args (`TrainingArguments`): The trainer's arguments.
+
+    Returns:
+        `list[str]`: Messages; empty for other trainers, and where all is well.
+    """
+    messages = []
+    if hasattr(args, "router_aux_loss_coef") and config.output_router_logits and config.mixing != "moe":
+        messages.append(
+            f"TRL adds {config.router_aux_loss_coef} times the load-balancing loss of a Mixture of Experts to the "
+            f"loss, and mixing={config.mixing!r} needs none. Set router_aux_loss_coef=0.0 in the "
+            f"{type(args).__name__}."
+        )
+    modes = {config.mixing, config.inference_mixing}
+    if hasattr(args, "beta") and modes not in ({"per_sequence"}, {"moe"}):  # the weight of a reference model
+        messages.append(
+            f"The model learns in mixing={config.mixing!r}, and its reference answers in "
+            f"inference_mixing={config.inference_mixing!r}. They should be the same, and not 'cross_example', which "
+            "mixes the answers to one prompt with each other. Call model.set_mixing('per_sequence'), or give both "
+            "mode 'moe'."
         )
     return messages
 

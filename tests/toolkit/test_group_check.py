@@ -86,6 +86,10 @@ class TestRuns:
         messages = [record.getMessage() for record in caplog.records if record.name.startswith("mot_hf")]
         assert "batch of one device has 7 rows" in messages[0]
 
+    def test_router_logits_are_none_of_its_business(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        # Transformers' Trainer makes no loss of them in this mode, TRL's trainers do.
+        assert messages_of_run(tmp_path, caplog, config={"output_router_logits": True}) == []
+
     @pytest.mark.parametrize("config", [{"mixing": "moe"}, {"mlp_layer_types": ["dense"] * 4}])
     def test_where_nothing_is_mixed_nothing_is_said(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture, config: dict[str, Any]

@@ -8,8 +8,9 @@ import hashlib
 import platform
 import re
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from mot_hf.sources import PathLike, is_data_set, list_files, load_files, load_rows, split_documents
 
@@ -273,6 +276,39 @@ def make_blocks(
     return DatasetDict(
         {name: split.select(spread_rows(split.num_rows, group_size, seed)) for name, split in blocks.items()}
     )
+
+
+def load_groups(
+    tokenizer: PreTrainedTokenizerFast,
+    source: str | None,
+    split: str,
+    *,
+    group_size: int,
+    block_length: int,
+    num_groups: int,
+    masked: bool = False,
+) -> Iterator[dict[str, Tensor]]:
+    """Reads full groups of rows of a text, as a model takes them; nothing is read before the first is asked for.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`): The tokenizer.
+        source (`str`, *optional*): As in [`load_corpus`].
+        split (`str`): `"train"` or `"validation"`.
+        group_size (`int`): Rows G of a group.
+        block_length (`int`): Tokens T of a row.
+        num_groups (`int`): Groups to read at most.
+        masked (`bool`, *optional*, defaults to `False`): Whether 15 % of the tokens are masked, and labels theirs.
+
+    Yields:
+        `dict[str, torch.Tensor]`: `input_ids` and `labels` `[G, T]`.
+
+    Raises:
+        ValueError: As [`load_corpus`] and [`make_blocks`].
+    """
+    corpus = DatasetDict({split: load_corpus(source)[split]})
+    rows = make_blocks(corpus, tokenizer, block_length=block_length, group_size=group_size)[split]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=masked, seed=0)
+    yield from islice(DataLoader(rows, batch_size=group_size, collate_fn=collator, drop_last=True), num_groups)
 
 
 def _cut_blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast, block_length: int) -> dict[str, Any]:

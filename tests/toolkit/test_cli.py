@@ -122,5 +122,5 @@ def test_a_folder_that_is_no_run_is_reported(
 def test_help_names_the_commands() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    assert "calibrate" in result.output
-    assert "report" in result.output
+    for name in ("calibrate", "report", "card", "push", "upcycle", "export", "serve"):
+        assert f" {name} " in result.output

@@ -1,0 +1,180 @@
+"""MoT language models as plain checkpoints of transformers' Qwen3-MoE, which mode `moe` computes the same as.
+
+Axes: E experts, D model width, F expert width.
+"""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import GenerationConfig, Qwen3MoeConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from mot_hf.conversion.checkpoint_files import DEFAULT_SHARD_SIZE, CheckpointReader, CheckpointWriter
+from mot_hf.conversion.tokenizers import load_tokenizer
+from mot_hf.modeling import MoTConfig, MoTForCausalLM
+
+_COMPANIONS = ".mlp.companions."
+_GATE_UP = ".mlp.experts.gate_up_proj"  # [E, 2F, D]
+_DOWN = ".mlp.experts.down_proj"  # [E, D, F]
+
+
+class NotTunedError(ValueError):
+    """A model that was not tuned in mode `moe` was to be exported."""
+
+
+def export_qwen3_moe(
+    model_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    force: bool = False,
+    allow_untuned: bool = False,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+) -> Qwen3MoeConfig:
+    """Exports a causal MoT model as a Qwen3-MoE model, with its tokenizer and generation settings.
+
+    The export computes what the model computes in mode `moe`, and needs nothing but transformers. The statistics of
+    the typical group, which only the other modes use, stay behind. Everything is checked before anything is written;
+    tensors are copied one by one, so memory holds about one layer's experts and one shard.
+
+    Args:
+        model_dir (`str` or `Path`): Folder of the MoT model.
+        output_dir (`str` or `Path`): Folder to write.
+        force (`bool`, *optional*, defaults to `False`): Whether to replace a model that `output_dir` holds.
+        allow_untuned (`bool`, *optional*, defaults to `False`): Whether to export a model that was not tuned in mode
+            `moe` too.
+        max_shard_size (`int`, *optional*, defaults to 5 GB): Largest file, in bytes.
+
+    Returns:
+        [`Qwen3MoeConfig`]: Configuration of the exported model.
+
+    Raises:
+        OSError: A file is missing, or `output_dir` may not be written to.
+        ValueError: The model is no causal MoT model, its files are damaged or do not fit each other, or it was not
+            tuned ([`NotTunedError`]).
+    """
+    reader = CheckpointReader(model_dir)
+    config = _read_config(reader)
+    reader.require(_shapes(config))
+    tokenizer = load_tokenizer(reader.folder, config.vocab_size)
+    generation_config = _load_generation_config(reader.folder)
+    exported_config = make_qwen3_moe_config(config)
+    writer = CheckpointWriter(output_dir, source=reader.folder, force=force, max_shard_size=max_shard_size)
+    if not allow_untuned and config.mixing != "moe" and "sparse" in config.mlp_layer_types:
+        raise NotTunedError(
+            f"{str(model_dir)!r} was not tuned in mode 'moe', in which a Qwen3-MoE model answers (`mixing` is "
+            f"{config.mixing!r} in its config.json): tune it first, with scripts/transition_tune.py."
+        )
+    with writer:
+        exported_config.save_pretrained(writer.folder)
+        for part in (tokenizer, generation_config):
+            if part is not None:
+                part.save_pretrained(writer.folder)
+        for name in reader.names:
+            if _COMPANIONS not in name:
+                for new_name, tensor in _split_experts(name, reader.load(name)):
+                    writer.add(new_name, tensor)
+    return exported_config
+
+
+def make_qwen3_moe_config(config: MoTConfig) -> Qwen3MoeConfig:
+    """Makes the configuration of a Qwen3-MoE model that computes what a MoT model computes in mode `moe`.
+
+    Args:
+        config ([`MoTConfig`]): Configuration of the MoT model.
+
+    Returns:
+        [`Qwen3MoeConfig`]: The configuration.
+    """
+    kinds = inspect.get_annotations(Qwen3MoeConfig)
+    shared = {name: getattr(config, name) for name in inspect.get_annotations(MoTConfig) if name in kinds}
+    # Types are exact there: a coefficient of 0 must be 0.0.
+    shared |= {name: float(value) for name, value in shared.items() if kinds[name] is float}
+    dense = [index for index, kind in enumerate(config.mlp_layer_types) if kind == "dense"]
+    return Qwen3MoeConfig(
+        **shared,
+        head_dim=config.head_dim,
+        mlp_only_layers=dense,
+        decoder_sparse_step=1,
+        dtype=config.dtype,
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+
+
+def find_llama_cpp_limits(config: Qwen3MoeConfig) -> list[str]:
+    """Tells what llama.cpp will not do with a Qwen3-MoE model that transformers runs.
+
+    Args:
+        config ([`Qwen3MoeConfig`]): Configuration of the model.
+
+    Returns:
+        `list[str]`: One sentence for each obstacle; empty if there is none.
+    """
+    limits = []
+    if config.mlp_only_layers:
+        limits.append(f"cannot take it: layers {config.mlp_only_layers} are dense, and it wants experts in all")
+    if config.attention_bias:
+        limits.append("cannot take it: it knows no bias of the attention's output (`attention_bias` is true)")
+    if not config.norm_topk_prob and config.num_experts_per_tok < config.num_experts:
+        limits.append(
+            "answers differently: it makes the weights of the selected experts sum to 1 (`norm_topk_prob` is false)"
+        )
+    if config.hidden_act not in ("silu", "swish"):
+        limits.append(f"answers differently: it uses silu (`hidden_act` is {config.hidden_act!r})")
+    rope_type = config.rope_parameters.get("rope_type")
+    if rope_type not in ("default", "linear", "yarn"):
+        limits.append(f"answers differently: it has plain rotary embeddings (`rope_type` is {rope_type!r})")
+    return [f"llama.cpp {limit}." for limit in limits]
+
+
+def _read_config(reader: CheckpointReader) -> MoTConfig:
+    """The configuration of a causal MoT model; any other model is refused."""
+    folder, model_type = str(reader.folder), reader.config.get("model_type")
+    if model_type != MoTConfig.model_type:
+        raise ValueError(f"{folder!r} holds a model of type {model_type!r}, not 'mot'.")
+    heads = reader.config.get("architectures") or [None]
+    if heads == ["MoTForMaskedLM"]:
+        raise ValueError(
+            f"{folder!r} holds a masked language model, which attends to both sides: there is no bidirectional "
+            "Qwen3-MoE that it could become."
+        )
+    if heads != ["MoTForCausalLM"]:
+        raise ValueError(
+            f"{folder!r} holds a {heads[0]}, not a MoTForCausalLM: only causal language models are exported. Export "
+            "the language model, and fine-tune that."
+        )
+    try:
+        return MoTConfig.from_dict(reader.config)
+    except StrictDataclassError as error:
+        raise ValueError(f"{str(reader.folder / 'config.json')!r} is not valid: {error.__cause__ or error}") from error
+
+
+def _shapes(config: MoTConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of all the tensors that the model's checkpoint holds."""
+    with torch.device("meta"):
+        model = MoTForCausalLM(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def _load_generation_config(folder: Path) -> GenerationConfig | None:
+    return GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).is_file() else None
+
+
+def _split_experts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What a tensor becomes: experts are stored one by one, as transformers stores those of Qwen3-MoE."""
+    experts = name.rpartition(".")[0]
+    if name.endswith(_GATE_UP):
+        for index, gate_up in enumerate(tensor):
+            for projection, part in zip(("gate_proj", "up_proj"), gate_up.chunk(2), strict=True):
+                yield f"{experts}.{index}.{projection}.weight", part
+    elif name.endswith(_DOWN):
+        for index, part in enumerate(tensor):
+            yield f"{experts}.{index}.down_proj.weight", part
+    else:
+        yield name, tensor

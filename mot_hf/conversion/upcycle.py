@@ -1,0 +1,265 @@
+"""A dense Qwen3 model becomes a MoT model of the same FLOPs.
+
+Axes: E experts, D model width, F expert width.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+from mot_hf.calibration import calibrate
+from mot_hf.conversion.checkpoint_files import CheckpointReader, CheckpointWriter
+from mot_hf.conversion.receipt import UpcyclingReceipt, compare_predictions, compare_sizes
+from mot_hf.conversion.tokenizers import load_tokenizer
+from mot_hf.modeling import MoTConfig, MoTForCausalLM
+
+RECEIPT_NAME = "upcycling.json"
+
+# Fields that the two configurations share. The others of Qwen3 are about windows, which are refused.
+_SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_bias",
+    "attention_dropout",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "dtype",
+)
+
+
+def upcycle(
+    dense_dir: str | Path,
+    output_dir: str | Path,
+    calibration_batches: Iterable[Mapping[str, Tensor]],
+    validation_batches: Iterable[Mapping[str, Tensor]],
+    *,
+    group_size: int,
+    num_experts: int,
+    dense_layers: int | None = None,
+    logit_std: float = 2.0,
+    seed: int = 0,
+    force: bool = False,
+) -> UpcyclingReceipt:
+    """Makes a MoT model of a dense Qwen3 checkpoint, and saves it with a receipt.
+
+    Expert e of a layer gets neurons `e * F` to `e * F + F - 1` of the dense feed-forward layer, counted modulo its
+    width: copies of it where the experts are as wide, slices where they are narrower; every neuron is there
+    `group_size` times. The controller is drawn so that each expert looks for tokens in a random direction. No start
+    computes the dense function exactly; this one takes the fewest steps to get back to its loss of those that were
+    tried (see the README). Attention, norms and embeddings are copied.
+
+    Tensors are read, converted and written one by one; the calibration needs the memory of one MoT model.
+
+    Args:
+        dense_dir (`str` or `Path`): Folder of a Qwen3 causal language model with its tokenizer.
+        output_dir (`str` or `Path`): Where to save the MoT model.
+        calibration_batches (`Iterable[Mapping[str, torch.Tensor]]`): Groups of rows for the statistics, in the tokens
+            of [`load_dense_tokenizer`].
+        validation_batches (`Iterable[Mapping[str, torch.Tensor]]`): Groups of rows, without padding, on which the two
+            models are compared.
+        group_size (`int`): Rows G of a group.
+        num_experts (`int`): Experts E of a MoT layer; their width follows from equal FLOPs.
+        dense_layers (`int`, *optional*): Number of early layers that stay dense. Defaults to half of them.
+        logit_std (`float`, *optional*, defaults to 2.0): Standard deviation of an expert's logits over tokens; large
+            values make it choose few tokens of a group, small ones the mean of all.
+        seed (`int`, *optional*, defaults to 0): Seed of the controllers.
+        force (`bool`, *optional*, defaults to `False`): Whether to replace a model in `output_dir`.
+
+    Returns:
+        [`UpcyclingReceipt`]: What was made, also saved as `upcycling.json`.
+
+    Raises:
+        OSError: The checkpoint is not complete, or `output_dir` may not be written to.
+        ValueError: It is no Qwen3 model that MoT can take over, its tensors do not fit its configuration, or the sizes
+            do not fit it.
+        StrictDataclassClassValidationError: `group_size`, `num_experts` or `dense_layers` do not fit the model.
+    """
+    reader, dense_config = CheckpointReader(dense_dir), load_dense_config(dense_dir)
+    config = make_config(dense_config, group_size=group_size, num_experts=num_experts, dense_layers=dense_layers)
+    tokenizer = load_dense_tokenizer(reader.folder)
+    _check_tensors(reader, dense_config)
+    writer = CheckpointWriter(output_dir, source=reader.folder, force=force)
+    calibration_batches, validation_batches = list(calibration_batches), list(validation_batches)
+
+    with writer:
+        tensors = {}
+        for name, tensor in convert_tensors(reader, config, logit_std=logit_std, seed=seed):
+            writer.add(name, tensor)
+            tensors[name] = tensor
+        model = _assemble(config, tensors)
+        del tensors
+        calibrate(model, calibration_batches)
+        for name, statistic in _companions(model).items():
+            writer.add(name, statistic)
+
+        dense = Qwen3ForCausalLM.from_pretrained(reader.folder)
+        receipt = UpcyclingReceipt(
+            source=reader.folder.resolve().name,
+            group_size=group_size,
+            num_experts=num_experts,
+            dense_layers=config.mlp_layer_types.count("dense"),
+            logit_std=logit_std,
+            seed=seed,
+            sizes=compare_sizes(dense_config, config),
+            difference=compare_predictions(model, dense, validation_batches),
+        )
+        model.config.save_pretrained(writer.folder)
+        dense.generation_config.save_pretrained(writer.folder)
+        tokenizer.save_pretrained(writer.folder)
+        (writer.folder / RECEIPT_NAME).write_text(json.dumps(asdict(receipt), indent=2) + "\n", encoding="utf-8")
+    return receipt
+
+
+def load_dense_config(dense_dir: str | Path) -> Qwen3Config:
+    """Reads the configuration of a dense Qwen3 causal language model.
+
+    Args:
+        dense_dir (`str` or `Path`): Folder of the model.
+
+    Returns:
+        `Qwen3Config`: Its configuration.
+
+    Raises:
+        OSError: The checkpoint is not complete.
+        ValueError: It is a model of another architecture, or one with sliding windows.
+    """
+    reader = CheckpointReader(dense_dir)
+    model_type, architectures = reader.config.get("model_type"), reader.config.get("architectures")
+    if model_type != Qwen3Config.model_type or architectures not in (None, ["Qwen3ForCausalLM"]):
+        raise ValueError(
+            f"{str(dense_dir)!r} holds {architectures or 'a model'} of type {model_type!r}; only dense Qwen3 "
+            "causal language models (type 'qwen3', Qwen3ForCausalLM) become MoT models."
+        )
+    config = Qwen3Config.from_pretrained(reader.folder)
+    if any(kind != "full_attention" for kind in config.layer_types):
+        raise ValueError(
+            f"`use_sliding_window` is set in the configuration of {str(dense_dir)!r}: MoT has full attention only."
+        )
+    return config
+
+
+def load_dense_tokenizer(dense_dir: str | Path) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a dense Qwen3 causal language model.
+
+    Args:
+        dense_dir (`str` or `Path`): Folder of the model.
+
+    Returns:
+        `PreTrainedTokenizerBase`: The tokenizer.
+
+    Raises:
+        OSError: The checkpoint is not complete.
+        ValueError: It is no Qwen3 model that MoT can take over, there is no tokenizer, or it has more tokens than the
+            model.
+    """
+    vocab_size = load_dense_config(dense_dir).vocab_size
+    tokenizer = load_tokenizer(dense_dir, vocab_size)
+    if tokenizer is None:
+        raise ValueError(f"{str(dense_dir)!r} holds no tokenizer: save the model's there.")
+    return tokenizer
+
+
+def make_config(
+    dense_config: Qwen3Config, *, group_size: int, num_experts: int, dense_layers: int | None = None
+) -> MoTConfig:
+    """Makes the configuration of the MoT model that has a dense model's FLOPs.
+
+    Args:
+        dense_config (`Qwen3Config`): Configuration of the dense model.
+        group_size (`int`): Rows G of a group.
+        num_experts (`int`): Experts E of a MoT layer.
+        dense_layers (`int`, *optional*): Number of early layers that stay dense. Defaults to half of them.
+
+    Returns:
+        [`MoTConfig`]: The configuration.
+
+    Raises:
+        ValueError: `dense_layers` leaves no MoT layer, or is negative.
+        StrictDataclassClassValidationError: `group_size` or `num_experts` do not fit the dense model.
+    """
+    num_layers = dense_config.num_hidden_layers
+    dense_layers = num_layers // 2 if dense_layers is None else dense_layers
+    if not 0 <= dense_layers < num_layers:
+        raise ValueError(
+            f"`dense_layers={dense_layers}` must be from 0 to {num_layers - 1}: the model has {num_layers} layers, "
+            "and at least one must become a MoT layer."
+        )
+    return MoTConfig(
+        **{name: getattr(dense_config, name) for name in _SHARED_FIELDS},
+        mlp_layer_types=["dense"] * dense_layers + ["sparse"] * (num_layers - dense_layers),
+        group_size=group_size,
+        num_experts=num_experts,
+        architectures=[MoTForCausalLM.__name__],
+    )
+
+
+def convert_tensors(
+    reader: CheckpointReader, config: MoTConfig, *, logit_std: float, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Makes the parameters of the MoT model, one at a time.
+
+    Args:
+        reader ([`CheckpointReader`]): The dense checkpoint.
+        config ([`MoTConfig`]): Configuration of the MoT model.
+        logit_std (`float`): Standard deviation of an expert's logits over tokens.
+        seed (`int`): Seed of the controllers.
+
+    Returns:
+        `Iterator[tuple[str, torch.Tensor]]`: Names and parameters.
+    """
+    is_sparse = [kind == "sparse" for kind in config.mlp_layer_types]
+    in_experts = tuple(f"model.layers.{index}.mlp." for index, sparse in enumerate(is_sparse) if sparse)
+    for name in reader.names:
+        is_tied_copy = config.tie_word_embeddings and name == "lm_head.weight"
+        if not (is_tied_copy or name.startswith(in_experts)):
+            yield name, reader.load(name)
+    neurons = torch.arange(config.num_experts * config.moe_intermediate_size) % config.intermediate_size
+    neurons = neurons.view(config.num_experts, -1)  # [E, F]
+    generator = torch.Generator().manual_seed(seed)
+    for prefix in in_experts:
+        gate, up = (reader.load(f"{prefix}{name}_proj.weight") for name in ("gate", "up"))  # [intermediate_size, D]
+        yield f"{prefix}experts.gate_up_proj", torch.cat([gate[neurons], up[neurons]], dim=1)  # [E, 2F, D]
+        down = reader.load(f"{prefix}down_proj.weight").T  # [intermediate_size, D]
+        yield f"{prefix}experts.down_proj", down[neurons].transpose(1, 2)  # [E, D, F]
+        norm = reader.load(prefix.replace("mlp.", "post_attention_layernorm.weight"))  # [D]
+        controller = torch.randn(config.num_experts, config.hidden_size, generator=generator)  # [E, D]
+        # Of a normed token without its scale, every feature has about unit variance.
+        yield f"{prefix}gate.weight", (controller * logit_std / norm.float().norm()).to(norm.dtype)
+
+
+def _check_tensors(reader: CheckpointReader, config: Qwen3Config) -> None:
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in Qwen3ForCausalLM(config).state_dict().items()}
+    if config.tie_word_embeddings and "lm_head.weight" not in reader.names:
+        del shapes["lm_head.weight"]
+    reader.require(shapes)
+
+
+def _assemble(config: MoTConfig, tensors: Mapping[str, Tensor]) -> MoTForCausalLM:
+    """The model whose parameters are these tensors, not copies of them, with statistics of zero."""
+    with torch.device("meta"):
+        statistics = _companions(MoTForCausalLM(config))
+    blank = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in statistics.items()}
+    return MoTForCausalLM.from_pretrained(None, config=config, state_dict={**tensors, **blank})
+
+
+def _companions(model: MoTForCausalLM) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if ".mlp.companions." in name}

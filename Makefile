@@ -6,21 +6,27 @@ PIP_ARGS ?=
 ARGS ?=
 
 OLDEST := $(VENV)-oldest
+LLAMA_CPP_PYTHON := 0.3.36
+LLAMA_CPP := $(VENV)/llama_cpp_python-$(LLAMA_CPP_PYTHON)
 RUFF := $(VENV)/bin/ruff
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-oldest quality fix build clean
+.PHONY: help venv llama-cpp demo test test-fast test-oldest quality fix build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.dev  ## make $(VENV) with everything that development needs
 
+llama-cpp: $(LLAMA_CPP)/.built  ## build llama.cpp for its tests; some minutes
+
 demo: $(VENV)/.demo  ## train, compare and generate on a small scale (ARGS="...")
 	$(VENV)/bin/python scripts/demo.py $(ARGS)
 
 # One thread a worker: torch would start as many as there are cores, in each of them.
 test test-fast test-oldest: export OMP_NUM_THREADS := 1
+# Without it, or before `make llama-cpp`, the tests with llama.cpp are skipped.
+test: export LLAMA_CPP_SOURCE ?= $(abspath $(LLAMA_CPP)/vendor/llama.cpp)
 
 test: $(VENV)/.dev  ## run all tests (ARGS="-k layer")
 	$(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
@@ -61,6 +67,14 @@ $(OLDEST)/.dev: setup.py constraints.txt constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	grep -vE '^(huggingface_hub|transformers)==' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install $(PIP_ARGS) -c constraints-oldest.txt -c $(OLDEST)/constraints.txt -e ".[dev]"
+	touch $@
+
+# The bindings' source distribution holds llama.cpp, with the converter that no wheel has.
+$(LLAMA_CPP)/.built: $(VENV)/.dev
+	$(VENV)/bin/python -m pip download $(PIP_ARGS) --no-deps --no-binary llama-cpp-python -d $(VENV) \
+		llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	tar -xzf $(LLAMA_CPP).tar.gz -C $(VENV)
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) -c constraints.txt $(LLAMA_CPP).tar.gz
 	touch $@
 
 .typings/mot_hf/modeling:

@@ -30,7 +30,8 @@ from transformers import (
 from mot_hf import MoTConfig, MoTForCausalLM
 from mot_hf.corpus import default_corpus_info, load_corpus, make_blocks, token_byte_counts, train_tokenizer
 from mot_hf.metrics import bits_per_byte, perplexity
-from mot_hf.reporting import count_parameters, plot_training_curve
+from mot_hf.reporting import count_parameters
+from mot_hf.reporting.figures import plot_training_curve
 
 MODES = ("cross_example", "per_sequence", "moe")
 PROMPTS = ("def __init__(self,", "import os\nimport sys\n\n", "    for key, value in")

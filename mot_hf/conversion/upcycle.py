@@ -3,6 +3,7 @@
 Axes: E experts, D model width, F expert width.
 """
 
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -19,30 +20,6 @@ from mot_hf.conversion.tokenizers import load_tokenizer
 from mot_hf.modeling import MoTConfig, MoTForCausalLM
 
 RECEIPT_NAME = "upcycling.json"
-
-# Fields that the two configurations share. The others of Qwen3 are about windows, which are refused.
-_SHARED_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "tie_word_embeddings",
-    "rope_parameters",
-    "attention_bias",
-    "attention_dropout",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "dtype",
-)
 
 
 def upcycle(
@@ -63,8 +40,8 @@ def upcycle(
     Expert e of a layer gets neurons `e * F` to `e * F + F - 1` of the dense feed-forward layer, counted modulo its
     width: copies of it where the experts are as wide, slices where they are narrower; every neuron is there
     `group_size` times. The controller is drawn so that each expert looks for tokens in a random direction. No start
-    computes the dense function exactly; this one takes the fewest steps to get back to its loss of those that were
-    tried (see the README). Attention, norms and embeddings are copied.
+    computes the dense function exactly; of those that were tried this one comes nearest to its loss in the same number
+    of steps (see the README). Attention, norms and embeddings are copied.
 
     Tensors are read, converted and written one by one; the calibration needs the memory of one MoT model.
 
@@ -202,8 +179,10 @@ def make_config(
             f"`dense_layers={dense_layers}` must be from 0 to {num_layers - 1}: the model has {num_layers} layers, "
             "and at least one must become a MoT layer."
         )
+    # What Qwen3 has besides is about windows, which are refused.
+    shared = inspect.get_annotations(MoTConfig).keys() & inspect.get_annotations(Qwen3Config).keys()
     return MoTConfig(
-        **{name: getattr(dense_config, name) for name in _SHARED_FIELDS},
+        **{name: getattr(dense_config, name) for name in [*shared, "dtype"]},
         mlp_layer_types=["dense"] * dense_layers + ["sparse"] * (num_layers - dense_layers),
         group_size=group_size,
         num_experts=num_experts,

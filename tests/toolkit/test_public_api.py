@@ -1,12 +1,14 @@
 """The public API, pinned."""
 
 from importlib.metadata import version
+from pathlib import Path
 
 import mot_hf
 import mot_hf.metrics
 import mot_hf.modeling
 import mot_hf.reporting
 import mot_hf.training
+from tests.scripts.running import run_python
 
 MODELS = [
     "MoTConfig",
@@ -25,7 +27,7 @@ def test_names() -> None:
     assert sorted(mot_hf.modeling.__all__) == ["MixingMode", *MODELS]
     metrics = ["METRICS", "LanguageModelMetrics", "TokenTotals", "bits_per_byte", "load_metric", "perplexity"]
     assert mot_hf.metrics.__all__ == metrics
-    assert mot_hf.reporting.__all__ == ["ModelSize", "count_parameters", "plot_training_curve"]
+    assert mot_hf.reporting.__all__ == ["ModelSize", "count_parameters"]
     assert mot_hf.training.__all__ == [
         "CompanionSynchronization",
         "CorpusArguments",
@@ -49,6 +51,12 @@ def test_names() -> None:
     ]
     for module in (mot_hf, mot_hf.modeling, mot_hf.metrics, mot_hf.reporting, mot_hf.training):
         assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_conversions_need_no_extra_for_reports(tmp_path: Path) -> None:
+    missing = "import sys; sys.modules.update(matplotlib=None, jinja2=None, rich=None)"
+    modules = ["conversion.upcycle", "conversion.export", "reporting.mixing_probe", "calibration"]
+    run_python(tmp_path, "-c", "\n".join([missing, *(f"import mot_hf.{module}" for module in modules)]))
 
 
 def test_version_is_that_of_the_distribution() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mot_hf import MoTConfig, MoTForCausalLM
-from mot_hf.reporting import count_parameters, plot_training_curve
+from mot_hf.reporting import count_parameters
+from mot_hf.reporting.figures import plot_training_curve
 
 
 def make_model(**overrides: object) -> MoTForCausalLM:

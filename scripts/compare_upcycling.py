@@ -1,18 +1,18 @@
 r"""Train MoT models made of a dense Qwen3 model, and the dense model itself, on the same rows: who gets where, when?
 
-Every start is made of the dense model by `mot_hf.conversion.upcycle`, has its FLOPs, and is trained by the stock
-`Trainer` with the same arguments. Writes upcycling.json, upcycling.md and upcycling.png into --output_dir.
+Every start is made of the dense model by `mot_hf.conversion.upcycle`, has feed-forward layers of its FLOPs, and is
+trained by the stock `Trainer` with the same arguments. Writes upcycling.json, upcycling.md and upcycling.png into
+--output_dir. `save_dense.py` makes the dense model of the stored results.
 
-The stored results, of a dense model of 4 layers of width 128 (`scripts/recipes/small_clm.yaml` with all layers dense).
 How fast the starts get back to the dense loss:
 
-    python scripts/compare_upcycling.py --model_dir QWEN3_DIR --output_dir results/upcycling/recovery --max_steps 300 \
-        --eval_steps 25 --starts dense slices copies std_0.5 std_1 std_4 std_8 all_layers last_layer
+    python scripts/compare_upcycling.py --model_dir runs/qwen3 --output_dir results/upcycling/recovery \
+        --max_steps 300 --eval_steps 25 --starts dense slices copies std_0.5 std_1 std_4 std_8 all_layers last_layer
 
-and what further training at equal FLOPs brings (the same with 1e-3):
+and what further training at equal FLOPs brings (the same with 1e-3, but for copies):
 
-    python scripts/compare_upcycling.py --model_dir QWEN3_DIR --output_dir results/upcycling/further_3e-3 \
-        --learning_rate 3e-3 --max_steps 1500 --eval_steps 100 --starts dense slices last_layer
+    python scripts/compare_upcycling.py --model_dir runs/qwen3 --output_dir results/upcycling/further_3e-3 \
+        --learning_rate 3e-3 --max_steps 1500 --eval_steps 100 --starts dense slices copies last_layer
 """
 
 import json

@@ -119,3 +119,19 @@ def test_compare_transition_measures_the_recovery(folder: Path) -> None:
     assert losses[0] == losses[2] != losses[1]  # the untuned run is that of the fixture
     assert all(f"{loss:.4f}" in printed for loss in losses)
     assert (folder / "runs" / "transition" / "transition.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_upcycling_trains_from_every_start(folder: Path) -> None:
+    dense = ["--output_dir", "dense", "--mlp_layer_types", "dense", "dense", *TINY, *SHORT]
+    run_script(folder, "train_clm.py", RECIPES / "small_clm.yaml", *dense)
+    run_script(folder, "save_dense.py", "--model_dir", "dense", "--output_dir", "qwen3")
+    arguments = ["--model_dir", "qwen3", "--output_dir", "upcycling", "--starts", "dense", "slices", "last_layer"]
+    arguments += ["--num_eval_rows", "64", "--num_calibration_batches", "2", "--max_steps", "4", "--eval_steps", "2"]
+    printed = run_script(folder, "compare_upcycling.py", *arguments, "--warmup_steps", "1")
+    assert printed.strip().endswith((folder / "upcycling" / "upcycling.md").read_text().strip())
+    dense, slices, last = json.loads((folder / "upcycling" / "upcycling.json").read_text())["results"]
+    assert dense["steps"] == slices["steps"] == last["steps"] == [0, 2, 4]
+    assert slices["receipt"]["difference"]["dense_loss"] == pytest.approx(dense["losses"][0], abs=1e-3)
+    assert slices["receipt"]["difference"]["per_sequence_loss"] == pytest.approx(slices["losses"][0], abs=1e-3)
+    assert slices["losses"] == last["losses"]  # of two layers the later half is the last
+    assert slices["losses"][-1] < slices["losses"][0]

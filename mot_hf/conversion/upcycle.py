@@ -217,7 +217,8 @@ def convert_tensors(
         gate, up = (reader.load(f"{prefix}{name}_proj.weight") for name in ("gate", "up"))  # [intermediate_size, D]
         yield f"{prefix}experts.gate_up_proj", torch.cat([gate[neurons], up[neurons]], dim=1)  # [E, 2F, D]
         down = reader.load(f"{prefix}down_proj.weight").T  # [intermediate_size, D]
-        yield f"{prefix}experts.down_proj", down[neurons].transpose(1, 2)  # [E, D, F]
+        # Contiguous, so that the writer keeps this tensor and not a copy.
+        yield f"{prefix}experts.down_proj", down[neurons].transpose(1, 2).contiguous()  # [E, D, F]
         norm = reader.load(prefix.replace("mlp.", "post_attention_layernorm.weight"))  # [D]
         controller = torch.randn(config.num_experts, config.hidden_size, generator=generator)  # [E, D]
         # Of a normed token without its scale, every feature has about unit variance.

@@ -7,6 +7,14 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 
+# For code that runs in a process of its own, on Linux: its largest memory so far in bytes. A new process has its
+# ru_maxrss from the one that started it.
+PEAK_MEMORY = """
+from pathlib import Path
+def peak_memory():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+"""
+
 
 def write_texts(folder: Path, num_words: int) -> Path:
     """Write 60 different small texts into a folder."""

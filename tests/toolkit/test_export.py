@@ -26,6 +26,7 @@ from mot_hf.cli import app
 from mot_hf.conversion.export import NotTunedError, export_qwen3_moe, find_llama_cpp_limits
 from mot_hf.corpus import load_corpus, make_blocks, train_tokenizer
 from tests.models import PAD, random_ids, tiny_config, trained
+from tests.scripts.running import PEAK_MEMORY
 
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b\n" * 10 for i in range(60)]
 SPARSE, DENSE = "sparse", "dense"
@@ -172,16 +173,18 @@ def test_an_export_needs_nothing_but_transformers(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "moe")(text) == tokenizer(text)
 
 
-MEASURE = """
-import resource, sys
+MEASURE = f"""
+import sys
 from mot_hf.conversion.export import export_qwen3_moe
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+{PEAK_MEMORY}
+before = peak_memory()
 export_qwen3_moe(sys.argv[1], sys.argv[2], max_shard_size=10_000_000)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak_memory() - before)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of the process")
 def test_an_export_does_not_hold_the_model_in_memory(tmp_path: Path) -> None:
     config = tiny_config(hidden_size=512, intermediate_size=1024, num_hidden_layers=16, mixing="moe")
     MoTForCausalLM(config).save_pretrained(tmp_path / "mot")
@@ -191,7 +194,7 @@ def test_an_export_does_not_hold_the_model_in_memory(tmp_path: Path) -> None:
     assert completed.returncode == 0, completed.stderr
     # A layer's experts are 25 MB, the file 305 MB.
     assert size > 300e6
-    assert int(completed.stdout) < 70e6
+    assert 10e6 < int(completed.stdout) < 70e6
 
 
 def refuse(folder: Path, match: str, error: type[Exception] = ValueError) -> None:

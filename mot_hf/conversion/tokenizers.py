@@ -7,6 +7,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Tells whether a folder holds the files of a tokenizer.
+
+    Args:
+        folder (`str` or `Path`): Folder of a model.
+
+    Returns:
+        `bool`: Whether it does.
+    """
+    return any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerBase | None:
     """Loads the tokenizer beside a model, if there is one.
 
@@ -21,7 +33,7 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerBa
         ValueError: It cannot be read, or has tokens that the model does not know.
     """
     # Without files transformers would make a tokenizer that knows nothing.
-    if not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)

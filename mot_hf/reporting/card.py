@@ -14,6 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mot_hf import modeling
 from mot_hf.conversion.checkpoint_files import CheckpointReader
+from mot_hf.conversion.receipt import RECEIPT_NAME
+from mot_hf.conversion.tokenizers import has_tokenizer
 from mot_hf.modeling import MoTConfig, MoTForCausalLM, MoTForMaskedLM, MoTPreTrainedModel
 from mot_hf.reporting.run_log import LogHistory, find_run
 from mot_hf.reporting.sizes import count_flops, count_parameters
@@ -24,7 +26,6 @@ CARD_NAME = "README.md"
 _TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 _TAGS = ["mixture-of-tokens", "mot", "moe"]
 _NUM_COLUMNS = 128  # tokens of a row for which FLOPs are counted, or as many as the model is meant for
-_UPCYCLING_RECEIPT = "upcycling.json"
 
 
 class Head(NamedTuple):
@@ -111,8 +112,7 @@ def read_model(model_dir: str | os.PathLike[str]) -> SavedModel:
     with torch.device("meta"):
         model = getattr(modeling, class_name)(MoTConfig.from_pretrained(model_dir)).eval()
     _check_weights(reader, model)
-    tokenizer_files = ("tokenizer.json", "tokenizer_config.json")
-    return SavedModel(reader, model, any((reader.folder / name).is_file() for name in tokenizer_files))
+    return SavedModel(reader, model, has_tokenizer(reader.folder))
 
 
 def _check_weights(reader: CheckpointReader, model: MoTPreTrainedModel) -> None:
@@ -297,7 +297,7 @@ def _count_batches(reader: CheckpointReader) -> int:
 
 
 def _find_upcycled(folder: Path) -> str | None:
-    receipt = folder / _UPCYCLING_RECEIPT
+    receipt = folder / RECEIPT_NAME
     return json.loads(receipt.read_text(encoding="utf-8"))["source"] if receipt.is_file() else None
 
 

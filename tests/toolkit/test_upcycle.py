@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from mot_hf import MoTConfig, MoTForCausalLM
 from mot_hf.calibration import calibrate
 from mot_hf.cli import app, run
-from mot_hf.conversion.upcycle import RECEIPT_NAME, upcycle
+from mot_hf.conversion.receipt import RECEIPT_NAME
+from mot_hf.conversion.upcycle import upcycle
 from mot_hf.corpus import train_tokenizer
 from tests.models import companions_of
 from tests.scripts.running import PEAK_MEMORY, run_python

@@ -242,7 +242,9 @@ def mix_across_examples(
     slab = mixture.flatten(0, 1).transpose(0, 1)  # [E, N, D]
     y = experts(slab)  # [E, N, D]
     output = w.transpose(1, 2) @ y.transpose(0, 1).unflatten(0, z.shape[:2])  # [A, T, G, D]
-    output = output.transpose(1, 2).flatten(0, 1)[:num_rows]  # [B, T, D]
+    output = output.transpose(1, 2).flatten(0, 1)  # [A * G, T, D]
+    if missing_rows:
+        output = output[:num_rows]  # [B, T, D]
 
     num_present = group_size if token_mask is None else (group_size - num_absent).flatten()  # [N]
     return output, _average_groups(z.flatten(0, 1) - log(group_size), slab, y, num_present, spans.flatten())

@@ -24,6 +24,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_mot import MoTConfig
+from .experts_mot import run_slab
 from .mixing_mot import (
     MIXING_MODES,
     MixingContext,
@@ -52,8 +53,7 @@ class MoTExperts(Qwen3MoeExperts):
         """Run selected experts on tokens `[S, D]`, or without `top_k_index` every expert on its rows of a slab."""
         if top_k_index is not None:
             return super().forward(hidden_states, top_k_index, top_k_weights)
-        hidden = self._apply_gate(torch.bmm(hidden_states, self.gate_up_proj.transpose(1, 2)))  # [E, N, F]
-        return torch.bmm(hidden, self.down_proj.transpose(1, 2))  # [E, N, D]
+        return run_slab(hidden_states, self.gate_up_proj, self.down_proj, self._apply_gate)
 
 
 class MoTSparseBlock(nn.Module):

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from math import gcd, isfinite
+from math import gcd, isfinite, sqrt
 from typing import Any, Literal
 
 from transformers.utils.versions import require_version
@@ -59,6 +59,11 @@ class MoTConfig(PreTrainedConfig):
             Longest sequence the model is meant for, in tokens.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the normal distribution that weights are drawn from.
+        router_initializer_range (`float`, *optional*):
+            The same for the controllers. Defaults to `2 / sqrt(hidden_size)`: logits of standard deviation 2, at which
+            every expert has a few tokens of its own from the first step on. The paper's is `initializer_range`, with
+            which all experts first get about the same mixture, the group's mean, and it takes thousands of steps until
+            they differ.
         rms_norm_eps (`float`, *optional*, defaults to 1e-6):
             Epsilon of the RMS norms.
         use_cache (`bool`, *optional*, defaults to `True`):
@@ -140,6 +145,7 @@ class MoTConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     initializer_range: float | int = 0.02
+    router_initializer_range: float | int | None = None
     rms_norm_eps: float | int = 1e-6
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -170,6 +176,8 @@ class MoTConfig(PreTrainedConfig):
             self.head_dim = _whole(self.hidden_size, self.num_attention_heads)
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = _whole(self.intermediate_size * self.group_size, self.num_experts)
+        if self.router_initializer_range is None:
+            self.router_initializer_range = 2 / sqrt(max(1, self.hidden_size))
         if self.num_experts_per_tok is None:
             self.num_experts_per_tok = max(1, self.num_experts // max(1, self.group_size))
         if self.mlp_layer_types is None:
@@ -216,7 +224,7 @@ class MoTConfig(PreTrainedConfig):
         in_range = {
             "a finite number greater than 0": {
                 name: 0 < getattr(self, name) and isfinite(getattr(self, name))
-                for name in ("initializer_range", "rms_norm_eps")
+                for name in ("initializer_range", "router_initializer_range", "rms_norm_eps")
             },
             "a finite number of at least 0": {
                 "router_aux_loss_coef": 0 <= self.router_aux_loss_coef and isfinite(self.router_aux_loss_coef)

@@ -167,7 +167,7 @@ class MoTPreTrainedModel(PreTrainedModel):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, MoTRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
+            init.normal_(module.weight, mean=0.0, std=self.config.router_initializer_range)
         elif isinstance(module, MoTCompanions):
             for buffer in module.buffers():
                 init.zeros_(buffer)

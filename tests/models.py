@@ -30,6 +30,7 @@ def tiny_config(**overrides: Any) -> MoTConfig:
         "eos_token_id": EOS,
         # Large enough that an error in a MoT layer shows in the logits.
         "initializer_range": 0.1,
+        "router_initializer_range": 0.1,
     }
     return MoTConfig(**(fields | overrides))
 

@@ -34,6 +34,9 @@ class ModelArguments:
     )
     group_size: int = field(default=32, metadata={"help": "rows G whose tokens are mixed"})
     num_experts: int = field(default=256, metadata={"help": "experts E of a MoT layer"})
+    router_initializer_range: float | None = field(
+        default=None, metadata={"help": "standard deviation of the controllers' weights at first; the paper's is 0.02"}
+    )
     num_experts_per_tok: int | None = field(
         default=None, metadata={"help": "experts K run for a token in modes per_sequence and moe; by default E / G"}
     )

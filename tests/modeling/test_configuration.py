@@ -167,7 +167,7 @@ def test_wrong_types_and_words_name_the_field(name: str, value: object) -> None:
         ({"hidden_act": "swiglu"}, ["`hidden_act`", "'swiglu'"]),
         *(
             ({name: value}, [f"`{name}`", str(value)])
-            for name in ("initializer_range", "rms_norm_eps")
+            for name in ("initializer_range", "router_initializer_range", "rms_norm_eps")
             for value in (0, -0.1, float("nan"), float("inf"))
         ),
         *(
@@ -223,7 +223,15 @@ DRAWN = {
         SIZES,
     ),
     **dict.fromkeys(
-        ["initializer_range", "rms_norm_eps", "attention_dropout", "router_aux_loss_coef", "companion_momentum"], REALS
+        [
+            "initializer_range",
+            "router_initializer_range",
+            "rms_norm_eps",
+            "attention_dropout",
+            "router_aux_loss_coef",
+            "companion_momentum",
+        ],
+        REALS,
     ),
     **dict.fromkeys(["mixing", "inference_mixing"], st.sampled_from(["cross_example", "per_sequence", "moe", "x"])),
     **dict.fromkeys(["pad_token_id", "bos_token_id"], TOKENS),

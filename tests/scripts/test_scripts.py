@@ -89,22 +89,6 @@ def test_a_tokenizer_that_is_not_byte_level_serves_too(folder: Path) -> None:
     assert "eval_bits_per_byte" not in evaluation
 
 
-def test_bench_training_times_every_phase_of_both_models(folder: Path) -> None:
-    arguments = ["--hidden_size", "64", "--intermediate_size", "64", "--num_hidden_layers", "2", "--num_rows", "32"]
-    printed = run_script(folder, "bench_training.py", *arguments, "--num_columns", "8", "--num_rounds", "2")
-    record = json.loads((folder / "runs" / "bench_training" / "training.json").read_text())
-    results = record["results"]
-    assert 0 < record["monitor_share_of_a_logging_step"] < 1
-    phases = ["forward and backward", "forward", "backward", "optimizer"]
-    assert [(result["model"], result["phase"]) for result in results] == [
-        (model, phase) for model in ("dense", "MoT") for phase in phases
-    ]
-    assert {result["relative_time"] for result in results if result["model"] == "dense"} == {1.0}
-    assert all("seconds" not in result for result in results)
-    assert 1 < results[4]["relative_flops"] < 1.2
-    assert "relative to the dense model" in printed
-
-
 def test_compare_transition_measures_the_recovery(folder: Path) -> None:
     tuning = ["--transition_share", "0.5", "--eval_strategy", "steps", "--eval_steps", "1", "--output_dir", "tuned"]
     run_script(folder, "train_clm.py", RECIPES / "small_clm.yaml", *TINY, *SHORT, *tuning, "--num_experts", "64")

@@ -11,7 +11,7 @@ LLAMA_CPP := $(VENV)/llama_cpp_python-$(LLAMA_CPP_PYTHON)
 RUFF := $(VENV)/bin/ruff
 
 .DEFAULT_GOAL := help
-.PHONY: help venv llama-cpp demo test test-fast test-oldest quality fix build clean
+.PHONY: help venv llama-cpp demo test test-fast test-oldest bench bench-gpu quality fix build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,19 @@ test-fast: $(VENV)/.dev  ## run the tests that are not marked slow
 
 test-oldest: $(OLDEST)/.dev  ## run the tests with the oldest supported transformers
 	$(OLDEST)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+bench: $(VENV)/.dev  ## measure speed and memory on this CPU; hours, close other programs
+	$(VENV)/bin/python scripts/bench_layer.py --output_dir results/bench_layer/cpu
+	$(VENV)/bin/python scripts/bench_train.py --output_dir results/bench_train/cpu
+	$(VENV)/bin/python scripts/bench_optimizer.py --output_dir results/bench_optimizer/cpu
+
+bench-gpu: $(VENV)/.dev  ## the same on a GPU, eager and compiled, and the comparison with dense and Qwen3-MoE
+	$(VENV)/bin/python scripts/bench_layer.py $(GPU) --dtype bfloat16 --output_dir results/bench_layer/gpu_eager
+	$(VENV)/bin/python scripts/bench_layer.py $(GPU) --dtype bfloat16 --torch_compile true \
+		--output_dir results/bench_layer/gpu_compiled
+	$(VENV)/bin/python scripts/bench_train.py $(GPU) --output_dir results/bench_train/gpu
+	$(VENV)/bin/python scripts/bench_optimizer.py $(GPU) --output_dir results/bench_optimizer/gpu
+	$(VENV)/bin/python scripts/reproduce_headline.py scripts/recipes/headline/gpu.yaml
 
 quality: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 quality: $(VENV)/.dev .typings/mot_hf/modeling  ## lint, check the format and the types

@@ -1,0 +1,236 @@
+r"""Reproduce the paper's headline: in what part of the steps and the time does MoT reach the dense model's final loss?
+
+Dense, MoT and Qwen3-MoE models of equal FLOPs are trained by the stock `Trainer` on the same rows in the same order,
+with the same number of steps and the same schedule, each with the learning rate that was best for it in shorter runs.
+Losses are those of validation rows, of MoT in mode `per_sequence`, as it answers users. The time of a step is measured
+for all models in turn, apart from the training, so that a time on the axis is that of so many steps without anything
+else that the machine did. Close other programs while steps are timed.
+
+Every run is a file in OUTPUT_DIR/runs and is not repeated if it is there, so a long comparison can be done in parts,
+with `--architectures` and `--parts`, one after the other or side by side. Writes headline.json, headline.md and
+headline.png, the numbers, a table and both pairs of curves. The text is the Python code of all installed packages, or
+--source.
+
+In minutes on a laptop, on a GPU, and the paper's proof of concept (250 000 steps; give it the C4 data set):
+
+    python scripts/reproduce_headline.py scripts/recipes/headline/cpu.yaml
+    python scripts/reproduce_headline.py scripts/recipes/headline/gpu.yaml
+    python scripts/reproduce_headline.py scripts/recipes/headline/paper.yaml --source C4_DIR/*.jsonl
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from transformers import TrainingArguments, set_seed
+
+from mot_hf.benchmark import describe_machine, summarize_times, time_in_turn
+from mot_hf.training import parse_arguments
+from mot_hf.training.comparison import (
+    ARCHITECTURES,
+    ComparisonArguments,
+    load_text,
+    make_model,
+    make_step,
+    train_model,
+)
+
+PARTS = ("tuning", "training", "timing")
+LABELS = {"dense": "dense", "mot": "MoT", "qwen3_moe": "Qwen3-MoE"}
+
+
+@dataclass
+class Arguments:
+    """What is run."""
+
+    architectures: list[str] = field(default_factory=lambda: list(ARCHITECTURES), metadata={"help": "models to run"})
+    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"parts, of {', '.join(PARTS)}"})
+    learning_rates: list[float] = field(
+        default_factory=lambda: [3e-3, 1e-2, 3e-2], metadata={"help": "peak learning rates to choose from"}
+    )
+    tuning_steps: int = field(default=1000, metadata={"help": "steps of the runs that the learning rate is chosen by"})
+    num_rounds: int = field(default=20, metadata={"help": "rounds in which steps are timed"})
+
+    def __post_init__(self) -> None:
+        """Refuse unknown words before anything is trained."""
+        for name, known in (("architectures", ARCHITECTURES), ("parts", PARTS)):
+            for word in getattr(self, name):
+                if word not in known:
+                    raise ValueError(f"`{name}` has {word!r}, which must be one of {', '.join(known)}.")
+
+
+class Headline:
+    """The comparison, and its files.
+
+    Args:
+        args (`Arguments`): What is run.
+        comparison (`ComparisonArguments`): The models and their text.
+        training_args (`TrainingArguments`): How they are trained.
+    """
+
+    def __init__(self, args: Arguments, comparison: ComparisonArguments, training_args: TrainingArguments) -> None:
+        self.args, self.comparison, self.training_args = args, comparison, training_args
+        self.folder = Path(training_args.output_dir)
+        (self.folder / "runs").mkdir(parents=True, exist_ok=True)
+        self.text = load_text(comparison) if {"tuning", "training"} & set(args.parts) else None
+
+    def run(self, architecture: str, learning_rate: float, num_steps: int, part: str) -> dict[str, Any]:
+        """Train a model, or read what came of it."""
+        path = self.folder / "runs" / f"{part}_{architecture}_{learning_rate:g}.json"
+        if not path.exists():
+            set_seed(self.training_args.seed)
+            model = make_model(architecture, self.comparison)
+            sizes = {"architecture": architecture, "num_parameters": model.num_parameters()}
+            result = train_model(
+                model, self.training_args, self.text, learning_rate=learning_rate, max_steps=num_steps
+            )
+            path.write_text(json.dumps(sizes | result, indent=2) + "\n")
+        return json.loads(path.read_text())
+
+    def tuned(self, architecture: str) -> list[dict[str, Any]]:
+        """The runs that the learning rate is chosen by, the best first."""
+        paths = (self.folder / "runs").glob(f"tuning_{architecture}_*.json")
+        return sorted((json.loads(path.read_text()) for path in paths), key=lambda run: run["losses"][-1])
+
+    def time_steps(self) -> None:
+        """Time a step of every model, in turn."""
+        args, device = self.training_args, str(self.training_args.device)
+        ids = torch.randint(self.comparison.vocab_size, (args.train_batch_size, self.comparison.block_length))
+        steps = {name: make_step(make_model(name, self.comparison), args, ids) for name in self.args.architectures}
+        timings = summarize_times(time_in_turn(steps, self.args.num_rounds, device), "dense")
+        record = {name: asdict(timing) for name, timing in timings.items()}
+        if not device.startswith("cuda"):
+            for timing in record.values():
+                del timing["seconds"]  # of no use on another machine
+        (self.folder / "runs" / "timing.json").write_text(
+            json.dumps({"machine": describe_machine(device), "steps": record}, indent=2) + "\n"
+        )
+
+    def finished(self) -> list[dict[str, Any]]:
+        """The long runs that there are, each with the time of its steps relative to those of the dense model."""
+        timing_path = self.folder / "runs" / "timing.json"
+        timing = json.loads(timing_path.read_text())["steps"] if timing_path.exists() else {}
+        runs = []
+        for name in ARCHITECTURES:
+            for path in sorted((self.folder / "runs").glob(f"training_{name}_*.json")):
+                run = json.loads(path.read_text())
+                run["relative_step_time"] = timing.get(name, {}).get("relative_time")
+                runs.append(run)
+        return runs
+
+    def write(self) -> None:
+        """Write what is known so far."""
+        runs = self.finished()
+        if not any(run["architecture"] == "dense" for run in runs):
+            return
+        add_headline(runs)
+        training = {name: getattr(self.training_args, name) for name in RECORDED}
+        timing_path = self.folder / "runs" / "timing.json"
+        record = {
+            "results": runs,
+            "tuning": {name: self.tuned(name) for name in ARCHITECTURES},
+            "arguments": asdict(self.comparison) | {"tuning_steps": self.args.tuning_steps},
+            "training": training | {"lr_scheduler_type": str(self.training_args.lr_scheduler_type)},
+            "timing": json.loads(timing_path.read_text()) if timing_path.exists() else None,
+        }
+        (self.folder / "headline.json").write_text(json.dumps(record, indent=2) + "\n")
+        (self.folder / "headline.md").write_text(make_table(runs))
+        draw(runs, self.folder / "headline.png")
+
+
+RECORDED = (
+    "max_steps",
+    "per_device_train_batch_size",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta2",
+    "max_grad_norm",
+    "lr_scheduler_kwargs",
+    "seed",
+    "bf16",
+    "torch_compile",
+)
+
+
+def add_headline(runs: list[dict[str, Any]]) -> None:
+    """Add to each run the share of the dense model's steps and time at which it reached that model's final loss."""
+    dense = next(run for run in runs if run["architecture"] == "dense")
+    for run in runs:
+        reached = [step for step, loss in zip(run["steps"], run["losses"], strict=True) if loss <= dense["losses"][-1]]
+        run["share_of_steps"] = reached[0] / dense["steps"][-1] if reached else None
+        timed = reached and run["relative_step_time"]
+        run["share_of_time"] = run["share_of_steps"] * run["relative_step_time"] if timed else None
+
+
+def make_table(runs: list[dict[str, Any]]) -> str:
+    """The headline in Markdown."""
+
+    def percent(share: float | None) -> str:
+        return "not" if share is None else f"{share:.1%}"
+
+    lines = [
+        "| model | parameters | learning rate | final loss | time of a step | steps to the dense loss | time to it |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        step_time = run["relative_step_time"]
+        cells = (
+            LABELS[run["architecture"]],
+            f"{run['num_parameters'] / 1e6:.2f} M",
+            f"{run['learning_rate']:g}",
+            f"{run['losses'][-1]:.4f}",
+            "" if step_time is None else f"{step_time:.2f}",
+            percent(run["share_of_steps"]),
+            percent(run["share_of_time"]),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Losses over steps and over time."""
+    dense = next(run for run in runs if run["architecture"] == "dense")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for run in runs:
+        color = {"dense": "black", "mot": "C0", "qwen3_moe": "C1"}[run["architecture"]]
+        shares = [step / dense["steps"][-1] for step in run["steps"]]
+        panels[0].plot(shares, run["losses"], color=color, label=LABELS[run["architecture"]])
+        if run["relative_step_time"] is not None:
+            panels[1].plot([share * run["relative_step_time"] for share in shares], run["losses"], color=color)
+    final = dense["losses"][-1]
+    for panel, unit in zip(panels, ("steps", "time"), strict=True):
+        panel.axhline(final, color="gray", linestyle="--", linewidth=1)
+        panel.set_xlabel(f"{unit}, relative to the dense model's training")
+        panel.grid(alpha=0.3)
+    lowest = min(loss for run in runs for loss in run["losses"])
+    panels[0].set_ylim(lowest - 0.05, final + 3 * max(0.1, final - lowest))
+    panels[0].set_ylabel("validation loss (nats per token)")
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main(args: Arguments, comparison: ComparisonArguments, training_args: TrainingArguments) -> None:
+    """Choose learning rates, train, time steps, and write what is known after each."""
+    headline = Headline(args, comparison, training_args)
+    for name in args.architectures:
+        if "tuning" in args.parts:
+            for learning_rate in args.learning_rates:
+                headline.run(name, learning_rate, args.tuning_steps, "tuning")
+        if "training" in args.parts:
+            tuned = headline.tuned(name)
+            learning_rate = tuned[0]["learning_rate"] if tuned else args.learning_rates[0]
+            headline.run(name, learning_rate, training_args.max_steps, "training")
+            headline.write()
+    if "timing" in args.parts:
+        headline.time_steps()
+    headline.write()
+    if (headline.folder / "headline.md").exists():
+        print((headline.folder / "headline.md").read_text())
+
+
+if __name__ == "__main__":
+    main(*parse_arguments([Arguments, ComparisonArguments, TrainingArguments]))

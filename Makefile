@@ -9,6 +9,7 @@ OLDEST := $(VENV)-oldest
 LLAMA_CPP_PYTHON := 0.3.36
 LLAMA_CPP := $(VENV)/llama_cpp_python-$(LLAMA_CPP_PYTHON)
 RUFF := $(VENV)/bin/ruff
+ON_GPU := --device cuda --dtype bfloat16
 
 .DEFAULT_GOAL := help
 .PHONY: help venv llama-cpp demo test test-fast test-oldest bench bench-gpu quality fix build clean
@@ -42,13 +43,20 @@ bench: $(VENV)/.dev  ## measure speed and memory on this CPU; hours, close other
 	$(VENV)/bin/python scripts/bench_train.py --output_dir results/bench_train/cpu
 	$(VENV)/bin/python scripts/bench_optimizer.py --output_dir results/bench_optimizer/cpu
 
-bench-gpu: $(VENV)/.dev  ## the same on a GPU, eager and compiled, and the comparison with dense and Qwen3-MoE
-	$(VENV)/bin/python scripts/bench_layer.py $(GPU) --dtype bfloat16 --output_dir results/bench_layer/gpu_eager
-	$(VENV)/bin/python scripts/bench_layer.py $(GPU) --dtype bfloat16 --torch_compile true \
+bench-gpu: $(VENV)/.dev  ## the same on a GPU, and the comparisons of results/headline and results/precision
+	$(VENV)/bin/python scripts/bench_layer.py $(ON_GPU) --num_tokens 16384 65536 \
+		--output_dir results/bench_layer/gpu_eager
+	$(VENV)/bin/python scripts/bench_layer.py $(ON_GPU) --num_tokens 16384 65536 --torch_compile true \
 		--output_dir results/bench_layer/gpu_compiled
-	$(VENV)/bin/python scripts/bench_train.py $(GPU) --output_dir results/bench_train/gpu
-	$(VENV)/bin/python scripts/bench_optimizer.py $(GPU) --output_dir results/bench_optimizer/gpu
+	$(VENV)/bin/python scripts/bench_train.py $(ON_GPU) --num_rows 256 --hidden_sizes 512 1024 \
+		--output_dir results/bench_train/gpu_eager_bfloat16
+	$(VENV)/bin/python scripts/bench_train.py $(ON_GPU) --num_rows 256 --hidden_sizes 512 1024 \
+		--torch_compile true --output_dir results/bench_train/gpu_compiled_bfloat16
+	$(VENV)/bin/python scripts/bench_optimizer.py --device cuda --bf16 true --hidden_size 1024 \
+		--intermediate_size 2816 --num_rows 128 --step_rows 128 512 2048 --output_dir results/bench_optimizer/gpu
 	$(VENV)/bin/python scripts/reproduce_headline.py scripts/recipes/headline/gpu.yaml
+	$(VENV)/bin/python scripts/compare_precision.py scripts/recipes/headline/gpu.yaml --max_steps 1500 \
+		--output_dir results/precision/gpu --architectures dense mot qwen3_moe --learning_rates 4e-3 4e-3 4e-3
 
 quality: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 quality: $(VENV)/.dev .typings/mot_hf/modeling  ## lint, check the format and the types

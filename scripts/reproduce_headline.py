@@ -51,7 +51,9 @@ class Arguments:
     learning_rates: list[float] = field(
         default_factory=lambda: [3e-3, 1e-2, 3e-2], metadata={"help": "peak learning rates to choose from"}
     )
-    tuning_steps: int = field(default=1000, metadata={"help": "steps of the runs that the learning rate is chosen by"})
+    tuning_share: float = field(
+        default=0.08, metadata={"help": "share of max_steps that the runs have which the learning rate is chosen by"}
+    )
     num_rounds: int = field(default=20, metadata={"help": "rounds in which steps are timed"})
 
     def __post_init__(self) -> None:
@@ -132,7 +134,7 @@ class Headline:
         record = {
             "results": runs,
             "tuning": {name: self.tuned(name) for name in ARCHITECTURES},
-            "arguments": asdict(self.comparison) | {"tuning_steps": self.args.tuning_steps},
+            "arguments": asdict(self.comparison) | {"tuning_share": self.args.tuning_share},
             "training": training | {"lr_scheduler_type": str(self.training_args.lr_scheduler_type)},
             "timing": json.loads(timing_path.read_text()) if timing_path.exists() else None,
         }
@@ -219,7 +221,7 @@ def main(args: Arguments, comparison: ComparisonArguments, training_args: Traini
     for name in args.architectures:
         if "tuning" in args.parts:
             for learning_rate in args.learning_rates:
-                headline.run(name, learning_rate, args.tuning_steps, "tuning")
+                headline.run(name, learning_rate, round(args.tuning_share * training_args.max_steps), "tuning")
         if "training" in args.parts:
             tuned = headline.tuned(name)
             learning_rate = tuned[0]["learning_rate"] if tuned else args.learning_rates[0]

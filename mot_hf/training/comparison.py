@@ -1,7 +1,6 @@
 """Dense, MoT and Qwen3-MoE models of equal FLOPs, trained alike on the same rows."""
 
-import copy
-import inspect
+import dataclasses
 import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
-    Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     Trainer,
     TrainerCallback,
@@ -23,6 +21,7 @@ from transformers import (
     set_seed,
 )
 
+from mot_hf.conversion.export import make_qwen3_moe_config
 from mot_hf.corpus import load_corpus, make_blocks, train_tokenizer
 from mot_hf.modeling import MoTConfig, MoTForCausalLM
 
@@ -104,16 +103,13 @@ def make_model(architecture: str, args: ComparisonArguments) -> PreTrainedModel:
         group_size=args.group_size,
         num_experts=args.num_experts,
         router_initializer_range=args.router_initializer_range,
+        norm_topk_prob=False,  # with one expert a token a renormalised weight is always 1, and the router learns nothing
         mlp_layer_types=["dense"] * num_dense + ["sparse"] * (args.num_hidden_layers - num_dense),
     )
     if architecture != "qwen3_moe":
         return MoTForCausalLM(config).train()
-    shared = inspect.get_annotations(MoTConfig).keys() & inspect.get_annotations(Qwen3MoeConfig).keys()
-    fields = {name: getattr(config, name) for name in shared - {"norm_topk_prob", "output_router_logits"}}
-    # With one expert a token, a renormalised weight is always 1 and gives the router no gradient.
-    moe_config = Qwen3MoeConfig(
-        **fields, mlp_only_layers=list(range(num_dense)), norm_topk_prob=False, output_router_logits=True
-    )
+    moe_config = make_qwen3_moe_config(config)
+    moe_config.output_router_logits = True
     return Qwen3MoeForCausalLM(moe_config).train()
 
 
@@ -191,9 +187,7 @@ def train_model(
     Returns:
         `dict`: `changes`, the number of training rows, and `steps` and `losses` of the evaluations.
     """
-    run_args = copy.deepcopy(training_args)
-    for name, value in changes.items():
-        setattr(run_args, name, value)
+    run_args = dataclasses.replace(training_args, **changes)
     curve = ValidationCurve(text["validation"])
     set_seed(run_args.seed)
     trainer = Trainer(model, run_args, collate_rows, text["train"], callbacks=[curve])

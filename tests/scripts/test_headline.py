@@ -102,8 +102,8 @@ def test_the_headline_is_read_off_and_finished_runs_are_not_repeated(tmp_path: P
     arguments += [
         "--per_device_train_batch_size",
         "32",
-        "--tuning_steps",
-        "6",
+        "--tuning_share",
+        "0.3",
         "--max_steps",
         "20",
         "--num_rounds",
@@ -138,3 +138,33 @@ def test_the_headline_is_read_off_and_finished_runs_are_not_repeated(tmp_path: P
     printed = run_script(tmp_path, "reproduce_headline.py", recipe, *map(str, arguments))
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert printed.strip().endswith((tmp_path / "headline" / "headline.md").read_text().strip())
+
+
+@pytest.mark.slow
+def test_each_precision_is_trained_in_and_only_bfloat16_rounds_the_parameters(tmp_path: Path) -> None:
+    recipe = REPOSITORY / "scripts" / "recipes" / "headline" / "cpu.yaml"
+    arguments = ["--source", make_files(tmp_path), "--output_dir", tmp_path / "precision", "--num_experts", "32"]
+    arguments += [
+        "--per_device_train_batch_size",
+        "32",
+        "--max_steps",
+        "4",
+        "--eval_steps",
+        "2",
+        "--block_length",
+        "8",
+    ]
+    arguments += ["--architectures", "mot", "qwen3_moe", "--learning_rates", "0.01", "0.02", "--num_eval_rows", "32"]
+    printed = run_script(
+        tmp_path, "compare_precision.py", recipe, *map(str, arguments), "--vocab_size", "300", "--warmup_steps", "1"
+    )
+    runs = json.loads((tmp_path / "precision" / "precision.json").read_text())["results"]
+    assert [(run["architecture"], run["precision"], run["learning_rate"]) for run in runs] == [
+        (name, precision, rate)
+        for name, rate in (("mot", 0.01), ("qwen3_moe", 0.02))
+        for precision in ("float32", "mixed", "bfloat16")
+    ]
+    for of_one in (runs[:3], runs[3:]):
+        assert len({run["losses"][-1] for run in of_one}) == 3
+        assert all(run["losses"][-1] < run["losses"][0] < 6.5 for run in of_one)
+    assert printed.strip().endswith((tmp_path / "precision" / "precision.md").read_text().strip())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 Work = Callable[[], Any]
 
@@ -88,7 +88,7 @@ def summarize_times(seconds: Mapping[str, list[float]], reference: str) -> dict[
     timings = {}
     for name, times in seconds.items():
         ratios = [time / other for time, other in zip(times, seconds[reference], strict=True)]
-        lower, _, upper = quantiles(ratios, n=4)
+        lower, _, upper = quantiles(ratios, n=4, method="inclusive")
         timings[name] = Timing(median(times), median(ratios), (lower, upper))
     return timings
 
@@ -102,8 +102,7 @@ def count_flops(work: Work) -> int:
     Returns:
         `int`: FLOPs; a multiplication and its addition are two.
     """
-    # torch (2.13) leaves out grouped products.
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _count_grouped_mm}) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         work()
     return counter.get_total_flops()
 
@@ -111,6 +110,18 @@ def count_flops(work: Work) -> int:
 def _count_grouped_mm(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
     """FLOPs of the product of rows `[S, D]` with their groups' matrices `[E, D, F]`, or of `[D, S]` with `[S, F]`."""
     return 2 * left.numel() * right[-1]
+
+
+# What torch (2.13) leaves out.
+_UNCOUNTED = {
+    torch.ops.aten._grouped_mm: _count_grouped_mm,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
+        query, key, value
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value)
+    ),
+}
 
 
 def measure_peak_memory(work: Work, device: str) -> int:

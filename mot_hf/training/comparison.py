@@ -103,7 +103,7 @@ def make_model(architecture: str, args: ComparisonArguments) -> PreTrainedModel:
         group_size=args.group_size,
         num_experts=args.num_experts,
         router_initializer_range=args.router_initializer_range,
-        norm_topk_prob=False,  # with one expert a token a renormalised weight is always 1, and the router learns nothing
+        norm_topk_prob=False,  # renormalised, the weight of a single expert is always 1, without a gradient
         mlp_layer_types=["dense"] * num_dense + ["sparse"] * (args.num_hidden_layers - num_dense),
     )
     if architecture != "qwen3_moe":

@@ -51,7 +51,7 @@ def test_ratios_are_taken_round_by_round() -> None:
     seconds = {"reference": [1.0, 2.0, 20.0], "candidate": [3.0, 2.0, 40.0]}
     timings = summarize_times(seconds, "reference")
     assert timings["candidate"].relative_time == 2.0
-    assert timings["candidate"].relative_time_quartiles == (1.0, 3.0)
+    assert timings["candidate"].relative_time_quartiles == (1.5, 2.5)
     assert timings["candidate"].seconds == 3.0
     assert timings["reference"].relative_time == 1.0
     assert timings["reference"].relative_time_quartiles == (1.0, 1.0)
@@ -110,3 +110,11 @@ def test_the_machine_is_described_without_a_name_of_its_own() -> None:
     assert machine["versions"]["torch"] == torch.__version__
     assert machine["versions"]["transformers"] == transformers.__version__
     assert set(machine) == {"device", "threads", "versions"}
+
+
+def test_flops_of_attention_on_a_cpu_are_counted() -> None:
+    query, key, value = (torch.randn(2, 3, 16, 8, requires_grad=True) for _ in range(3))
+    products = 2 * 2 * 3 * 16 * 16 * 8
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert count_flops(lambda: attend(query, key, value)) == 2 * products
+    assert count_flops(lambda: attend(query, key, value).sum().backward()) == (2 + 5) * products

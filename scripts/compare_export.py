@@ -7,6 +7,8 @@ llama.cpp takes:
         --mlp_layer_types sparse sparse sparse sparse --transition_share 0.8 --max_steps 400
     python scripts/compare_export.py --output_dir results/export --models runs/tuned_256 runs/tuned runs/sparse_256 \
         --llama_cpp .venv/llama_cpp_python-*/vendor/llama.cpp
+
+The stored results are of models that began with the paper's controllers: `--router_initializer_range 0.02`.
 """
 
 import json

@@ -10,6 +10,8 @@ folder. The stored results (`evaluate_modes.py` says how the MoT models were tra
     python scripts/compare_finetuning.py --models runs/clm32 runs/dense runs/clm256 \
         --recipes scripts/recipes/finetune/sequence.yaml scripts/recipes/finetune/tokens.yaml \
         --output_dir results/finetuning
+
+The stored results are of models that began with the paper's controllers: `--router_initializer_range 0.02`.
 """
 
 import json

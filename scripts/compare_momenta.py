@@ -7,6 +7,8 @@ so that the weights still move fast at the end.
     python scripts/compare_momenta.py scripts/recipes/small_clm.yaml --output_dir runs/momenta --max_steps 1000
     python scripts/compare_momenta.py scripts/recipes/small_clm.yaml --output_dir runs/momenta_constant \
         --max_steps 1000 --lr_scheduler_type constant_with_warmup --lr_scheduler_kwargs "{}"
+
+The stored results are of models that began with the paper's controllers: `--router_initializer_range 0.02`.
 """
 
 import copy

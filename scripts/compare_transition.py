@@ -14,6 +14,8 @@ Writes transition.json, transition.md and transition.png. The stored results, ru
 
     python scripts/compare_transition.py --output_dir results/transition --runs runs/untuned:runs/tuned:runs/scratch \
         runs/untuned_256:runs/tuned_256:runs/scratch_256
+
+The stored results are of models that began with the paper's controllers: `--router_initializer_range 0.02`.
 """
 
 import json

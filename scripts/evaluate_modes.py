@@ -10,6 +10,8 @@ overlap. Writes `modes.md`, `modes.png` and `modes.json` to the output folder. T
     python scripts/train_mlm.py scripts/recipes/small_mlm.yaml --output_dir runs/mlm32
     python scripts/train_mlm.py scripts/recipes/small_mlm.yaml --output_dir runs/mlm256 --num_experts 256
     python scripts/evaluate_modes.py --runs runs/clm32 runs/clm256 runs/mlm32 runs/mlm256 --output_dir results/modes
+
+The stored results are of models that began with the paper's controllers: `--router_initializer_range 0.02`.
 """
 
 import json

@@ -8,6 +8,8 @@ and head are never quantized. All on the same validation rows in mode per_sequen
     python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/clm32
     python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/clm256 --num_experts 256
     python scripts/measure_quantization.py --models runs/clm32 runs/clm256 --output_dir results/quantization
+
+The stored results are of models that began with the paper's controllers: `--router_initializer_range 0.02`.
 """
 
 import json

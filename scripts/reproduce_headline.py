@@ -1,10 +1,11 @@
 r"""Reproduce the paper's headline: in what part of the steps and the time does MoT reach the dense model's final loss?
 
 Dense, MoT and Qwen3-MoE models of equal FLOPs are trained by the stock `Trainer` on the same rows in the same order,
-with the same number of steps and the same schedule, each with the learning rate that was best for it in shorter runs.
-Losses are those of validation rows, of MoT in mode `per_sequence`, as it answers users. The time of a step is measured
-for all models in turn, apart from the training, so that a time on the axis is that of so many steps without anything
-else that the machine did. Close other programs while steps are timed.
+with the same number of steps and the same schedule, each with the learning rate that was best for it in shorter runs,
+or with `--num_finalists 2` the better of the two that were. Losses are those of validation rows, of MoT in mode
+`per_sequence`, as it answers users. The time of a step is measured for all models in turn, apart from the training, so
+that a time on the axis is that of so many steps without anything else that the machine did. Close other programs while
+steps are timed.
 
 Every run is a file in OUTPUT_DIR/runs and is not repeated if it is there, so a long comparison can be done in parts,
 with `--architectures` and `--parts`, one after the other or side by side. Writes headline.json, headline.md and
@@ -53,6 +54,9 @@ class Arguments:
     )
     tuning_share: float = field(
         default=0.08, metadata={"help": "share of max_steps that the runs have which the learning rate is chosen by"}
+    )
+    num_finalists: int = field(
+        default=1, metadata={"help": "learning rates, the best in the short runs first, that a model is trained with"}
     )
     num_rounds: int = field(default=20, metadata={"help": "rounds in which steps are timed"})
 
@@ -112,15 +116,17 @@ class Headline:
         )
 
     def finished(self) -> list[dict[str, Any]]:
-        """The long runs that there are, each with the time of its steps relative to those of the dense model."""
+        """The best long run of each model, with the time of its steps relative to those of the dense model."""
         timing_path = self.folder / "runs" / "timing.json"
         timing = json.loads(timing_path.read_text())["steps"] if timing_path.exists() else {}
         runs = []
         for name in ARCHITECTURES:
-            for path in sorted((self.folder / "runs").glob(f"training_{name}_*.json")):
-                run = json.loads(path.read_text())
-                run["relative_step_time"] = timing.get(name, {}).get("relative_time")
-                runs.append(run)
+            paths = (self.folder / "runs").glob(f"training_{name}_*.json")
+            finalists = sorted((json.loads(path.read_text()) for path in paths), key=lambda run: run["losses"][-1])
+            for run in finalists[:1]:
+                other_losses = {str(other["learning_rate"]): other["losses"][-1] for other in finalists[1:]}
+                step_time = timing.get(name, {}).get("relative_time")
+                runs.append(run | {"other_learning_rates": other_losses, "relative_step_time": step_time})
         return runs
 
     def write(self) -> None:
@@ -223,10 +229,10 @@ def main(args: Arguments, comparison: ComparisonArguments, training_args: Traini
             for learning_rate in args.learning_rates:
                 headline.run(name, learning_rate, round(args.tuning_share * training_args.max_steps), "tuning")
         if "training" in args.parts:
-            tuned = headline.tuned(name)
-            learning_rate = tuned[0]["learning_rate"] if tuned else args.learning_rates[0]
-            headline.run(name, learning_rate, training_args.max_steps, "training")
-            headline.write()
+            tuned = [run["learning_rate"] for run in headline.tuned(name)]
+            for learning_rate in (tuned or args.learning_rates)[: args.num_finalists]:
+                headline.run(name, learning_rate, training_args.max_steps, "training")
+                headline.write()
     if "timing" in args.parts:
         headline.time_steps()
     headline.write()

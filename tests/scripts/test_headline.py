@@ -104,6 +104,8 @@ def test_the_headline_is_read_off_and_finished_runs_are_not_repeated(tmp_path: P
         "32",
         "--tuning_share",
         "0.3",
+        "--num_finalists",
+        "2",
         "--max_steps",
         "20",
         "--num_rounds",
@@ -127,6 +129,7 @@ def test_the_headline_is_read_off_and_finished_runs_are_not_repeated(tmp_path: P
     assert {run["learning_rate"] for run in runs.values()} == {0.03}
     for run in runs.values():
         assert run["steps"] == list(range(2, 22, 2))
+        assert run["losses"][-1] < run["other_learning_rates"]["0.0001"]
         points = zip(run["steps"], run["losses"], strict=True)
         reached = [step for step, loss in points if loss <= runs["dense"]["losses"][-1]]
         assert run["share_of_steps"] == (reached[0] / 20 if reached else None)
@@ -134,7 +137,7 @@ def test_the_headline_is_read_off_and_finished_runs_are_not_repeated(tmp_path: P
     assert "seconds" not in record["timing"]["steps"]["mot"]
     assert (tmp_path / "headline" / "headline.png").read_bytes().startswith(b"\x89PNG")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "headline" / "runs").glob("t*ing_*.json")}
-    assert len(times) == 9
+    assert len(times) == 12
     printed = run_script(tmp_path, "reproduce_headline.py", recipe, *map(str, arguments))
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert printed.strip().endswith((tmp_path / "headline" / "headline.md").read_text().strip())

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -171,3 +172,39 @@ def test_each_precision_is_trained_in_and_only_bfloat16_rounds_the_parameters(tm
         assert len({run["losses"][-1] for run in of_one}) == 3
         assert all(run["losses"][-1] < run["losses"][0] < 6.5 for run in of_one)
     assert printed.strip().endswith((tmp_path / "precision" / "precision.md").read_text().strip())
+
+
+@pytest.mark.slow
+def test_settings_are_compared_one_at_a_time(tmp_path: Path) -> None:
+    recipe = REPOSITORY / "scripts" / "recipes" / "headline" / "cpu.yaml"
+    variants = ["base", "dense", "num_experts=64", "group_size=16,num_experts=32", "learning_rate=0.001,max_steps=2"]
+    arguments = ["--source", make_files(tmp_path), "--output_dir", tmp_path / "settings", "--num_experts", "32"]
+    arguments += [
+        "--per_device_train_batch_size",
+        "32",
+        "--max_steps",
+        "4",
+        "--eval_steps",
+        "2",
+        "--block_length",
+        "8",
+    ]
+    arguments += ["--vocab_size", "300", "--num_eval_rows", "32", "--learning_rate", "0.02", "--variants", *variants]
+    printed = run_script(tmp_path, "compare_settings.py", recipe, *map(str, arguments))
+    runs = json.loads((tmp_path / "settings" / "settings.json").read_text())["results"]
+    assert [run["variant"] for run in runs] == variants
+    assert [run["steps"] for run in runs] == [[2, 4]] * 4 + [[2]]
+    base, dense, more, smaller_groups, _ = runs
+    assert dense["flops_per_token"] < base["flops_per_token"] < more["flops_per_token"]
+    assert dense["num_parameters"] < smaller_groups["num_parameters"] < base["num_parameters"]
+    assert len({run["losses"][-1] for run in runs}) == 5
+    assert printed.strip().endswith((tmp_path / "settings" / "settings.md").read_text().strip())
+
+
+@pytest.mark.parametrize("variant", ["experts=2", "num_experts", "num_experts=", "base,num_experts=2"])
+def test_a_variant_must_name_fields_with_values(variant: str) -> None:
+    parse_variant = run_path(str(REPOSITORY / "scripts" / "compare_settings.py"))["parse_variant"]
+    with pytest.raises(ValueError, match=f"`variants` has '{variant}'"):
+        parse_variant(variant)
+    assert parse_variant("base") == ({}, {})
+    assert parse_variant("num_experts=64,learning_rate=1.0e-3") == ({"num_experts": 64}, {"learning_rate": 0.001})

@@ -29,7 +29,7 @@ def run_slab(slab: Tensor, gate_up_proj: Tensor, down_proj: Tensor, apply_gate: 
         `torch.Tensor` of shape `[E, N, D]`: The outputs.
     """
     device_type = slab.device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # of which torch knows nothing there
         dtype = torch.get_autocast_dtype(device_type)
         slab, gate_up_proj, down_proj = slab.to(dtype), gate_up_proj.to(dtype), down_proj.to(dtype)
     if device_type == "cpu" and not is_tracing(slab):

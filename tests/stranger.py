@@ -64,7 +64,9 @@ def fine_tune(head: str, model: PreTrainedModel, output_dir: str, **options: Any
 def check_saved(folder: Path) -> None:
     """Check that a saved model carries the code and the names of all heads."""
     files = {path.name for path in folder.iterdir()}
-    assert {"configuration_mot.py", "mixing_mot.py", "modeling_mot.py", "heads_mot.py"} <= files, files
+    assert {"configuration_mot.py", "experts_mot.py", "mixing_mot.py", "modeling_mot.py", "heads_mot.py"} <= files, (
+        files
+    )
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
     assert len(auto_map) == 7, auto_map
     assert not any("--" in name for name in auto_map.values()), auto_map

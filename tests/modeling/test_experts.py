@@ -114,3 +114,8 @@ def test_gradients_accumulate_over_backward_passes(run: Callable[..., Tensor]) -
     for retain in (True, False):
         (output * weights).sum().backward(retain_graph=retain)
     torch.testing.assert_close([value.grad for value in inputs], [2 * gradient for gradient in once])
+
+
+def test_a_slab_without_data_has_a_shape() -> None:
+    slab, *weights = (value.to("meta") for value in draw(5, 4, 3, 6))
+    assert run_slab(slab, *weights, swiglu).shape == (5, 4, 3)

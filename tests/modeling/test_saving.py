@@ -39,7 +39,7 @@ AUTO_CLASSES = {
     AutoModelForTokenClassification: MoTForTokenClassification,
     AutoModelForQuestionAnswering: MoTForQuestionAnswering,
 }
-CODE = {"configuration_mot.py", "mixing_mot.py", "modeling_mot.py", "heads_mot.py"}
+CODE = {"configuration_mot.py", "experts_mot.py", "mixing_mot.py", "modeling_mot.py", "heads_mot.py"}
 
 
 def make_model() -> MoTForCausalLM:

@@ -28,7 +28,7 @@ from tests.hub import HubServer
 from tests.models import tiny_config, trained
 from tests.scripts.running import REPOSITORY, environment_of, run_python, write_texts
 
-CODE = {"configuration_mot.py", "mixing_mot.py", "modeling_mot.py", "heads_mot.py"}
+CODE = {"configuration_mot.py", "experts_mot.py", "mixing_mot.py", "modeling_mot.py", "heads_mot.py"}
 MODEL = CODE | {"config.json", "generation_config.json", "README.md"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 

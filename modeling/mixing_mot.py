@@ -243,7 +243,7 @@ def mix_across_examples(
     y = experts(slab)  # [E, N, D]
     output = w.transpose(1, 2) @ y.transpose(0, 1).unflatten(0, z.shape[:2])  # [A, T, G, D]
     output = output.transpose(1, 2).flatten(0, 1)  # [A * G, T, D]
-    if missing_rows:
+    if missing_rows:  # or the backward pass would copy the gradient for nothing
         output = output[:num_rows]  # [B, T, D]
 
     num_present = group_size if token_mask is None else (group_size - num_absent).flatten()  # [N]

@@ -17,6 +17,7 @@ precision.png. The stored results, and the same on a GPU:
 
 import json
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers import TrainingArguments, set_seed
 
 from mot_hf.benchmark import describe_machine
 from mot_hf.training import parse_arguments
-from mot_hf.training.comparison import ARCHITECTURES, ComparisonArguments, load_text, make_model, train_model
+from mot_hf.training.comparison import ARCHITECTURES, ComparisonArguments, load_text, make_model, run_once, train_model
 
 PRECISIONS = ("float32", "mixed", "bfloat16")
 
@@ -115,11 +116,8 @@ def main(args: Arguments, comparison: ComparisonArguments, training_args: Traini
     runs = []
     for architecture, learning_rate in zip(args.architectures, args.learning_rates, strict=True):
         for precision in args.precisions:
-            path = folder / "runs" / f"{architecture}_{precision}.json"
-            if not path.exists():
-                result = train(architecture, learning_rate, precision, comparison, training_args, text)
-                path.write_text(json.dumps(result, indent=2) + "\n")
-            runs.append(json.loads(path.read_text()))
+            run = partial(train, architecture, learning_rate, precision, comparison, training_args, text)
+            runs.append(run_once(folder / "runs" / f"{architecture}_{precision}.json", run))
             record = {
                 "results": runs,
                 "arguments": asdict(comparison) | {"max_steps": training_args.max_steps},

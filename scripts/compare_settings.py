@@ -15,6 +15,7 @@ training pass relative to the first variant. The stored results:
 import dataclasses
 import json
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import TrainingArguments, set_seed
 
 from mot_hf.benchmark import count_flops
 from mot_hf.training import parse_arguments
-from mot_hf.training.comparison import ComparisonArguments, load_text, make_model, train_model
+from mot_hf.training.comparison import ComparisonArguments, load_text, make_model, run_once, train_model
 
 
 @dataclass
@@ -115,10 +116,8 @@ def main(args: Arguments, comparison: ComparisonArguments, training_args: Traini
     text = load_text(comparison)
     runs = []
     for variant in args.variants:
-        path = folder / "runs" / f"{variant}.json"
-        if not path.exists():
-            path.write_text(json.dumps(train_variant(variant, comparison, training_args, text), indent=2) + "\n")
-        runs.append(json.loads(path.read_text()))
+        run = partial(train_variant, variant, comparison, training_args, text)
+        runs.append(run_once(folder / "runs" / f"{variant}.json", run))
         training = {"max_steps": training_args.max_steps, "learning_rate": training_args.learning_rate}
         record = {"results": runs, "arguments": asdict(comparison) | training}
         (folder / "settings.json").write_text(json.dumps(record, indent=2) + "\n")

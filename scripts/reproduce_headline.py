@@ -12,11 +12,18 @@ with `--architectures` and `--parts`, one after the other or side by side. Write
 headline.png, the numbers, a table and both pairs of curves. The text is the Python code of all installed packages, or
 --source.
 
-In minutes on a laptop, on a GPU, and the paper's proof of concept (250 000 steps; give it the C4 data set):
+The stored results took about two hours on two cores, beside other work; with `--max_steps 500` it takes minutes:
 
     python scripts/reproduce_headline.py scripts/recipes/headline/cpu.yaml
+    python scripts/reproduce_headline.py scripts/recipes/headline/cpu.yaml --architectures mot --parts tuning \
+        --learning_rates 4e-3
+    python scripts/reproduce_headline.py scripts/recipes/headline/cpu.yaml --architectures dense --parts training \
+        --num_finalists 2
+
+On a GPU, and the paper's proof of concept (250 000 steps; give it the C4 data set):
+
     python scripts/reproduce_headline.py scripts/recipes/headline/gpu.yaml
-    python scripts/reproduce_headline.py scripts/recipes/headline/paper.yaml --source C4_DIR/*.jsonl
+    python scripts/reproduce_headline.py scripts/recipes/headline/paper.yaml --source "C4_DIR/*.jsonl"
 """
 
 import json
@@ -36,11 +43,25 @@ from mot_hf.training.comparison import (
     load_text,
     make_model,
     make_step,
+    run_once,
     train_model,
 )
 
 PARTS = ("tuning", "training", "timing")
 LABELS = {"dense": "dense", "mot": "MoT", "qwen3_moe": "Qwen3-MoE"}
+# The arguments of training that are told with the results.
+RECORDED = (
+    "max_steps",
+    "per_device_train_batch_size",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta2",
+    "max_grad_norm",
+    "lr_scheduler_kwargs",
+    "seed",
+    "bf16",
+    "torch_compile",
+)
 
 
 @dataclass
@@ -83,23 +104,28 @@ class Headline:
         (self.folder / "runs").mkdir(parents=True, exist_ok=True)
         self.text = load_text(comparison) if {"tuning", "training"} & set(args.parts) else None
 
-    def run(self, architecture: str, learning_rate: float, num_steps: int, part: str) -> dict[str, Any]:
-        """Train a model, or read what came of it."""
-        path = self.folder / "runs" / f"{part}_{architecture}_{learning_rate:g}.json"
-        if not path.exists():
+    def run(self, architecture: str, learning_rate: float, num_steps: int, part: str) -> None:
+        """Train a model, unless it was."""
+
+        def train() -> dict[str, Any]:
             set_seed(self.training_args.seed)
             model = make_model(architecture, self.comparison)
             sizes = {"architecture": architecture, "num_parameters": model.num_parameters()}
-            result = train_model(
+            return sizes | train_model(
                 model, self.training_args, self.text, learning_rate=learning_rate, max_steps=num_steps
             )
-            path.write_text(json.dumps(sizes | result, indent=2) + "\n")
-        return json.loads(path.read_text())
 
-    def tuned(self, architecture: str) -> list[dict[str, Any]]:
-        """The runs that the learning rate is chosen by, the best first."""
-        paths = (self.folder / "runs").glob(f"tuning_{architecture}_*.json")
+        run_once(self.folder / "runs" / f"{part}_{architecture}_{learning_rate:g}.json", train)
+
+    def load_runs(self, part: str, architecture: str) -> list[dict[str, Any]]:
+        """The runs that there are of a model, the best first."""
+        paths = (self.folder / "runs").glob(f"{part}_{architecture}_*.json")
         return sorted((json.loads(path.read_text()) for path in paths), key=lambda run: run["losses"][-1])
+
+    def load_timing(self) -> dict[str, Any] | None:
+        """What `time_steps` measured, if it did."""
+        path = self.folder / "runs" / "timing.json"
+        return json.loads(path.read_text()) if path.exists() else None
 
     def time_steps(self) -> None:
         """Time a step of every model, in turn."""
@@ -115,52 +141,35 @@ class Headline:
             json.dumps({"machine": describe_machine(device), "steps": record}, indent=2) + "\n"
         )
 
-    def finished(self) -> list[dict[str, Any]]:
+    def finished(self, timing: dict[str, Any] | None) -> list[dict[str, Any]]:
         """The best long run of each model, with the time of its steps relative to those of the dense model."""
-        timing_path = self.folder / "runs" / "timing.json"
-        timing = json.loads(timing_path.read_text())["steps"] if timing_path.exists() else {}
         runs = []
         for name in ARCHITECTURES:
-            paths = (self.folder / "runs").glob(f"training_{name}_*.json")
-            finalists = sorted((json.loads(path.read_text()) for path in paths), key=lambda run: run["losses"][-1])
-            for run in finalists[:1]:
-                other_losses = {str(other["learning_rate"]): other["losses"][-1] for other in finalists[1:]}
-                step_time = timing.get(name, {}).get("relative_time")
-                runs.append(run | {"other_learning_rates": other_losses, "relative_step_time": step_time})
+            if not (finalists := self.load_runs("training", name)):
+                continue
+            other_losses = {str(other["learning_rate"]): other["losses"][-1] for other in finalists[1:]}
+            step_time = timing["steps"].get(name, {}).get("relative_time") if timing else None
+            runs.append(finalists[0] | {"other_learning_rates": other_losses, "relative_step_time": step_time})
         return runs
 
     def write(self) -> None:
         """Write what is known so far."""
-        runs = self.finished()
+        timing = self.load_timing()
+        runs = self.finished(timing)
         if not any(run["architecture"] == "dense" for run in runs):
             return
         add_headline(runs)
         training = {name: getattr(self.training_args, name) for name in RECORDED}
-        timing_path = self.folder / "runs" / "timing.json"
         record = {
             "results": runs,
-            "tuning": {name: self.tuned(name) for name in ARCHITECTURES},
+            "tuning": {name: self.load_runs("tuning", name) for name in ARCHITECTURES},
             "arguments": asdict(self.comparison) | {"tuning_share": self.args.tuning_share},
             "training": training | {"lr_scheduler_type": str(self.training_args.lr_scheduler_type)},
-            "timing": json.loads(timing_path.read_text()) if timing_path.exists() else None,
+            "timing": timing,
         }
         (self.folder / "headline.json").write_text(json.dumps(record, indent=2) + "\n")
         (self.folder / "headline.md").write_text(make_table(runs))
         draw(runs, self.folder / "headline.png")
-
-
-RECORDED = (
-    "max_steps",
-    "per_device_train_batch_size",
-    "warmup_steps",
-    "weight_decay",
-    "adam_beta2",
-    "max_grad_norm",
-    "lr_scheduler_kwargs",
-    "seed",
-    "bf16",
-    "torch_compile",
-)
 
 
 def add_headline(runs: list[dict[str, Any]]) -> None:
@@ -229,7 +238,7 @@ def main(args: Arguments, comparison: ComparisonArguments, training_args: Traini
             for learning_rate in args.learning_rates:
                 headline.run(name, learning_rate, round(args.tuning_share * training_args.max_steps), "tuning")
         if "training" in args.parts:
-            tuned = [run["learning_rate"] for run in headline.tuned(name)]
+            tuned = [run["learning_rate"] for run in headline.load_runs("tuning", name)]
             for learning_rate in (tuned or args.learning_rates)[: args.num_finalists]:
                 headline.run(name, learning_rate, training_args.max_steps, "training")
                 headline.write()

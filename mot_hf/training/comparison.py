@@ -1,6 +1,7 @@
 """Dense, MoT and Qwen3-MoE models of equal FLOPs, trained alike on the same rows."""
 
 import dataclasses
+import json
 import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,6 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    set_seed,
 )
 
 from mot_hf.conversion.export import make_qwen3_moe_config
@@ -189,10 +189,24 @@ def train_model(
     """
     run_args = dataclasses.replace(training_args, **changes)
     curve = ValidationCurve(text["validation"])
-    set_seed(run_args.seed)
     trainer = Trainer(model, run_args, collate_rows, text["train"], callbacks=[curve])
     trainer.train()
     return {**changes, "num_rows": len(text["train"]), "steps": curve.steps, "losses": curve.losses}
+
+
+def run_once(path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Makes a result and keeps it in a file, or reads it where the file is there already.
+
+    Args:
+        path (`Path`): The file, JSON.
+        run (`Callable`): Makes the result.
+
+    Returns:
+        `dict`: The result, as it is in the file.
+    """
+    if not path.exists():
+        path.write_text(json.dumps(run(), indent=2) + "\n")
+    return json.loads(path.read_text())
 
 
 def make_step(model: PreTrainedModel, training_args: TrainingArguments, ids: Tensor) -> Callable[[], None]:

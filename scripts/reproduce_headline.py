@@ -8,7 +8,7 @@ that a time on the axis is that of so many steps without anything else that the 
 steps are timed.
 
 Every run is a file in OUTPUT_DIR/runs and is not repeated if it is there, so a long comparison can be done in parts,
-with `--architectures` and `--parts`, one after the other or side by side. Writes headline.json, headline.md and
+with `--architectures`, `--parts` and `--learning_rates`, one after the other or side by side. Writes headline.json, headline.md and
 headline.png, the numbers, a table and both pairs of curves. The text is the Python code of all installed packages, or
 --source.
 
@@ -239,7 +239,8 @@ def main(args: Arguments, comparison: ComparisonArguments, training_args: Traini
                 headline.run(name, learning_rate, round(args.tuning_share * training_args.max_steps), "tuning")
         if "training" in args.parts:
             tuned = [run["learning_rate"] for run in headline.load_runs("tuning", name)]
-            for learning_rate in (tuned or args.learning_rates)[: args.num_finalists]:
+            candidates = [rate for rate in tuned if rate in args.learning_rates] or args.learning_rates
+            for learning_rate in candidates[: args.num_finalists]:
                 headline.run(name, learning_rate, training_args.max_steps, "training")
                 headline.write()
     if "timing" in args.parts:

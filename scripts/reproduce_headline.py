@@ -8,9 +8,9 @@ that a time on the axis is that of so many steps without anything else that the 
 steps are timed.
 
 Every run is a file in OUTPUT_DIR/runs and is not repeated if it is there, so a long comparison can be done in parts,
-with `--architectures`, `--parts` and `--learning_rates`, one after the other or side by side. Writes headline.json, headline.md and
-headline.png, the numbers, a table and both pairs of curves. The text is the Python code of all installed packages, or
---source.
+with `--architectures`, `--parts` and `--learning_rates`, one after the other or side by side. Writes headline.json,
+headline.md and headline.png, the numbers, a table and both pairs of curves. The text is the Python code of all
+installed packages, or --source.
 
 The stored results took about two hours on two cores, beside other work; with `--max_steps 500` it takes minutes:
 

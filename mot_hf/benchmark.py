@@ -46,31 +46,36 @@ def read_clock(device: str) -> float:
 
 
 def time_in_turn(
-    candidates: Mapping[str, Work], num_rounds: int, device: str, min_seconds: float = 0.0
+    candidates: Mapping[str, Work], num_rounds: int, device: str, min_seconds: float = 0.0, num_warm_runs: int = 1
 ) -> dict[str, list[float]]:
     """Times candidates one after the other, round after round, so that a slow moment of the machine meets all alike.
 
     Args:
         candidates (`Mapping[str, Callable]`): The work by name.
-        num_rounds (`int`): Rounds that count; two before them do not.
+        num_rounds (`int`): Rounds that count; one before them does not.
         device (`str`): Device that works.
         min_seconds (`float`, *optional*, defaults to 0): In a round a candidate is repeated until it has taken as long
             as this, and its mean counts: for work that is too short for the clock.
+        num_warm_runs (`int`, *optional*, defaults to 1): Runs that begin a turn and do not count: they get memory that
+            the other candidates did not need back from the system, and on a virtual machine from its host. A step that
+            repeats itself is spared that. 0 for works that follow each other in earnest.
 
     Returns:
         `dict[str, list[float]]`: Seconds of one run of each candidate in each round.
     """
     repeats = dict.fromkeys(candidates, 1)
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(num_rounds + 2):
+    for turn in range(num_rounds + 1):
         for name, work in candidates.items():
+            for _ in range(num_warm_runs):
+                work()
             start = read_clock(device)
             for _ in range(repeats[name]):
                 work()
             elapsed = (read_clock(device) - start) / repeats[name]
-            if turn == 1:
+            if turn == 0:
                 repeats[name] = max(1, round(min_seconds / elapsed))
-            elif turn > 1:
+            else:
                 seconds[name].append(elapsed)
     return seconds
 

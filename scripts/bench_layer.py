@@ -8,11 +8,12 @@ The candidates have the same input, about the same FLOPs and, but for the dense 
 - `qwen3_moe`: the layer of Qwen3-MoE, in which a token goes to the K = E / G experts that the router likes best;
 - `per_sequence` and `moe`: the MoT layer in its other modes, with the same K.
 
-They take turns, round after round, in a forward pass without gradients and in a forward and a backward pass. A time is
-the median over rounds of the ratio to the dense layer in the same round. FLOPs are those of matrix products; the share
-of the matmul rate is the speed at which they are done relative to that of one large product. Peak memory is what a run
-takes beyond parameters and input; with a backward pass, gradients of all parameters are in it. Close other programs.
-Writes layer.json, layer.md and layer.png into --output_dir, with absolute times only from a GPU. The stored results:
+They take turns, round after round, in a forward pass without gradients and in a forward and a backward pass, each
+after a first run that gets back from the system what memory the others did not need. A time is the median over rounds
+of the ratio to the dense layer in the same round. FLOPs are those of matrix products; the share of the matmul rate is
+the speed at which they are done relative to that of one large product. Peak memory is what a run takes beyond
+parameters and input; with a backward pass, gradients of all parameters are in it. Close other programs. Writes
+layer.json, layer.md and layer.png into --output_dir, with absolute times only from a GPU. The stored results:
 
     python scripts/bench_layer.py --output_dir results/bench_layer/cpu
 
@@ -92,7 +93,7 @@ class Arguments:
         default_factory=lambda: list(CANDIDATES), metadata={"help": f"of {', '.join(CANDIDATES)}; always with dense"}
     )
     phases: list[str] = field(default_factory=lambda: list(PHASES), metadata={"help": f"of {', '.join(PHASES)}"})
-    num_rounds: int = field(default=7, metadata={"help": "rounds, after two that are not counted"})
+    num_rounds: int = field(default=7, metadata={"help": "rounds, after one that is not counted"})
     device: str = field(default="cpu", metadata={"help": "device"})
     dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "dtype of all tensors"})
     torch_compile: bool = field(default=False, metadata={"help": "whether to compile the candidates"})

@@ -17,11 +17,11 @@ from mot_hf.benchmark import (
 )
 
 
-def test_candidates_take_turns_and_two_rounds_do_not_count() -> None:
+def test_candidates_take_turns_of_two_runs_and_the_first_round_does_not_count() -> None:
     calls: list[str] = []
     works = {name: lambda name=name: calls.append(name) for name in ("first", "second", "third")}
     seconds = time_in_turn(works, num_rounds=3, device="cpu")
-    assert calls == ["first", "second", "third"] * 5
+    assert calls == ["first", "first", "second", "second", "third", "third"] * 4
     assert list(seconds) == ["first", "second", "third"]
     assert all(len(times) == 3 for times in seconds.values())
 
@@ -41,9 +41,21 @@ def test_short_work_is_repeated_and_its_mean_counts() -> None:
 
     works = {"short": lambda: work("short", 0.005), "long": lambda: work("long", 0.06)}
     seconds = time_in_turn(works, num_rounds=2, device="cpu", min_seconds=0.05)
-    assert calls["long"] == 4
-    assert 4 < calls["short"] <= 2 + 2 * 10
+    assert calls["long"] == 3 * 2
+    assert 3 * 2 < calls["short"] <= 3 + 1 + 2 * 10
     assert 0.005 <= min(seconds["short"]) < 0.05
+
+
+def test_the_first_run_of_a_turn_does_not_count() -> None:
+    previous = ""
+
+    def work(name: str) -> None:
+        nonlocal previous
+        time.sleep(0.001 if name == previous else 0.03)
+        previous = name
+
+    seconds = time_in_turn({name: lambda name=name: work(name) for name in ("first", "second")}, 3, "cpu")
+    assert max(*seconds["first"], *seconds["second"]) < 0.03
 
 
 def test_ratios_are_taken_round_by_round() -> None:

@@ -15,7 +15,7 @@ the speed at which they are done relative to that of one large product. Peak mem
 parameters and input; with a backward pass, gradients of all parameters are in it. Close other programs. Writes
 layer.json, layer.md and layer.png into --output_dir, with absolute times only from a GPU. The stored results:
 
-    python scripts/bench_layer.py --output_dir results/bench_layer/cpu
+    python scripts/bench_layer.py --hidden_sizes 256 512 --num_rounds 5 --output_dir results/bench_layer/cpu
 
 On a GPU, eager and compiled:
 

@@ -231,23 +231,24 @@ def mix_across_examples(
         a = num_absent.float().log() + companions.log_mass  # [A, T, E], -inf where nobody is absent
         z = torch.cat([l, a[:, None]], dim=1).logsumexp(dim=1)  # [A, T, E]
 
-    w = (l - z[:, None]).exp().to(x.dtype)  # [A, G, T, E]
-    mixture = w.permute(0, 2, 3, 1) @ x.transpose(1, 2)  # [A, T, E, D]
-    spans = spans.amax(dim=1)  # [A, T]
+    # The groups of tokens in one axis, copied where A > 1: `torch.matmul` would copy the weights for each product.
+    w = (l - z[:, None]).exp().to(x.dtype).transpose(1, 2).flatten(0, 1)  # [N, G, E]
+    mixture = w.mT @ x.transpose(1, 2).flatten(0, 1)  # [N, E, D]
+    spans = spans.amax(dim=1).flatten()  # [N]
     if token_mask is not None:
-        w_absent = (a - z).exp()[..., None]  # [A, T, E, 1]
-        expected_input = companions.mean_input + companions.input_shift[spans][:, :, None]  # [A, T, E, D]
+        w_absent = (a - z).exp().flatten(0, 1)[..., None]  # [N, E, 1]
+        expected_input = companions.mean_input + companions.input_shift[spans][:, None]  # [N, E, D]
         mixture = (mixture + w_absent * expected_input).to(mixture.dtype)
 
-    slab = mixture.flatten(0, 1).transpose(0, 1)  # [E, N, D]
+    slab = mixture.transpose(0, 1)  # [E, N, D]
     y = experts(slab)  # [E, N, D]
-    output = w.transpose(1, 2) @ y.transpose(0, 1).unflatten(0, z.shape[:2])  # [A, T, G, D]
+    output = (w @ y.transpose(0, 1)).unflatten(0, z.shape[:2])  # [A, T, G, D]
     output = output.transpose(1, 2).flatten(0, 1)  # [A * G, T, D]
     if missing_rows:  # or the backward pass would copy the gradient for nothing
         output = output[:num_rows]  # [B, T, D]
 
     num_present = group_size if token_mask is None else (group_size - num_absent).flatten()  # [N]
-    return output, _average_groups(z.flatten(0, 1) - log(group_size), slab, y, num_present, spans.flatten())
+    return output, _average_groups(z.flatten(0, 1) - log(group_size), slab, y, num_present, spans)
 
 
 def mix_with_expected_companions(

@@ -38,7 +38,7 @@ test-fast: $(VENV)/.dev  ## run the tests that are not marked slow
 test-oldest: $(OLDEST)/.dev  ## run the tests with the oldest supported transformers
 	$(OLDEST)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
-bench: $(VENV)/.dev  ## measure speed and memory on this CPU; hours, close other programs
+bench: $(VENV)/.dev  ## measure speed and memory on this CPU; an hour, close other programs
 	$(VENV)/bin/python scripts/bench_layer.py --hidden_sizes 256 512 --num_rounds 5 \
 		--output_dir results/bench_layer/cpu
 	$(VENV)/bin/python scripts/bench_train.py --hidden_sizes 256 --output_dir results/bench_train/cpu

@@ -9,8 +9,8 @@ All have the same FLOPs, rows and steps, as in `reproduce_headline.py`, whose le
 Every run is a file in OUTPUT_DIR/runs and is not repeated if it is there. Writes precision.json, precision.md and
 precision.png. The stored results, and the same on a GPU:
 
-    python scripts/compare_precision.py scripts/recipes/headline/cpu.yaml --max_steps 1500 \
-        --output_dir results/precision/cpu --architectures dense mot qwen3_moe --learning_rates 1.6e-2 8e-3 8e-3
+    python scripts/compare_precision.py scripts/recipes/headline/cpu.yaml --max_steps 800 \
+        --output_dir results/precision/cpu --architectures dense mot qwen3_moe --learning_rates 1.6e-2 8e-3 1.6e-2
     python scripts/compare_precision.py scripts/recipes/headline/gpu.yaml --max_steps 1500 \
         --output_dir results/precision/gpu --architectures dense mot qwen3_moe --learning_rates 4e-3 4e-3 4e-3
 """

@@ -7,9 +7,9 @@ settings.json, settings.md and settings.png: validation losses (mode `per_sequen
 training pass relative to the first variant. The stored results:
 
     python scripts/compare_settings.py scripts/recipes/headline/cpu.yaml --output_dir results/settings \
-        --max_steps 800 --learning_rate 8e-3 --variants base dense router_initializer_range=0.02 \
-        router_initializer_range=0.18 router_initializer_range=0.71 num_experts=32 num_experts=64 num_experts=256 \
-        group_size=16,num_experts=64 group_size=64,num_experts=256 per_device_train_batch_size=64,max_steps=1600
+        --max_steps 800 --learning_rate 8e-3 --variants base dense router_initializer_range=0.02 num_experts=32 \
+        num_experts=64 num_experts=256 group_size=16,num_experts=64 group_size=64,num_experts=256 \
+        per_device_train_batch_size=64,max_steps=1600
 """
 
 import dataclasses

@@ -41,7 +41,8 @@ test-oldest: $(OLDEST)/.dev  ## run the tests with the oldest supported transfor
 bench: $(VENV)/.dev  ## measure speed and memory on this CPU; an hour, close other programs
 	$(VENV)/bin/python scripts/bench_layer.py --hidden_sizes 256 512 --num_rounds 5 \
 		--output_dir results/bench_layer/cpu
-	$(VENV)/bin/python scripts/bench_train.py --hidden_sizes 256 --output_dir results/bench_train/cpu
+	$(VENV)/bin/python scripts/bench_train.py --hidden_sizes 256 --num_rounds 5 \
+		--output_dir results/bench_train/cpu
 	$(VENV)/bin/python scripts/bench_optimizer.py --output_dir results/bench_optimizer/cpu
 
 bench-gpu: $(VENV)/.dev  ## the same on a GPU, and the comparisons of results/headline and results/precision

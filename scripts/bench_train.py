@@ -15,7 +15,7 @@ rate". Peak memory is what forward and backward take beyond parameters and optim
 `MixingMonitor` is timed too, as a share of the steps that log (never compiled). Close other programs. Writes
 train.json, train.md and train.png into --output_dir, with absolute speeds only from a GPU. The stored results:
 
-    python scripts/bench_train.py --hidden_sizes 256 --output_dir results/bench_train/cpu
+    python scripts/bench_train.py --hidden_sizes 256 --num_rounds 5 --output_dir results/bench_train/cpu
 
 On a GPU, eager and compiled. `--bf16 true` is autocast, which `grouped_mm` does not know: in Qwen3-MoE and the modes
 other than `cross_example` the experts then multiply in the dtype of their parameters, float32, and are slow. With

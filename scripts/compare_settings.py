@@ -3,13 +3,13 @@ r"""Train MoT models that differ in one setting each, alike on the same rows: wh
 A variant is a list of fields of `ComparisonArguments` (sizes, `router_initializer_range`) or `TrainingArguments` with
 their values, such as `num_experts=64` or `group_size=16,num_experts=64`; `base` changes nothing, and `dense` is the
 dense model of equal FLOPs. Every run is a file in OUTPUT_DIR/runs and is not repeated if it is there. Writes
-settings.json, settings.md and settings.png: validation losses (mode `per_sequence`), parameters, and FLOPs of the
-training pass relative to the first variant. The stored results:
+settings.json, settings.md and settings.png: validation losses (mode `per_sequence`) at the end and at the first
+evaluation past half of the steps, parameters, and FLOPs of the training pass relative to the first variant. The stored
+results:
 
     python scripts/compare_settings.py scripts/recipes/headline/cpu.yaml --output_dir results/settings \
         --max_steps 800 --learning_rate 8e-3 --variants base dense router_initializer_range=0.02 num_experts=32 \
-        num_experts=64 num_experts=256 group_size=16,num_experts=64 group_size=64,num_experts=256 \
-        per_device_train_batch_size=64,max_steps=1600
+        num_experts=64 num_experts=256 group_size=16,num_experts=64 per_device_train_batch_size=64,max_steps=1600
 """
 
 import dataclasses
@@ -83,11 +83,13 @@ def train_variant(
 
 def make_table(runs: list[dict[str, Any]]) -> str:
     """Parameters, FLOPs and losses in Markdown."""
-    lines = ["| variant | parameters | FLOPs | loss halfway | loss at the end |", "|---|---|---|---|---|"]
+    lines = ["| variant | parameters | FLOPs | loss past half | loss at the end |", "|---|---|---|---|---|"]
     for run in runs:
         flops = run["flops_per_token"] / runs[0]["flops_per_token"]
-        halfway = run["losses"][(len(run["losses"]) - 1) // 2]
-        cells = (f"{run['num_parameters'] / 1e6:.2f} M", f"{flops:.2f}", f"{halfway:.4f}", f"{run['losses'][-1]:.4f}")
+        evaluations = zip(run["steps"], run["losses"], strict=True)
+        past_half = next(loss for step, loss in evaluations if step >= run["steps"][-1] / 2)
+        losses = (f"{past_half:.4f}", f"{run['losses'][-1]:.4f}")
+        cells = (f"{run['num_parameters'] / 1e6:.2f} M", f"{flops:.2f}", *losses)
         lines.append(f"| `{run['variant']}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

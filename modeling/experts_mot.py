@@ -4,11 +4,13 @@ Axes: E experts, N rows of an expert, D model width, F expert width, I inputs an
 """
 
 from collections.abc import Callable
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
 from transformers.utils.import_utils import is_tracing
 
 # Hidden features that a CPU works on at once, 2 MB in float32: what is computed from them is still in the cache when
@@ -18,6 +20,8 @@ _CPU_FEATURES = 2**19
 
 def run_slab(slab: Tensor, gate_up_proj: Tensor, down_proj: Tensor, apply_gate: Callable[[Tensor], Tensor]) -> Tensor:
     """Run every expert on its own rows.
+
+    Its derivatives, of any order and however torch takes them, are those of the plain products.
 
     Args:
         slab (`torch.Tensor` of shape `[E, N, D]`): The rows.
@@ -32,10 +36,26 @@ def run_slab(slab: Tensor, gate_up_proj: Tensor, down_proj: Tensor, apply_gate: 
     if device_type != "meta" and torch.is_autocast_enabled(device_type):  # of which torch knows nothing there
         dtype = torch.get_autocast_dtype(device_type)
         slab, gate_up_proj, down_proj = slab.to(dtype), gate_up_proj.to(dtype), down_proj.to(dtype)
+    if _is_transformed(slab, gate_up_proj, down_proj):
+        return _run_plainly(slab, gate_up_proj, down_proj, apply_gate)
     if device_type == "cpu" and not is_tracing(slab):
         return _SlabInParts.apply(slab, gate_up_proj, down_proj, apply_gate, torch.is_grad_enabled())
     hidden = apply_gate(_BatchedLinear.apply(slab, gate_up_proj))  # [E, N, F]
     return _BatchedLinear.apply(hidden, down_proj)  # [E, N, D]
+
+
+def _run_plainly(
+    slab: Tensor, gate_up_proj: Tensor, down_proj: Tensor, apply_gate: Callable[[Tensor], Tensor]
+) -> Tensor:
+    hidden = apply_gate(torch.bmm(slab, gate_up_proj.mT))  # [E, N, F]
+    return torch.bmm(hidden, down_proj.mT)  # [E, N, D]
+
+
+def _is_transformed(*values: Tensor) -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work, which know torch's own operations only."""
+    if torch._C._are_functorch_transforms_active():  # no public function tells
+        return True
+    return any(forward_ad.unpack_dual(value).tangent is not None for value in values)
 
 
 class _BatchedLinear(torch.autograd.Function):
@@ -91,8 +111,10 @@ class _SlabInParts(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Legacy batches are those of `torch.autograd.grad(is_grads_batched=True)`.
+        if torch.is_grad_enabled() or _is_transformed(*grads) or is_legacy_batchedtensor(grads[0]):
+            return _SlabInParts._backward_plainly(ctx, *grads)
         (grad,), (slab, gate_up_proj, down_proj, gates) = grads, ctx.saved_tensors
         grad_slab, grad_gate_up, grad_down = (
             torch.empty_like(value, memory_format=torch.contiguous_format) if needed else None
@@ -110,6 +132,17 @@ class _SlabInParts(torch.autograd.Function):
             if grad_slab is not None:
                 torch.bmm(grad_gate, gate_up_proj[part], out=grad_slab[part])
         return grad_slab, grad_gate_up, grad_down, None, None
+
+    @staticmethod
+    def _backward_plainly(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The same gradients, themselves differentiable where a graph of them is asked for."""
+        create_graph, needed = torch.is_grad_enabled(), ctx.needs_input_grad[:3]
+        with torch.enable_grad():
+            # Views: an input may be computed from another one, whose gradient is not to pass through it here.
+            inputs = [value.view_as(value) for value in ctx.saved_tensors[:3]]
+            outputs = _run_plainly(*inputs, ctx.apply_gate)
+        grads = iter(torch.autograd.grad(outputs, list(compress(inputs, needed)), grad, create_graph=create_graph))
+        return *(next(grads) if wanted else None for wanted in needed), None, None
 
 
 def _cut_experts(num_experts: int, num_features: int) -> list[slice]:

@@ -1,4 +1,4 @@
-"""The mathematics of a Mixture-of-Tokens (MoT) layer: controller, companions and the three mixing modes.
+"""The mathematics of a Mixture-of-Tokens (MoT) layer: the controller and the three mixing modes.
 
 Axes: B rows, T columns, G group size, A = B / G groups of rows, N = A * T groups of tokens, S = B * T tokens,
 E experts, K experts per token, D model width, P spans of positions.
@@ -10,7 +10,7 @@ A layer calls its experts in two ways: `experts(slab)` runs every expert on its 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import log
-from typing import NamedTuple, Self, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,54 +18,12 @@ from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 from transformers.utils.import_utils import is_tracing
 
+from .companions_mot import NUM_SPANS, GroupMeans, Groups, TypicalGroup, average_groups, cut_rows, form_groups
 from .configuration_mot import MixingMode, MoTConfig
 
 MIXING_MODES: tuple[str, ...] = get_args(MixingMode)
 
-# Spans of positions 0, 1-2, 3-6, 7-14, ..., each twice as long as the one before; the last one is open.
-NUM_SPANS = 16
-
 Experts = Callable[..., Tensor]
-
-
-class TypicalGroup(NamedTuple):
-    """Statistics of the typical group of tokens, as means over groups; all float32.
-
-    Tokens with little context differ from later ones, and with them what is mixed. How much so is the same for all
-    experts to a good approximation, hence the shifts by span of positions, averaged over experts.
-
-    Args:
-        log_mass (`torch.Tensor` of shape `[E]`):
-            Logsumexp of the group's logits, less log G.
-        mean_input (`torch.Tensor` of shape `[E, D]`):
-            Mixture that the expert receives.
-        mean_output (`torch.Tensor` of shape `[E, D]`):
-            What the expert makes of its mixture.
-        input_shift (`torch.Tensor` of shape `[P, D]`):
-            By how much mixtures of a span differ from `mean_input`.
-        output_shift (`torch.Tensor` of shape `[P, D]`):
-            By how much the experts' outputs in a span differ from `mean_output`.
-    """
-
-    log_mass: Tensor
-    mean_input: Tensor
-    mean_output: Tensor
-    input_shift: Tensor
-    output_shift: Tensor
-
-
-class GroupStatistics(NamedTuple):
-    """Statistics of the groups of one micro-batch, in which a group counts by its number of present tokens.
-
-    Args:
-        mean ([`TypicalGroup`]):
-            The means; the shift of a span without tokens is 0.
-        num_tokens (`torch.Tensor` of shape `[P]`):
-            Number of present tokens by span.
-    """
-
-    mean: TypicalGroup
-    num_tokens: Tensor
 
 
 @dataclass
@@ -82,18 +40,33 @@ class MixingContext:
             Span of positions of every token, see [`find_spans`].
         token_mask (`torch.Tensor` of shape `[B, T]`, *optional*):
             `True` for tokens, `False` for padding. `None` if there is no padding.
+        groups (`Groups`, *optional*):
+            How the tokens form groups; formed by each layer where it is `None`.
         companions (`dict[int, TypicalGroup]`):
-            Per layer, the expected companions of this pass: recomputation under gradient checkpointing must see what
-            the pass saw, after the running values have moved on.
-        statistics (`dict[int, GroupStatistics]`):
-            Per layer, this batch's statistics, left there by the layer.
+            Per layer, copies of the expected companions for a pass that learns. What is recomputed under gradient
+            checkpointing must see what the pass saw, after the running values have moved on.
+        means (`dict[int, GroupMeans]`, *optional*):
+            Per layer, what the statistics of this batch need, left there by the layer. `None` once they were gathered,
+            so that recomputation leaves nothing.
     """
 
     mode: str
     spans: Tensor
     token_mask: Tensor | None = None
+    groups: Groups | None = None
     companions: dict[int, TypicalGroup] = field(default_factory=dict)
-    statistics: dict[int, GroupStatistics] = field(default_factory=dict)
+    means: dict[int, GroupMeans] | None = field(default_factory=dict)
+
+    def get_groups(self, group_size: int, device: torch.device) -> Groups:
+        """The groups, on a layer's device."""
+        groups = self.groups or form_groups(self.spans, self.token_mask, group_size)
+        return groups if groups.spans.device == device else groups.to(device)
+
+    def average(self, layer_idx: int, group_size: int) -> tuple[TypicalGroup, Tensor]:
+        """The statistics of this batch in one layer, and its numbers of tokens `[1 + P]`: of all, and by span."""
+        means = self.means[layer_idx]
+        groups = self.get_groups(group_size, means.mean_input.device)
+        return average_groups([means], groups, group_size)[0], groups.num_tokens
 
 
 class MoTRouter(nn.Module):
@@ -113,90 +86,9 @@ class MoTRouter(nn.Module):
             return F.linear(tokens.float(), self.weight.float())  # [S, E]
 
 
-class MoTCompanions(nn.Module):
-    """Running averages of the typical group, which stand in for a token's absent companions.
-
-    Persistent float32 buffers in a model of any dtype, to MoT what running mean and variance are to batch
-    normalisation. While fewer than `1 / companion_momentum` micro-batches have been seen they are plain averages.
-    """
-
-    def __init__(self, config: MoTConfig) -> None:
-        super().__init__()
-        self.config = config
-        num_experts, width = config.num_experts, config.hidden_size
-        for name, shape in (
-            ("log_mass", (num_experts,)),
-            ("mean_input", (num_experts, width)),
-            ("mean_output", (num_experts, width)),
-            ("input_shift", (NUM_SPANS, width)),
-            ("output_shift", (NUM_SPANS, width)),
-        ):
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
-        self.register_buffer("num_span_batches", torch.zeros(NUM_SPANS, dtype=torch.long))
-
-    def expected(self) -> TypicalGroup:
-        """The running averages."""
-        return TypicalGroup(*(getattr(self, name) for name in TypicalGroup._fields))
-
-    @torch.no_grad()
-    def absorb(self, batch: GroupStatistics) -> None:
-        """Move the running averages towards the statistics of one micro-batch.
-
-        A batch whose statistics are not finite (no real token, or an overflow) is left out.
-        """
-        usable = torch.stack([value.isfinite().all() for value in batch.mean]).all()
-        in_span = usable & (batch.num_tokens > 0)  # [P]
-        # New tensors, not changed ones: the backward pass still needs those that the forward pass saw, and where they
-        # are changed in place, compiled code recomputes from the changed ones (torch 2.13) and eager code raises.
-        self.num_batches_tracked = self.num_batches_tracked + usable
-        self.num_span_batches = self.num_span_batches + in_span
-        for name, value in batch.mean._asdict().items():
-            of_spans = name in ("input_shift", "output_shift")
-            moves = in_span[:, None] if of_spans else usable
-            rate = self._rate(self.num_span_batches)[:, None] if of_spans else self._rate(self.num_batches_tracked)
-            running = getattr(self, name)
-            setattr(self, name, torch.where(moves, torch.lerp(running, value, rate), running))
-        self.fill_spans()
-
-    @torch.no_grad()
-    def replace(self, statistics: GroupStatistics, num_batches: int) -> None:
-        """Set the running averages to statistics that were computed over `num_batches` batches."""
-        self.num_batches_tracked = torch.full_like(self.num_batches_tracked, num_batches)
-        self.num_span_batches = num_batches * (statistics.num_tokens > 0).to(self.num_span_batches)
-        for name, value in statistics.mean._asdict().items():
-            setattr(self, name, value.to(getattr(self, name)))
-        self.fill_spans()
-
-    def _rate(self, num_batches: Tensor) -> Tensor:
-        """Weight of the newest micro-batch where it is the `num_batches`-th."""
-        return num_batches.clamp(min=1).float().reciprocal().clamp(min=self.config.companion_momentum)
-
-    def fill_spans(self) -> None:
-        """Give spans that were never met the shifts of the nearest lower one that was."""
-        spans = torch.arange(NUM_SPANS, device=self.num_span_batches.device)
-        met = torch.where(self.num_span_batches > 0, spans, 0)  # [P]
-        nearest = met.expand(NUM_SPANS, -1).tril().amax(dim=1)  # [P]
-        self.input_shift, self.output_shift = self.input_shift[nearest], self.output_shift[nearest]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Casting a model (`model.to(torch.bfloat16)`, `model.half()`) moves these buffers but keeps their dtype.
-        def move(buffer: Tensor) -> Tensor:
-            moved = fn(buffer)
-            return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
-
-        return super()._apply(move, recurse)
-
-
 def mix_across_examples(
-    hidden_states: Tensor,
-    logits: Tensor,
-    spans: Tensor,
-    token_mask: Tensor | None,
-    companions: TypicalGroup,
-    group_size: int,
-    experts: Experts,
-) -> tuple[Tensor, GroupStatistics]:
+    hidden_states: Tensor, logits: Tensor, groups: Groups, companions: TypicalGroup, group_size: int, experts: Experts
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mode `cross_example`: every expert gets one mixture of the G tokens of a group, and all get its output back.
 
     The paper's layer (section 3), in which a group's absent tokens are replaced by expected companions.
@@ -204,51 +96,39 @@ def mix_across_examples(
     Args:
         hidden_states (`torch.Tensor` of shape `[B, T, D]`): The tokens.
         logits (`torch.Tensor` of shape `[B, T, E]`): The controller's logits, float32.
-        spans (`torch.Tensor` of shape `[B, T]`): Span of positions of every token; a group has its latest.
-        token_mask (`torch.Tensor` of shape `[B, T]`, *optional*): `False` for padding.
+        groups (`Groups`): The groups that the tokens form.
         companions (`TypicalGroup`): The expected companions.
         group_size (`int`): Rows G of a group; the last group is short where G does not divide B.
         experts (`Callable`): The experts, called on a slab.
 
     Returns:
-        `tuple[torch.Tensor, GroupStatistics]`: The output `[B, T, D]`, 0 for padding, and the statistics of the
-        batch's groups.
+        `tuple(torch.Tensor)`: The output `[B, T, D]`, 0 for padding; and of every group the log mass `[N, E]`, the
+        mixtures and the experts' outputs `[E, N, D]`.
     """
-    num_rows, missing_rows = hidden_states.shape[0], -hidden_states.shape[0] % group_size
-    if missing_rows and token_mask is None:
-        token_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
-    x = _form_groups(hidden_states, group_size, missing_rows)  # [A, G, T, D]
-    l = _form_groups(logits, group_size, missing_rows)  # [A, G, T, E]
-    spans = _form_groups(spans, group_size, missing_rows)  # [A, G, T]
-
-    if token_mask is None:
+    num_rows, num_columns = hidden_states.shape[:2]
+    x, l = cut_rows(hidden_states, group_size), cut_rows(logits, group_size)  # [A, G, T, D], [A, G, T, E]
+    if groups.present is None:
         z = l.logsumexp(dim=1)  # [A, T, E]
     else:
-        present = _form_groups(token_mask[..., None], group_size, missing_rows)  # [A, G, T, 1]
-        x, l = x.masked_fill(~present, 0), l.masked_fill(~present, -torch.inf)
-        spans = spans.masked_fill(~present[..., 0], 0)
-        num_absent = group_size - present.sum(dim=1)  # [A, T, 1]
-        a = num_absent.float().log() + companions.log_mass  # [A, T, E], -inf where nobody is absent
+        x, l = x.masked_fill(~groups.present, 0), l.masked_fill(~groups.present, -torch.inf)
+        a = groups.log_absent + companions.log_mass  # [A, T, E]
         z = torch.cat([l, a[:, None]], dim=1).logsumexp(dim=1)  # [A, T, E]
 
     # The groups of tokens in one axis, copied where A > 1: `torch.matmul` would copy the weights for each product.
     w = (l - z[:, None]).exp().to(x.dtype).transpose(1, 2).flatten(0, 1)  # [N, G, E]
     mixture = w.mT @ x.transpose(1, 2).flatten(0, 1)  # [N, E, D]
-    spans = spans.amax(dim=1).flatten()  # [N]
-    if token_mask is not None:
+    if groups.present is not None:
         w_absent = (a - z).exp().flatten(0, 1)[..., None]  # [N, E, 1]
-        expected_input = companions.mean_input + companions.input_shift[spans][:, None]  # [N, E, D]
+        expected_input = companions.mean_input + companions.input_shift[groups.spans][:, None]  # [N, E, D]
         mixture = (mixture + w_absent * expected_input).to(mixture.dtype)
 
     slab = mixture.transpose(0, 1)  # [E, N, D]
     y = experts(slab)  # [E, N, D]
-    output = (w @ y.transpose(0, 1)).unflatten(0, z.shape[:2])  # [A, T, G, D]
+    output = (w @ y.transpose(0, 1)).unflatten(0, (-1, num_columns))  # [A, T, G, D]
     output = output.transpose(1, 2).flatten(0, 1)  # [A * G, T, D]
-    if missing_rows:  # or the backward pass would copy the gradient for nothing
+    if len(output) > num_rows:  # or the backward pass would copy the gradient for nothing
         output = output[:num_rows]  # [B, T, D]
-
-    num_present = group_size if token_mask is None else (group_size - num_absent).flatten()  # [N]
-    return output, _average_groups(z.flatten(0, 1) - log(group_size), slab, y, num_present, spans)
+    return output, z.flatten(0, 1), slab, y
 
 
 def mix_with_expected_companions(
@@ -358,32 +238,3 @@ def refuse_flattened_rows(
             "sequences (flattened, packed or continuously batched). Give one sequence a row, or set "
             "mixing='per_sequence' or 'moe'."
         )
-
-
-def _form_groups(rows: Tensor, group_size: int, missing_rows: int) -> Tensor:
-    """Cut rows `[B, T, ...]` into groups `[A, G, T, ...]`, the last one filled up with zeros."""
-    if missing_rows:
-        rows = torch.cat([rows, rows.new_zeros(missing_rows, *rows.shape[1:])])
-    return rows.unflatten(0, (-1, group_size))
-
-
-@torch.no_grad()
-def _average_groups(
-    log_mass: Tensor, slab: Tensor, outputs: Tensor, num_present: Tensor | int, spans: Tensor
-) -> GroupStatistics:
-    """Average log masses `[N, E]`, mixtures and outputs `[E, N, D]` over groups, by their numbers of tokens `[N]`."""
-    counts = (spans == torch.arange(NUM_SPANS, device=spans.device)[:, None]) * (1.0 * num_present)  # [P, N]
-    num_tokens = counts.sum(dim=1)  # [P]
-    span_share = counts / num_tokens.clamp(min=1)[:, None]  # [P, N]
-    met = (num_tokens > 0)[:, None]  # [P, 1]
-    with maybe_autocast(device_type=slab.device.type, enabled=False):
-        if isinstance(num_present, int):
-            means = [log_mass.mean(0), *(values.mean(1, dtype=torch.float32) for values in (slab, outputs))]
-        else:
-            share = num_present / num_present.sum()  # [N], not a number where there is nothing but padding
-            means = [share @ values.float() for values in (log_mass, slab, outputs)]
-        shifts = [
-            met * (span_share @ values.mean(0, dtype=torch.float32) - mean.mean(0))  # [P, D]
-            for values, mean in zip((slab, outputs), means[1:], strict=True)
-        ]
-    return GroupStatistics(TypicalGroup(*means, *shifts), num_tokens)

@@ -5,7 +5,7 @@ width, F expert width.
 """
 
 from functools import partial
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,19 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .companions_mot import (
+    MoTCompanions,
+    TypicalGroup,
+    absorb,
+    average_groups,
+    form_groups,
+    measure_groups,
+)
 from .configuration_mot import MoTConfig
 from .experts_mot import run_slab
 from .mixing_mot import (
     MIXING_MODES,
     MixingContext,
-    MoTCompanions,
     MoTRouter,
     find_padding,
     find_spans,
@@ -83,7 +90,7 @@ class MoTSparseBlock(nn.Module):
         spans = context.spans.to(tokens.device).flatten()  # [S]
         mix = partial(
             mix_with_expected_companions,
-            companions=self.companions.expected(),
+            companions=self._find_companions(context),
             group_size=self.config.group_size,
             num_experts_per_tok=self.config.num_experts_per_tok,
             experts=self.experts,
@@ -99,19 +106,18 @@ class MoTSparseBlock(nn.Module):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _mix_across_examples(self, hidden_states: Tensor, logits: Tensor, context: MixingContext) -> Tensor:
-        token_mask = None if context.token_mask is None else context.token_mask.to(hidden_states.device)
-        companions = context.companions.setdefault(self.layer_idx, self.companions.expected())
+        group_size = self.config.group_size
+        groups = context.get_groups(group_size, hidden_states.device)
         logits = logits.unflatten(0, hidden_states.shape[:2])  # [B, T, E]
-        output, context.statistics[self.layer_idx] = mix_across_examples(
-            hidden_states,
-            logits,
-            context.spans.to(hidden_states.device),
-            token_mask,
-            companions,
-            self.config.group_size,
-            self.experts,
-        )
+        companions = self._find_companions(context)
+        output, *values = mix_across_examples(hidden_states, logits, groups, companions, group_size, self.experts)
+        if context.means is not None:
+            context.means[self.layer_idx] = measure_groups(*values, groups)
         return output
+
+    def _find_companions(self, context: MixingContext) -> TypicalGroup:
+        companions = context.companions.get(self.layer_idx)
+        return self.companions.expected() if companions is None else companions
 
 
 class MoTDecoderLayer(GradientCheckpointingLayer):
@@ -153,6 +159,9 @@ class MoTPreTrainedModel(PreTrainedModel):
         "hidden_states": MoTDecoderLayer,
         "attentions": Qwen3Attention,
     }
+
+    def __init__(self, config: MoTConfig) -> None:
+        super().__init__(config)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -197,7 +206,7 @@ class MoTPreTrainedModel(PreTrainedModel):
         """The mode of a forward pass: the call's, else the configuration's for training or inference."""
         if mixing is not None:
             return _check_mode("mixing", mixing)
-        return self.config.mixing if self.training else self.config.inference_mixing
+        return self.config.mixing if self.training else cast(str, self.config.inference_mixing)
 
 
 class MoTModel(MoTPreTrainedModel):
@@ -250,24 +259,29 @@ class MoTModel(MoTPreTrainedModel):
             are `[S, E]` for each MoT layer.
 
         Raises:
-            ValueError: `mixing` is unknown, both or neither of `input_ids` and `inputs_embeds` are given, or mode
-                `cross_example` is given several sequences in one row.
+            ValueError: An argument is not known, `mixing` is unknown, both or neither of `input_ids` and
+                `inputs_embeds` are given, or mode `cross_example` is given several sequences in one row.
         """
+        cache = past_key_values
         mode = self._resolve_mixing(mixing)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        num_cached = 0 if past_key_values is None or position_ids is not None else past_key_values.get_seq_length()
+        num_cached = 0 if cache is None or position_ids is not None else cache.get_seq_length()
         context = MixingContext(mode, find_spans(inputs_embeds, position_ids, attention_mask, num_cached))
         if mode == "cross_example":
-            refuse_flattened_rows(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
+            refuse_flattened_rows(inputs_embeds, attention_mask, position_ids, cache, kwargs)
             context.token_mask = find_padding(inputs_embeds, attention_mask, token_mask)
+            context.groups = form_groups(context.spans, context.token_mask, self.config.group_size)
         elif mode == "per_sequence" and not (self._companions_were_checked or is_tracing(inputs_embeds)):
             self._check_companions()
 
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if self.training and torch.is_grad_enabled():
+            context.companions = self._keep_companions(context)
+
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + num_cached
             position_ids = position_ids.unsqueeze(0)  # [1, T]
@@ -276,32 +290,42 @@ class MoTModel(MoTPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            past_key_values=cache,
         )
+        kwargs["past_key_values"] = cache
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer for an assistant that exits early
             hidden_states = layer(
                 hidden_states,
                 mixing_context=context,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
         if self.training:
             self._absorb(context)
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        cache = cache if use_cache else None
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=cache)
+
+    def _companions(self) -> dict[int, MoTCompanions]:
+        # By attributes, which wrappers of modules (FSDP, checkpointing, PEFT) hand on.
+        sparse = {index: layer for index, layer in enumerate(self.layers) if getattr(layer, "is_sparse", False)}
+        return {index: cast(Any, layer).mlp.companions for index, layer in sparse.items()}
+
+    def _keep_companions(self, context: MixingContext) -> dict[int, TypicalGroup]:
+        """Copies of the expected companions where this pass needs them."""
+        needed = context.mode == "per_sequence" or (context.groups is not None and context.groups.present is not None)
+        return {index: companions.snapshot() for index, companions in self._companions().items()} if needed else {}
 
     def _check_companions(self) -> None:
         """Say so, once a model, if the statistics that stand in for other rows were never gathered."""
         self._companions_were_checked = True
-        companions = [module for module in self.modules() if isinstance(module, MoTCompanions)]
-        if any(module.num_batches_tracked == 0 for module in companions):
+        if any(companions.num_batches_tracked == 0 for companions in self._companions().values()):
             logger.warning(
                 "Mode per_sequence uses statistics of the typical group, and this model has none: it was not trained "
                 "in mode cross_example. Its results will be poor until `mot_hf.calibration.calibrate(model, batches)` "
@@ -310,8 +334,13 @@ class MoTModel(MoTPreTrainedModel):
 
     def _absorb(self, context: MixingContext) -> None:
         """Add this forward's statistics to the running ones, once, whatever is recomputed in the backward pass."""
-        for layer_idx, statistics in context.statistics.items():
-            self.layers[layer_idx].mlp.companions.absorb(statistics)
+        means, context.means = context.means, None
+        companions = self._companions()
+        for device in dict.fromkeys(of_layer.mean_input.device for of_layer in means.values()):
+            indices = [index for index, of_layer in means.items() if of_layer.mean_input.device == device]
+            groups = context.get_groups(self.config.group_size, device)
+            batch = average_groups([means[index] for index in indices], groups, self.config.group_size)
+            absorb([companions[index] for index in indices], batch, groups.num_tokens)
 
 
 def _check_mode(name: str, mode: str) -> str:

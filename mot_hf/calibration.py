@@ -11,7 +11,8 @@ from torch import Tensor, distributed
 from tqdm.auto import tqdm
 
 from mot_hf.modeling import MoTModel, MoTPreTrainedModel
-from mot_hf.modeling.mixing_mot import NUM_SPANS, GroupStatistics, MixingContext, TypicalGroup
+from mot_hf.modeling.companions_mot import NUM_SPANS, TypicalGroup
+from mot_hf.modeling.mixing_mot import MixingContext
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 
 logger = logging.getLogger(__name__)
@@ -45,17 +46,18 @@ class GroupTotals:
         self.num_full += int((num_present == self.group_size).sum())
         if not num_present.any():
             return
-        for index, (mean, num_tokens) in context.statistics.items():
-            num_tokens = num_tokens.double().to(mean.log_mass.device)  # [P]
-            all_tokens = num_tokens.sum()
+        for index in context.means:
+            mean, num_tokens = context.average(index, self.group_size)
+            all_tokens, *_ = num_tokens = num_tokens.double()  # [1 + P]
             input_mean, output_mean = mean.mean_input.mean(0), mean.mean_output.mean(0)  # [D]
             values = mean._replace(
                 input_shift=mean.input_shift + input_mean, output_shift=mean.output_shift + output_mean
             )
-            weights = TypicalGroup(all_tokens, all_tokens, all_tokens, num_tokens[:, None], num_tokens[:, None])
+            by_span = num_tokens[1:, None]  # [P, 1]
+            weights = TypicalGroup(all_tokens, all_tokens, all_tokens, by_span, by_span)
             for total, value, weight in zip(self.sums[index], values, weights, strict=True):
                 total.add_(value * weight)
-        self.num_tokens += num_tokens.to(self.num_tokens.device)
+        self.num_tokens += num_tokens[1:].to(self.num_tokens.device)
 
     def add_up_processes(self) -> None:
         """Replace every sum by that over all processes."""
@@ -75,7 +77,7 @@ class GroupTotals:
                 total / num_tokens.clamp(min=1)[:, None] - mean.mean(0)  # [P, D]
                 for total, mean in zip(spans, means[1:], strict=True)
             ]
-            companions.replace(GroupStatistics(TypicalGroup(*means, *shifts), num_tokens), self.num_batches)
+            companions.replace(TypicalGroup(*means, *shifts), num_tokens, self.num_batches)
 
 
 @torch.no_grad()

@@ -54,6 +54,7 @@ from mot_hf.benchmark import (
     summarize_times,
     time_in_turn,
 )
+from mot_hf.modeling.companions_mot import absorb
 from mot_hf.modeling.mixing_mot import MixingContext, find_spans
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 
@@ -129,7 +130,8 @@ class MoTLayer(nn.Module):
         """Map tokens `[B, T, D]` to outputs of the same shape."""
         context = MixingContext(self.mode, self.spans)
         output = self.block(hidden_states, context)
-        self.statistics = context.statistics  # kept, or compiled code would leave them out
+        if self.mode == "cross_example":  # kept, or compiled code would leave them out
+            self.statistics = context.average(self.block.layer_idx, self.block.config.group_size)
         return output
 
 
@@ -180,7 +182,8 @@ def make_modules(config: MoTConfig, x: Tensor, spans: Tensor) -> tuple[Qwen3MLP,
     nn.init.normal_(block.gate.weight, std=LOGIT_STD / config.hidden_size**0.5)
     context = MixingContext("cross_example", spans)
     block(x, context)
-    block.companions.absorb(context.statistics[0])
+    statistics, num_tokens = context.average(0, config.group_size)
+    absorb([block.companions], [statistics], num_tokens)
     return dense, block
 
 

@@ -23,7 +23,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mot_hf import MoTPreTrainedModel
 from mot_hf.calibration import calibrate
-from mot_hf.modeling.mixing_mot import MixingContext, MoTCompanions
+from mot_hf.modeling.companions_mot import MoTCompanions, absorb
+from mot_hf.modeling.mixing_mot import MixingContext
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 from mot_hf.training import CorpusArguments, ModelArguments, parse_arguments, train_language_model
 
@@ -57,8 +58,9 @@ class GatherWithMomenta(TrainerCallback):
 
     def _absorb(self, block: nn.Module, inputs: tuple[Tensor, MixingContext], output: Tensor) -> None:
         if block.training:
+            statistics, num_tokens = inputs[1].average(block.layer_idx, block.config.group_size)
             for companions in self.companions.values():
-                companions[block.layer_idx].absorb(inputs[1].statistics[block.layer_idx])
+                absorb([companions[block.layer_idx]], [statistics], num_tokens)
 
 
 def mot_blocks(model: nn.Module) -> list[MoTSparseBlock]:

@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from mot_hf import MoTConfig, MoTPreTrainedModel
-from mot_hf.modeling.mixing_mot import MoTCompanions, MoTRouter
+from mot_hf.modeling.companions_mot import MoTCompanions
+from mot_hf.modeling.mixing_mot import MoTRouter
 
 MODES = ("cross_example", "per_sequence", "moe")
 PAD, EOS = 0, 1
+# The files that travel with a checkpoint.
+_CODE_NAMES = ("arguments", "companions", "configuration", "experts", "heads", "mixing", "modeling")
+CODE = {f"{name}_mot.py" for name in _CODE_NAMES}
 
 Model = TypeVar("Model", bound=MoTPreTrainedModel)
 

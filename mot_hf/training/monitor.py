@@ -59,7 +59,7 @@ class MixingMonitor(TrainerCallback):
         self._unhook()
         self.layers = {module.layer_idx: module for module in model.modules() if isinstance(module, MoTSparseBlock)}
         for index, layer in self.layers.items():
-            self.expected_inputs[index] = layer.companions.mean_input
+            self.expected_inputs[index] = layer.companions.mean_input.clone()
             self.hooks.append(layer.register_forward_pre_hook(self._keep_mask))
             self.hooks.append(layer.gate.register_forward_hook(self._make_recorder(layer)))
 

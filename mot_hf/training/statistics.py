@@ -7,7 +7,7 @@ from accelerate.utils import reduce
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mot_hf.modeling.mixing_mot import MoTCompanions
+from mot_hf.modeling.companions_mot import MoTCompanions
 
 
 class CompanionSynchronization(TrainerCallback):
@@ -50,6 +50,8 @@ class CompanionSynchronization(TrainerCallback):
 def average_companions(model: nn.Module) -> None:
     """Replaces the running statistics of a model by their means over all processes.
 
+    A process counts by the number of batches that it has seen.
+
     Args:
         model (`nn.Module`): A MoT model, also wrapped for parallel training. Every process must call this.
     """
@@ -59,11 +61,11 @@ def average_companions(model: nn.Module) -> None:
 
 
 def _average(companions: MoTCompanions) -> None:
-    met = (companions.num_span_batches > 0)[:, None].float()  # [P, 1]
-    num_met = reduce(met, "sum").clamp(min=1)  # [P, 1], processes that have met a span
+    seen = companions.num_batches_tracked.float()  # []
+    met = companions.num_span_batches[:, None].float()  # [P, 1]
     for name, value in companions.expected()._asdict().items():
-        of_spans = name in ("input_shift", "output_shift")
-        setattr(companions, name, reduce(value * met, "sum") / num_met if of_spans else reduce(value, "mean"))
-    for name in ("num_batches_tracked", "num_span_batches"):
-        setattr(companions, name, reduce(getattr(companions, name), "max"))
+        weight = met if name in ("input_shift", "output_shift") else seen
+        value.copy_(reduce(value * weight, "sum") / reduce(weight, "sum").clamp(min=1))
+    for count in (companions.num_batches_tracked, companions.num_span_batches):
+        count.copy_(reduce(count, "max"))
     companions.fill_spans()

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mot_hf.modeling.companions_mot import NUM_SPANS, TypicalGroup
 from mot_hf.modeling.configuration_mot import MoTConfig
-from mot_hf.modeling.mixing_mot import NUM_SPANS, MixingContext, find_spans
+from mot_hf.modeling.mixing_mot import MixingContext, find_spans
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 from tests import naive
 
@@ -53,6 +54,10 @@ def make_case(
 def run_block(case: Case, mode: str) -> tuple[Tensor, MixingContext]:
     context = MixingContext(mode, case.spans, case.token_mask)
     return case.block(case.x, context), context
+
+
+def statistics_of(case: Case, context: MixingContext) -> TypicalGroup:
+    return context.average(case.block.layer_idx, case.block.config.group_size)[0]
 
 
 class Reference(NamedTuple):
@@ -118,7 +123,8 @@ def test_modes_equal_the_equations_in_values_and_gradients(mode: str, case: Case
         for gradient, expected in zip(ours, theirs, strict=True):
             assert_relatively_close(gradient, expected, scale=scale)
     if any(group["num_tokens"] for group in reference.groups):
-        mean, num_tokens = context.statistics[0]
+        mean, num_tokens = context.average(0, case.block.config.group_size)
+        assert num_tokens[0] == sum(group["num_tokens"] for group in reference.groups)
         for name in ("log_mass", "mean_input", "mean_output"):
             assert_relatively_close(getattr(mean, name), naive.average_group(reference.groups, name))
         for span in range(NUM_SPANS):
@@ -127,7 +133,7 @@ def test_modes_equal_the_equations_in_values_and_gradients(mode: str, case: Case
                 scale = max(getattr(mean, name).norm().item(), 1e-2)
                 assert_relatively_close(shift[span], naive.average_shift(reference.groups, name, span), scale=scale)
             tokens = [group["num_tokens"].item() for group in reference.groups if group["span"] == span]
-            assert num_tokens[span] == sum(tokens)
+            assert num_tokens[1 + span] == sum(tokens)
 
 
 @pytest.mark.parametrize("mode", ["cross_example", "per_sequence", "moe"])
@@ -151,7 +157,7 @@ def test_logits_and_weights_are_float32_in_a_bfloat16_model() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(case.block.gate(case.x.bfloat16()), logits)
     _, context = run_block(case._replace(x=case.x.bfloat16()), "cross_example")
-    assert all(value.dtype == torch.float32 for value in context.statistics[0].mean)
+    assert all(value.dtype == torch.float32 for value in statistics_of(case, context))
 
 
 @settings(max_examples=25, deadline=None)
@@ -193,7 +199,7 @@ def test_padding_gets_zero_and_changes_nothing_for_others(case: Case, garbage: f
     assert torch.equal(actual[token_mask], expected[token_mask])
     assert actual[~token_mask].eq(0).all()
     if token_mask.any():
-        assert all(map(torch.equal, context.statistics[0].mean, dirty_context.statistics[0].mean))
+        assert all(map(torch.equal, statistics_of(clean, context), statistics_of(dirty, dirty_context)))
 
 
 def test_rows_of_padding_are_as_if_not_there() -> None:

@@ -28,7 +28,7 @@ from mot_hf import (
     MoTModel,
     MoTPreTrainedModel,
 )
-from tests.models import MODES, Model, companions_of, random_ids, tiny_config, trained
+from tests.models import CODE, MODES, Model, companions_of, random_ids, tiny_config, trained
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 AUTO_CLASSES = {
@@ -39,7 +39,6 @@ AUTO_CLASSES = {
     AutoModelForTokenClassification: MoTForTokenClassification,
     AutoModelForQuestionAnswering: MoTForQuestionAnswering,
 }
-CODE = {"configuration_mot.py", "experts_mot.py", "mixing_mot.py", "modeling_mot.py", "heads_mot.py"}
 
 
 def make_model() -> MoTForCausalLM:

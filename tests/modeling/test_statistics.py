@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mot_hf import MoTForCausalLM
+from mot_hf.modeling.companions_mot import NUM_SPANS, MoTCompanions, TypicalGroup, absorb
 from mot_hf.modeling.configuration_mot import MoTConfig
-from mot_hf.modeling.mixing_mot import NUM_SPANS, GroupStatistics, MixingContext, MoTCompanions, TypicalGroup
+from mot_hf.modeling.mixing_mot import MixingContext
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 from tests.models import random_ids, tiny_config, trained
 
@@ -36,8 +37,9 @@ def test_running_values_approach_the_exact_ones_on_stationary_input() -> None:
         context = MixingContext("cross_example", spans)
         with torch.no_grad():
             block(means[spans] + torch.randn(8, 8, 16), context)
-        block.companions.absorb(context.statistics[0])
-        values = TypicalGroup(*(value / 400 for value in context.statistics[0].mean))
+        statistics, num_tokens = context.average(0, config.group_size)
+        absorb([block.companions], [statistics], num_tokens)
+        values = TypicalGroup(*(value / 400 for value in statistics))
         exact = values if exact is None else TypicalGroup(*(a + b for a, b in zip(exact, values, strict=True)))
     assert block.companions.num_batches_tracked == 400
     expected = block.companions.expected()
@@ -49,10 +51,14 @@ def test_running_values_approach_the_exact_ones_on_stationary_input() -> None:
         assert (running - average).norm() < 0.05 * average.norm()
 
 
-def statistics_full_of(value: float, companions: MoTCompanions, num_tokens: list[int]) -> GroupStatistics:
-    """A batch's statistics that are one number, with tokens in the first spans."""
-    mean = TypicalGroup(*(torch.full_like(running, value) for running in companions.expected()))
-    return GroupStatistics(mean, torch.tensor(num_tokens + [0] * (NUM_SPANS - len(num_tokens))))
+def full_of(value: float, companions: MoTCompanions) -> TypicalGroup:
+    """A batch's statistics that are one number."""
+    return TypicalGroup(*(torch.full_like(running, value) for running in companions.expected()))
+
+
+def absorb_one(companions: MoTCompanions, batch: TypicalGroup, num_tokens: list[int]) -> None:
+    """Absorb a batch with tokens in the first spans."""
+    absorb([companions], [batch], torch.tensor([sum(num_tokens), *num_tokens] + [0] * (NUM_SPANS - len(num_tokens))))
 
 
 def test_first_batches_are_averaged_plainly_then_with_momentum() -> None:
@@ -62,7 +68,7 @@ def test_first_batches_are_averaged_plainly_then_with_momentum() -> None:
     values = [1.0, 3.0, 5.0, 7.0, 9.0]
     seen = []
     for value in values:
-        companions.absorb(statistics_full_of(value, companions, [4, 4]))
+        absorb_one(companions, full_of(value, companions), [4, 4])
         seen.append(companions.mean_input[0, 0].item())
     assert seen == pytest.approx([1.0, 2.0, 3.0, 4.0, 4.0 + 0.25 * (9.0 - 4.0)])
 
@@ -72,22 +78,22 @@ def test_a_span_moves_with_the_batches_that_have_tokens_in_it() -> None:
         MoTConfig(hidden_size=8, num_attention_heads=1, num_experts=32, companion_momentum=0.25)
     )
     for value, num_tokens in [(2.0, [4, 4]), (4.0, [4]), (6.0, [4, 0, 4])]:
-        companions.absorb(statistics_full_of(value, companions, num_tokens))
+        absorb_one(companions, full_of(value, companions), num_tokens)
     for shift in (companions.input_shift, companions.output_shift):
         # What comes behind all that was ever met is like the last span that was.
         assert shift[:, 0].tolist() == pytest.approx([4.0, 2.0, 6.0] + [6.0] * (NUM_SPANS - 3))
-    companions.absorb(statistics_full_of(8.0, companions, [0, 0, 0, 4]))
+    absorb_one(companions, full_of(8.0, companions), [0, 0, 0, 4])
     assert companions.output_shift[:, 0].tolist() == pytest.approx([4.0, 2.0, 6.0] + [8.0] * (NUM_SPANS - 3))
 
 
 @pytest.mark.parametrize("name", TypicalGroup._fields)
 def test_a_batch_that_is_not_finite_changes_nothing(name: str) -> None:
     companions = MoTCompanions(MoTConfig(hidden_size=8, num_attention_heads=1, num_experts=32))
-    good = statistics_full_of(1.0, companions, [4, 4])
-    companions.absorb(good)
-    bad = getattr(good.mean, name).clone()
+    good = full_of(1.0, companions)
+    absorb_one(companions, good, [4, 4])
+    bad = getattr(good, name).clone()
     bad[..., -1] = torch.nan
-    companions.absorb(good._replace(mean=good.mean._replace(**{name: bad})))
+    absorb_one(companions, good._replace(**{name: bad}), [4, 4])
     assert companions.num_batches_tracked == 1
     assert all(running.eq(1).all() for running in companions.expected())
 

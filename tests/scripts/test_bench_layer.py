@@ -65,9 +65,9 @@ def test_the_mot_layer_gathers_statistics_as_in_training(script: dict[str, Any])
     x, layers = make_layers(script, members=1)
     layer = layers["cross_example"]
     layer(x)
-    statistics = layer.statistics[0]
-    assert statistics.num_tokens.sum() == x.shape[0] * x.shape[1]
-    torch.testing.assert_close(statistics.mean.mean_input, layer.block.companions.mean_input)
+    statistics, num_tokens = layer.statistics
+    assert num_tokens[1:].sum() == num_tokens[0] == x.shape[0] * x.shape[1]
+    torch.testing.assert_close(statistics.mean_input, layer.block.companions.mean_input)
 
 
 @pytest.mark.slow

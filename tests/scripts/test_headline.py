@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainingArguments
 
-from mot_hf.modeling.mixing_mot import NUM_SPANS
+from mot_hf.modeling.companions_mot import NUM_SPANS
 from mot_hf.training.comparison import (
     ARCHITECTURES,
     ComparisonArguments,

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mot_hf import MoTForCausalLM, MoTForMaskedLM, MoTModel
 from mot_hf.calibration import calibrate
+from mot_hf.modeling.companions_mot import MoTCompanions
 from tests.models import companions_of, random_ids, tiny_config, trained
 
 
@@ -23,8 +24,10 @@ def make_batches(*num_rows: int, num_columns: int = 6) -> list[dict[str, Tensor]
 def statistics_of_one_pass(model: MoTForCausalLM, ids: Tensor) -> dict[str, Tensor]:
     """What a model without earlier statistics gathers from all rows at once: their plain means."""
     model = copy.deepcopy(model).train()
-    for buffer in (buffer for module in model.modules() if hasattr(module, "absorb") for buffer in module.buffers()):
-        buffer.zero_()
+    for module in model.modules():
+        if isinstance(module, MoTCompanions):
+            for buffer in module.buffers():
+                buffer.zero_()
     with torch.no_grad():
         model(ids, mixing="cross_example")
     return without_counts(companions_of(model))

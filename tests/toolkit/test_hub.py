@@ -25,10 +25,9 @@ from mot_hf.reporting.card import is_generated, write_card
 from tests import stranger
 from tests.elsewhere import run_elsewhere
 from tests.hub import HubServer
-from tests.models import tiny_config, trained
+from tests.models import CODE, tiny_config, trained
 from tests.scripts.running import REPOSITORY, environment_of, run_python, write_texts
 
-CODE = {"configuration_mot.py", "experts_mot.py", "mixing_mot.py", "modeling_mot.py", "heads_mot.py"}
 MODEL = CODE | {"config.json", "generation_config.json", "README.md"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 

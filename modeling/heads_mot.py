@@ -4,6 +4,7 @@ Axes: B rows, T columns, S = B * T tokens, E experts.
 """
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
+from .arguments_mot import CACHE_NAME, known_arguments_only
 from .configuration_mot import MoTConfig
 from .mixing_mot import find_padding
 from .modeling_mot import MoTModel, MoTPreTrainedModel
@@ -82,10 +84,10 @@ class MoTLanguageModel(MoTPreTrainedModel):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
 
@@ -129,6 +131,7 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
             )
         super().__init__(config)
 
+    @known_arguments_only
     @can_return_tuple
     def forward(
         self,
@@ -143,6 +146,7 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         mixing: str | None = None,
         token_mask: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         r"""Predict the next token at every column; arguments as in [`MoTModel.forward`], and these.
@@ -164,6 +168,7 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "past_key_values": past_key_values,
+            "cache": cache,
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
             "mixing": mixing,
@@ -179,7 +184,8 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
             mixing (`str`, *optional*): `"per_sequence"` or `"moe"`. Defaults to the mode of the configuration.
 
         Raises:
-            ValueError: The mode is unknown, or `cross_example`: all requests share one row, so there are no others.
+            ValueError: The mode is unknown, or `cross_example`: all requests share one row, so there are no others. Or
+                an argument is unknown.
         """
         mode = self._resolve_mixing(mixing)
         if mode == "cross_example":
@@ -187,7 +193,14 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
                 "mixing='cross_example' mixes different rows of the batch, and continuous batching puts all requests "
                 "into one. Pass mixing='per_sequence' or 'moe', or use `generate` on a batch of rows."
             )
-        # transformers drops the arguments that it does not know.
+        for unknown in (
+            kwargs.keys() - inspect.signature(super().generate_batch).parameters.keys() - {"max_new_tokens"}
+        ):
+            raise ValueError(
+                f"`generate_batch` takes no argument `{unknown}`, which transformers would drop. Give what `generate` "
+                "takes in a `GenerationConfig`: generate_batch(inputs, generation_config)."
+            )
+        # In the configuration, because the background thread's calls of the model have no further arguments.
         name = "mixing" if self.training else "inference_mixing"
         configured = getattr(self.config, name)
         setattr(self.config, name, mode)
@@ -263,6 +276,7 @@ class MoTForMaskedLM(MoTLanguageModel):
         config.is_causal = False
         super().__init__(config)
 
+    @known_arguments_only
     @can_return_tuple
     def forward(
         self,
@@ -271,6 +285,7 @@ class MoTForMaskedLM(MoTLanguageModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         mixing: str | None = None,
         token_mask: Tensor | None = None,
@@ -281,13 +296,21 @@ class MoTForMaskedLM(MoTLanguageModel):
         Args:
             labels (`torch.Tensor` of shape `[B, T]`, *optional*): The original tokens where one is to be predicted,
                 -100 elsewhere.
+            use_cache (`bool`, *optional*): Nothing but `False`: with all columns at once there is nothing to cache.
             output_router_logits (`bool`, *optional*): Whether to return the controllers' logits, and in mode `moe` the
                 load-balancing loss. Defaults to `config.output_router_logits`.
 
         Returns:
             `MoTMaskedLMOutput`: `loss` in nats per predicted token (with labels), `logits` `[B, T, vocab_size]`, and
             what was asked for.
+
+        Raises:
+            ValueError: `use_cache` is `True`, or as in [`MoTModel.forward`].
         """
+        if use_cache:
+            raise ValueError(
+                "`use_cache` must be `False` for `MoTForMaskedLM`, got True: it sees all columns at once."
+            )
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -315,6 +338,8 @@ class MoTForSequenceClassification(GenericForSequenceClassification, MoTPreTrain
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
+    forward = known_arguments_only(GenericForSequenceClassification.forward, MoTModel.forward)
+
 
 class MoTForTokenClassification(GenericForTokenClassification, MoTPreTrainedModel):
     """A MoT model that classifies every token."""
@@ -329,6 +354,8 @@ class MoTForTokenClassification(GenericForTokenClassification, MoTPreTrainedMode
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    forward = known_arguments_only(GenericForTokenClassification.forward, MoTModel.forward)
+
 
 class MoTForQuestionAnswering(GenericForQuestionAnswering, MoTPreTrainedModel):
     """A MoT model that marks the span of text that answers a question."""
@@ -338,6 +365,8 @@ class MoTForQuestionAnswering(GenericForQuestionAnswering, MoTPreTrainedModel):
         self.model = MoTModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
+
+    forward = known_arguments_only(GenericForQuestionAnswering.forward, MoTModel.forward)
 
 
 __all__ = [

@@ -23,6 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .arguments_mot import CACHE_NAME, known_arguments_only, merge_caches
 from .companions_mot import (
     MoTCompanions,
     TypicalGroup,
@@ -148,7 +149,7 @@ class MoTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MoTDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -161,6 +162,7 @@ class MoTPreTrainedModel(PreTrainedModel):
     }
 
     def __init__(self, config: MoTConfig) -> None:
+        config.validate()  # fields that were changed since it was made would be found out at the first save
         super().__init__(config)
 
     @classmethod
@@ -224,6 +226,7 @@ class MoTModel(MoTPreTrainedModel):
         self._companions_were_checked = False
         self.post_init()
 
+    @known_arguments_only
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -236,6 +239,7 @@ class MoTModel(MoTPreTrainedModel):
         use_cache: bool | None = None,
         mixing: str | None = None,
         token_mask: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         r"""Run the backbone.
@@ -252,6 +256,7 @@ class MoTModel(MoTPreTrainedModel):
                 `config.inference_mixing` in evaluation.
             token_mask (`torch.Tensor` of shape `[B, T]`, *optional*): Which of this call's tokens are not padding, for
                 mode `cross_example`. Defaults to the last T columns of a 2-D `attention_mask`, else to all.
+            cache (`Cache`, *optional*): Another name of `past_key_values`, that of transformers from 5.24 on.
             kwargs: Passed on to attention; also `output_hidden_states`, `output_attentions`, `output_router_logits`.
 
         Returns:
@@ -262,7 +267,7 @@ class MoTModel(MoTPreTrainedModel):
             ValueError: An argument is not known, `mixing` is unknown, both or neither of `input_ids` and
                 `inputs_embeds` are given, or mode `cross_example` is given several sequences in one row.
         """
-        cache = past_key_values
+        cache = merge_caches(past_key_values, cache, kwargs)
         mode = self._resolve_mixing(mixing)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
@@ -291,9 +296,9 @@ class MoTModel(MoTPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
         )
-        kwargs["past_key_values"] = cache
+        kwargs[CACHE_NAME] = cache
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -310,7 +315,7 @@ class MoTModel(MoTPreTrainedModel):
         if self.training:
             self._absorb(context)
         cache = cache if use_cache else None
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=cache)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _companions(self) -> dict[int, MoTCompanions]:
         # By attributes, which wrappers of modules (FSDP, checkpointing, PEFT) hand on.

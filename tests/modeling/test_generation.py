@@ -238,6 +238,16 @@ def test_assisted_decoding_changes_nothing(model: MoTForCausalLM, mode: str) -> 
         assert_same(assisted, plain)
 
 
+@pytest.mark.parametrize("mode", ["per_sequence", "moe"])
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_an_early_exit_as_the_assistant_changes_nothing(model: MoTForCausalLM, num_layers: int, mode: str) -> None:
+    ids = random_ids(1, 5)
+    plain = continue_greedily(model, ids, mixing=mode)
+    for _ in range(2):  # it leaves the model as it was
+        assert_same(continue_greedily(model, ids, mixing=mode, assistant_early_exit=num_layers), plain)
+    assert_same(continue_greedily(model, ids, mixing=mode), plain)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_finished_row_is_filled_with_padding(model: MoTForCausalLM, mode: str) -> None:
     ids = random_ids(4, 5)

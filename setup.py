@@ -20,7 +20,7 @@ EXTRAS = {
     "train": ["accelerate>=1.1", "datasets>=4.4", "evaluate>=0.4.6", "tensorboard>=2.16"],
     "report": ["jinja2>=3.1", "matplotlib>=3.9", "rich>=13.7"],
     "lora": ["peft>=0.18"],
-    "serve": ["transformers[serving]>=5.17"],
+    "serve": ["transformers[serving]>=5.17,<5.25"],
 }
 EXTRAS["demo"] = EXTRAS["train"] + EXTRAS["report"]
 EXTRAS["dev"] = [
@@ -67,7 +67,7 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.11",
-    install_requires=["torch>=2.11", "transformers>=5.17"],
+    install_requires=["torch>=2.11", "transformers>=5.17,<5.25"],
     extras_require=EXTRAS,
     packages=[*find_packages(include=["mot_hf", "mot_hf.*"]), "mot_hf.modeling"],
     package_dir={"mot_hf": "mot_hf", "mot_hf.modeling": "modeling"},

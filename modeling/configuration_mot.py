@@ -2,10 +2,15 @@
 
 import copy
 import os
+from difflib import get_close_matches
+from importlib.metadata import version
 from math import gcd, isfinite, sqrt
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+from transformers.utils import logging
 from transformers.utils.versions import require_version
+
+logger = logging.get_logger(__name__)
 
 # This file is the first that a checkpoint loads, and older versions lack the names that follow.
 require_version("transformers>=5.17", "MoT models need it: `pip install --upgrade transformers`.")
@@ -14,6 +19,19 @@ require_version("torch>=2.11", "MoT models need it: `pip install --upgrade torch
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 from transformers.modeling_rope_utils import RopeParameters  # noqa: E402
+
+# The newest transformers that the tests were run with.
+NEWEST_TESTED = "5.24"
+
+try:
+    major, minor = NEWEST_TESTED.split(".")
+    require_version(f"transformers<{major}.{int(minor) + 1}.dev0")
+except ImportError:
+    # Newer versions have renamed arguments before, and models of older code gave wrong results without an error.
+    logger.warning_once(
+        f"This code of MoT models was tested with transformers up to {NEWEST_TESTED}, and runs on "
+        f"{version('transformers')}. Compare results, or `pip install 'transformers=={NEWEST_TESTED}.*'`."
+    )
 
 MixingMode = Literal["cross_example", "per_sequence", "moe"]
 
@@ -102,8 +120,9 @@ class MoTConfig(PreTrainedConfig):
             Weight of the load-balancing loss (mode `moe` only), in units of the loss.
         mixing (`str`, *optional*, defaults to `"cross_example"`):
             Mixing mode in training: `"cross_example"`, `"per_sequence"` or `"moe"`.
-        inference_mixing (`str`, *optional*, defaults to `"per_sequence"`):
-            Mixing mode in evaluation and generation.
+        inference_mixing (`str`, *optional*):
+            Mixing mode in evaluation and generation. Defaults to `"moe"` for a model that trains in mode `"moe"`, else
+            to `"per_sequence"`.
         companion_momentum (`float`, *optional*, defaults to 0.1):
             Weight of the newest micro-batch in the running statistics of the typical group, in (0, 1]; the convention
             of `torch.nn.BatchNorm1d`.
@@ -132,7 +151,7 @@ class MoTConfig(PreTrainedConfig):
     """
 
     model_type = "mot"
-    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "router_logits", "aux_loss"]
     attribute_map = {"num_local_experts": "num_experts"}
 
     vocab_size: int = 50257
@@ -162,7 +181,7 @@ class MoTConfig(PreTrainedConfig):
     output_router_logits: bool = False
     router_aux_loss_coef: float | int = 0.01
     mixing: MixingMode = "cross_example"
-    inference_mixing: MixingMode = "per_sequence"
+    inference_mixing: MixingMode | None = None
     companion_momentum: float | int = 0.1
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -183,7 +202,45 @@ class MoTConfig(PreTrainedConfig):
         if self.mlp_layer_types is None:
             num_dense = self.num_hidden_layers // 2
             self.mlp_layer_types = ["dense"] * num_dense + ["sparse"] * (self.num_hidden_layers - num_dense)
+        if self.inference_mixing is None:
+            self.inference_mixing = _mode_of_inference(self.mixing)
+        self._name_misspelled(kwargs)
         super().__post_init__(**kwargs)
+        if getattr(self, "auto_map", None) is None:
+            self.auto_map = _auto_map()
+
+    def _name_misspelled(self, unknown: dict[str, object]) -> None:
+        """Say so where a field that does not exist has nearly the name of one that does."""
+        for name in unknown:
+            nearest = get_close_matches(name, self.__dataclass_fields__, n=1, cutoff=0.85)
+            if nearest and not hasattr(type(self), name) and name not in self.attribute_map:
+                logger.warning_once(
+                    f"`MoTConfig` has no field `{name}`: did you mean `{nearest[0]}`? It changes nothing."
+                )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        """Make a configuration of a saved one and of changes to it, which are checked together.
+
+        Args:
+            config_dict (`dict[str, Any]`): The saved fields.
+            kwargs: Fields to change. Fewer `num_hidden_layers` are the first ones, and `mixing="moe"` changes
+                `inference_mixing` too.
+
+        Returns:
+            `MoTConfig`: The configuration; with `return_unused_kwargs=True` also the arguments that are no fields.
+
+        Raises:
+            StrictDataclassClassValidationError: The fields do not fit together.
+        """
+        layer_types, num_layers = config_dict.get("mlp_layer_types"), kwargs.get("num_hidden_layers")
+        if isinstance(layer_types, list) and isinstance(num_layers, int):
+            kwargs.setdefault("mlp_layer_types", layer_types[:num_layers])
+        if kwargs.get("mixing") == "moe":
+            kwargs.setdefault("inference_mixing", "moe")
+        made = super().from_dict(config_dict, **kwargs)
+        (made[0] if isinstance(made, tuple) else made).validate()
+        return made
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
@@ -195,12 +252,8 @@ class MoTConfig(PreTrainedConfig):
             push_to_hub (`bool`, *optional*, defaults to `False`): Whether to upload the folder's new files too.
             kwargs: Passed on to `push_to_hub`.
         """
-        # Imported here, because that file imports this one. transformers carries with a file those that it imports,
-        # and with this import each file leads to all.
-        from .heads_mot import AUTO_MAP
-
         config = copy.copy(self)  # so that saving changes nothing in memory
-        config.auto_map = dict(AUTO_MAP)
+        config.auto_map = _auto_map()
         super(MoTConfig, config).save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def validate_architecture(self) -> None:
@@ -304,6 +357,20 @@ class MoTConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` must be `None` or from 0 to vocab_size - 1 ({self.vocab_size - 1}), got {token_id}."
                 )
+
+
+def _auto_map() -> dict[str, str]:
+    """What each Auto class loads from a checkpoint."""
+    # Imported here, because that file imports this one. transformers carries with a file those that it imports, and
+    # with this import each file leads to all.
+    from .heads_mot import AUTO_MAP
+
+    return dict(AUTO_MAP)
+
+
+def _mode_of_inference(mixing: str) -> str:
+    """The mode in which a model answers that was trained in another."""
+    return "moe" if mixing == "moe" else "per_sequence"
 
 
 def _whole(numerator: int, denominator: int) -> int | None:

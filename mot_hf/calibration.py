@@ -127,7 +127,8 @@ def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *
     if not totals.num_tokens.any():
         raise ValueError(f"`batches` holds no token ({totals.num_batches} batches): give at least one batch of text.")
     totals.write()
-    if totals.num_full < 0.5 * totals.num_groups:
+    is_first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    if is_first and totals.num_full < 0.5 * totals.num_groups:
         logger.warning(
             "Only %.0f %% of the groups were full (group_size=%d). Expected companions filled the others, so the "
             "statistics depend on the earlier ones: use batches of a multiple of %d rows, with little padding.",

@@ -18,7 +18,8 @@ class GroupSizeCheck(TrainerCallback):
     check looks at the batches of the data loader, so also at those that `auto_find_batch_size` or `split_batches` made
     smaller, and at the last batch of an epoch.
 
-    Of TRL's trainers it says also where their defaults do not suit the mixing, see [`explain_trl`].
+    It says also where a model would answer in a mode that it does not learn, see [`explain_modes`], and of TRL's
+    trainers where their defaults do not suit the mixing, see [`explain_trl`].
     """
 
     def on_train_begin(
@@ -32,9 +33,10 @@ class GroupSizeCheck(TrainerCallback):
     ) -> None:
         """Warn of short groups, and of what TRL does to them."""
         backbone = next((module for module in model.modules() if isinstance(module, MoTModel)), None)
-        if backbone is None or "sparse" not in backbone.config.mlp_layer_types:
+        # All processes have batches of the same size, so one speaks for all.
+        if backbone is None or "sparse" not in backbone.config.mlp_layer_types or not state.is_world_process_zero:
             return
-        for message in explain_trl(backbone.config, args):
+        for message in [*explain_modes(backbone.config), *explain_trl(backbone.config, args)]:
             logger.warning(message)
         if backbone.config.mixing != "cross_example":
             return
@@ -72,6 +74,23 @@ def explain_short_groups(config: MoTConfig, num_rows: int, num_last_rows: int = 
             "out the last evaluation batch too."
         )
     return messages
+
+
+def explain_modes(config: MoTConfig) -> list[str]:
+    """What it means to train by token choice and answer otherwise.
+
+    Args:
+        config ([`MoTConfig`]): The model's configuration.
+
+    Returns:
+        `list[str]`: Messages; empty where the modes go together.
+    """
+    if config.mixing != "moe" or config.inference_mixing == "moe":
+        return []
+    return [
+        f"The model learns in mixing='moe' and answers in inference_mixing={config.inference_mixing!r}, which it does "
+        "not learn. Call model.set_mixing(inference_mixing='moe'), or give --inference_mixing moe."
+    ]
 
 
 def explain_trl(config: MoTConfig, args: TrainingArguments) -> list[str]:

@@ -1,5 +1,7 @@
 """`MoTConfig`: defaults, what it derives, and that nothing wrong gets past it."""
 
+import json
+import logging
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -96,6 +98,67 @@ def test_json_round_trip_keeps_every_field(tmp_path: Path) -> None:
         assert [getattr(loaded, field.name) for field in OWN_FIELDS] == [
             getattr(config, field.name) for field in OWN_FIELDS
         ]
+
+
+@pytest.mark.parametrize(
+    ("mixing", "inference_mixing"),
+    [("cross_example", "per_sequence"), ("per_sequence", "per_sequence"), ("moe", "moe")],
+)
+def test_a_model_answers_in_the_mode_that_goes_with_its_training(
+    mixing: str, inference_mixing: str, tmp_path: Path
+) -> None:
+    assert MoTConfig(mixing=mixing).inference_mixing == inference_mixing
+    assert MoTConfig(mixing=mixing, inference_mixing="per_sequence").inference_mixing == "per_sequence"
+    MoTConfig().save_pretrained(tmp_path)
+    assert MoTConfig.from_pretrained(tmp_path, mixing=mixing).inference_mixing == inference_mixing
+    both = MoTConfig.from_pretrained(tmp_path, mixing=mixing, inference_mixing="cross_example")
+    assert (both.mixing, both.inference_mixing) == (mixing, "cross_example")
+
+
+def test_a_name_that_is_nearly_a_field_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="transformers"):
+        MoTConfig(num_expert=8, num_local_experts=8, problem_type="regression", finetuning_task="x", num_labels=3)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message == "`MoTConfig` has no field `num_expert`: did you mean `num_experts`? It changes nothing."
+
+
+def test_a_saved_configuration_is_changed_and_checked_as_a_whole(tmp_path: Path) -> None:
+    tiny_config(mlp_layer_types=["sparse", "dense", "sparse", "dense"]).save_pretrained(tmp_path)
+    for load in (MoTConfig.from_pretrained, AutoConfig.from_pretrained):
+        fewer = load(tmp_path, num_hidden_layers=3)
+        assert fewer.mlp_layer_types == ["sparse", "dense", "sparse"]
+        other = load(tmp_path, num_hidden_layers=2, mlp_layer_types=["sparse"] * 2)
+        assert other.mlp_layer_types == ["sparse"] * 2
+        for changes, word in [({"num_hidden_layers": 5}, "num_hidden_layers"), ({"group_size": 1}, "group_size")]:
+            with pytest.raises(StrictDataclassClassValidationError, match=word):
+                load(tmp_path, **changes)
+    config, unused = MoTConfig.from_pretrained(tmp_path, num_hidden_layers=1, rows=3, return_unused_kwargs=True)
+    assert (config.mlp_layer_types, unused) == (["sparse"], {"rows": 3})
+
+
+def test_a_model_of_the_first_layers_is_loaded_and_saved(tmp_path: Path) -> None:
+    MoTForCausalLM(tiny_config()).save_pretrained(tmp_path / "four")
+    MoTForCausalLM.from_pretrained(tmp_path / "four", num_hidden_layers=3).save_pretrained(tmp_path / "three")
+    again = MoTForCausalLM.from_pretrained(tmp_path / "three")
+    assert len(again.model.layers) == len(again.config.mlp_layer_types) == 3
+
+
+def test_a_model_is_not_made_of_a_configuration_that_it_could_not_save() -> None:
+    config = tiny_config()
+    config.num_hidden_layers = 3
+    with pytest.raises(StrictDataclassClassValidationError, match="mlp_layer_types"):
+        MoTForCausalLM(config)
+
+
+def test_the_configuration_in_memory_is_the_saved_one(tmp_path: Path) -> None:
+    model = MoTForCausalLM(tiny_config())
+    model.save_pretrained(tmp_path)
+    loaded = MoTForCausalLM.from_pretrained(tmp_path)
+    names = {"_name_or_path"}
+    in_memory, again = ({k: v for k, v in m.config.to_dict().items() if k not in names} for m in (model, loaded))
+    assert in_memory == again
+    assert in_memory["auto_map"] == json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert len(in_memory["auto_map"]) == 7
 
 
 def test_alias_is_saved_once(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import mot_hf.modeling
+from mot_hf.modeling.configuration_mot import NEWEST_TESTED
 from mot_hf.modeling.heads_mot import AUTO_MAP
 from mot_hf.registration import AUTO_CLASSES
 from tests import stranger
@@ -40,6 +41,30 @@ def test_transformers_finds_all_files_from_each_that_a_checkpoint_names(module: 
     file = FILES[0].with_name(f"{module}.py")
     found = {Path(path).name for path in get_relative_import_files(file)} | {file.name}
     assert found | {"__init__.py"} == {path.name for path in FILES}
+
+
+@pytest.mark.parametrize(
+    ("installed", "is_newer"),
+    [("5.24.0", False), ("5.24.3", False), ("5.25.0.dev0", True), ("5.25.0", True), ("6.0.0", True)],
+)
+def test_versions_that_were_not_tested_are_named_once(installed: str, is_newer: bool) -> None:
+    code = f"""
+import importlib.metadata, runpy, transformers
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: {installed!r} if name == "transformers" else version(name)
+for _ in range(2):
+    runpy.run_path({str(FILES[0].with_name("configuration_mot.py"))!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    warning = f"tested with transformers up to {NEWEST_TESTED}, and runs on {installed}."
+    assert done.stderr.count(warning) == is_newer
+
+
+def test_setup_admits_the_versions_that_were_tested() -> None:
+    setup = (Path(__file__).parents[2] / "setup.py").read_text()
+    major, minor = map(int, NEWEST_TESTED.split("."))
+    assert f'"transformers>=5.17,<{major}.{minor + 1}"' in setup
+    assert f'"transformers[serving]>=5.17,<{major}.{minor + 1}"' in setup
 
 
 @pytest.mark.parametrize(("package", "version"), [("transformers", "5.16.1"), ("torch", "2.10.0+cu130")])

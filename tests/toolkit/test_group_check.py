@@ -90,6 +90,22 @@ class TestRuns:
         # Transformers' Trainer makes no loss of them in this mode, TRL's trainers do.
         assert messages_of_run(tmp_path, caplog, config={"output_router_logits": True}) == []
 
+    def test_one_process_speaks_for_all(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        trainer = make_trainer(
+            MoTForCausalLM(tiny_config()), tmp_path, [GroupSizeCheck()], per_device_train_batch_size=3
+        )
+        trainer.is_world_process_zero = lambda: False
+        with caplog.at_level(logging.WARNING, logger="mot_hf"):
+            trainer.train()
+        assert not [record for record in caplog.records if record.name.startswith("mot_hf")]
+
+    def test_a_model_that_learns_token_choice_and_answers_otherwise(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        config = {"mixing": "moe", "inference_mixing": "per_sequence"}
+        (message,) = messages_of_run(tmp_path, caplog, config=config)
+        assert "answers in inference_mixing='per_sequence', which it does not learn" in message
+
     @pytest.mark.parametrize("config", [{"mixing": "moe"}, {"mlp_layer_types": ["dense"] * 4}])
     def test_where_nothing_is_mixed_nothing_is_said(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture, config: dict[str, Any]

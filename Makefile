@@ -6,13 +6,15 @@ PIP_ARGS ?=
 ARGS ?=
 
 OLDEST := $(VENV)-oldest
+NEWEST := $(VENV)-newest
 LLAMA_CPP_PYTHON := 0.3.36
 LLAMA_CPP := $(VENV)/llama_cpp_python-$(LLAMA_CPP_PYTHON)
 RUFF := $(VENV)/bin/ruff
 ON_GPU := --device cuda --dtype bfloat16
 
 .DEFAULT_GOAL := help
-.PHONY: help venv llama-cpp demo test test-fast test-oldest bench bench-gpu quality fix build clean
+.PHONY: help venv llama-cpp demo test test-fast test-oldest test-newest newest constraints bench bench-gpu \
+	quality fix build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +27,7 @@ demo: $(VENV)/.demo  ## train, compare and generate on a small scale (ARGS="..."
 	$(VENV)/bin/python scripts/demo.py $(ARGS)
 
 # One thread a worker: torch would start as many as there are cores, in each of them.
-test test-fast test-oldest: export OMP_NUM_THREADS := 1
+test test-fast test-oldest test-newest: export OMP_NUM_THREADS := 1
 # Without it, or before `make llama-cpp`, the tests with llama.cpp are skipped.
 test: export LLAMA_CPP_SOURCE ?= $(abspath $(LLAMA_CPP)/vendor/llama.cpp)
 
@@ -37,6 +39,23 @@ test-fast: $(VENV)/.dev  ## run the tests that are not marked slow
 
 test-oldest: $(OLDEST)/.dev  ## run the tests with the oldest supported transformers
 	$(OLDEST)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+# Also past the ceiling of setup.py: this is how to learn what the next version breaks. A bare torch is several
+# gigabytes, so torch stays at its pin.
+test-newest: newest  ## run the fast tests of models and ecosystem with the newest released versions, without pins
+	$(NEWEST)/bin/python -m pip install $(PIP_ARGS) -c $(NEWEST)/constraints.txt --upgrade transformers
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" tests/modeling tests/ecosystem $(ARGS)
+
+newest:
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	grep '^torch==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip install $(PIP_ARGS) -c $(NEWEST)/constraints.txt -e ".[dev]"
+
+constraints: newest  ## pin the newest versions that setup.py admits
+	grep '^#' constraints.txt > $(NEWEST)/header.txt
+	$(NEWEST)/bin/python -m pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//' \
+		| cat $(NEWEST)/header.txt - > constraints.txt
 
 bench: $(VENV)/.dev  ## measure speed and memory on this CPU; an hour, close other programs
 	$(VENV)/bin/python scripts/bench_layer.py --hidden_sizes 256 512 --num_rounds 5 \
@@ -75,7 +94,7 @@ build: $(VENV)/.dev  ## make the sdist and the wheel in dist/
 	$(VENV)/bin/python -m build --no-isolation
 
 clean:  ## remove everything that make made
-	rm -rf $(VENV) $(OLDEST) .typings build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) .typings build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -3,6 +3,8 @@
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
+from importlib.util import find_spec
 
 _CACHE = tempfile.mkdtemp(prefix="mot_hf_tests_")
 # Before the first import of a Hugging Face library, which reads them once.
@@ -27,6 +29,21 @@ logging.disable_progress_bar()
 # A busy machine is no failure.
 settings.register_profile("mot_hf", deadline=None)
 settings.load_profile("mot_hf")
+
+
+LIBRARIES = ("transformers", "torch", "accelerate", "datasets", "huggingface_hub", "lm_eval", "peft", "torchao", "trl")
+VERSIONS = ", ".join(f"{name} {version(name)}" for name in LIBRARIES if find_spec(name))
+
+
+def pytest_report_header() -> str:
+    """Say which versions are tested."""
+    return VERSIONS
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say with which versions tests failed, where it is read."""
+    if terminalreporter.stats.keys() & {"failed", "error"}:
+        terminalreporter.write_line(f"Failed with {VERSIONS}.")
 
 
 @pytest.fixture(autouse=True)

@@ -65,7 +65,8 @@ def explain_short_groups(config: MoTConfig, num_rows: int, num_last_rows: int = 
         messages.append(
             f"The batch of one device has {num_rows} rows, which is no multiple of group_size={group_size}: "
             f"{_cost(num_rows, group_size)} Set per_device_train_batch_size to {sizes} (if memory is short, with "
-            "gradient_checkpointing), or train a new model with a smaller group_size."
+            "gradient_checkpointing, from transformers 5.24 on activation_checkpointing), or train a new model with a "
+            "smaller group_size."
         )
     if num_last_rows % group_size:
         messages.append(

@@ -305,7 +305,8 @@ def _unpack(shared: Tensor, shifts: Tensor, layers: list[MoTCompanions]) -> None
 def _find_nearest(num_batches: Tensor) -> Tensor:
     """For every span of `[..., P]`, the nearest one at or below it that was met in a batch, else the first."""
     spans = torch.arange(NUM_SPANS, device=num_batches.device)
-    return ((num_batches > 0) * spans).cummax(dim=-1).values  # [..., P]
+    met = (num_batches > 0) * spans  # [..., P]
+    return met[..., None, :].expand(*met.shape, NUM_SPANS).tril().amax(dim=-1)  # [..., P]
 
 
 __all__ = ["MoTCompanions"]

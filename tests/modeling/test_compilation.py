@@ -76,6 +76,19 @@ def test_cross_example_trains_in_one_graph(head: type[MoTPreTrainedModel], padde
     assert [after[name].item() - before[name].item() for name in counts] == [2, 2]
 
 
+@slow
+def test_two_passes_before_one_backward_pass_have_the_gradients_of_each() -> None:
+    model = trained(MoTForCausalLM(tiny_config(num_hidden_layers=2))).train()
+    eager, compiled = copy.deepcopy(model), torch.compile(model, fullgraph=True)
+    for first, second in [make_batches(padded=True), make_batches(padded=False)]:
+        (compiled(**first).loss + compiled(**second).loss).backward()
+        for inputs in (first, second):
+            eager(**inputs).loss.backward()
+        gradients = ({name: value.grad for name, value in one.named_parameters()} for one in (model, eager))
+        torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(companions_of(model), companions_of(eager), atol=1e-5, rtol=1e-4)
+
+
 def test_full_groups_train_in_one_graph() -> None:
     assert_compiles(
         trained(MoTForCausalLM(tiny_config())).train(), "aot_eager", make_batches(padded=False, num_rows=8)

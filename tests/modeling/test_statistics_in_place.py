@@ -217,5 +217,5 @@ def test_statistics_are_few_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_mot.MoTModel, "_absorb", lambda *_: None)
     without = {num_layers: count_kernels(num_layers, num_rows=8) for num_layers in (4, 12)}
     kernels = {num_layers: whole[num_layers] - without[num_layers] for num_layers in whole}
-    assert kernels[4] <= 53
-    assert kernels[12] <= 85
+    assert kernels[4] <= 54
+    assert kernels[12] <= 86

@@ -85,6 +85,23 @@ def test_text_generation_refuses_an_unknown_mixing(folder: Path, tokenizer: PreT
         generator("a group", mixing="both")
 
 
+@pytest.mark.parametrize(
+    ("task", "head"),
+    [
+        ("text-generation", MoTForCausalLM),
+        ("fill-mask", MoTForMaskedLM),
+        ("token-classification", MoTForTokenClassification),
+    ],
+)
+def test_a_misspelled_argument_is_refused(
+    task: str, head: type[MoTPreTrainedModel], folder: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    save(head, folder, tokenizer)
+    run = pipeline(task, model=str(folder), device="cpu")
+    with pytest.raises((TypeError, ValueError), match="mixin"):
+        run("a group of <mask>", mixin="moe")
+
+
 @torch.no_grad()
 def test_fill_mask_proposes_the_likeliest_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     model = save(MoTForMaskedLM, folder, tokenizer)

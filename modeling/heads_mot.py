@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin, StoppingCriteriaList
+from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.generation.utils import GenerateNonBeamOutput
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -193,13 +193,10 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
                 "mixing='cross_example' mixes different rows of the batch, and continuous batching puts all requests "
                 "into one. Pass mixing='per_sequence' or 'moe', or use `generate` on a batch of rows."
             )
-        for unknown in (
-            kwargs.keys() - inspect.signature(super().generate_batch).parameters.keys() - {"max_new_tokens"}
-        ):
-            raise ValueError(
-                f"`generate_batch` takes no argument `{unknown}`, which transformers would drop. Give what `generate` "
-                "takes in a `GenerationConfig`: generate_batch(inputs, generation_config)."
-            )
+        generation_config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        known = {*inspect.signature(super().generate_batch).parameters, "max_new_tokens", "input_ids"} - {"kwargs"}
+        for name in kwargs.keys() - known:
+            _refuse_dropped(name, kwargs[name], generation_config)
         # In the configuration, because the background thread's calls of the model have no further arguments.
         name = "mixing" if self.training else "inference_mixing"
         configured = getattr(self.config, name)
@@ -252,6 +249,22 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
         if row_ends is not None:
             tokens &= row_ends.mask(num_columns)
         return tokens
+
+
+def _refuse_dropped(name: str, value: Any, generation_config: GenerationConfig | None) -> None:
+    """Raise for an argument of `generate_batch` that transformers drops, unless nothing is lost by that."""
+    if name == "attention_mask" and not value.all():
+        raise ValueError(
+            "`attention_mask` has padding, which continuous batching would take for tokens. Give the prompts without "
+            "padding: generate_batch([[1, 2], [3, 4, 5]])."
+        )
+    # `generate` makes a configuration of its arguments, and hands over both.
+    if value is None or name == "attention_mask" or getattr(generation_config, name, None) == value:
+        return
+    raise ValueError(
+        f"`generate_batch` takes no argument `{name}`, which transformers would drop. Give what `generate` takes in a "
+        "`GenerationConfig`: generate_batch(inputs, generation_config)."
+    )
 
 
 @dataclass

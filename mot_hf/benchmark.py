@@ -157,18 +157,21 @@ def measure_peak_memory(work: Work, device: str) -> int:
     return peak
 
 
-def measure_matmul_rate(device: str, dtype: torch.dtype, size: int, num_rounds: int = 5) -> float:
+def measure_matmul_rate(device: str, dtype: torch.dtype, size: int | None = None, num_rounds: int = 5) -> float:
     """Measures how fast the machine multiplies two large square matrices, the limit for all work made of products.
 
     Args:
         device (`str`): Device.
         dtype (`torch.dtype`): Type of the matrices.
-        size (`int`): Rows and columns of a matrix; large enough to keep the device busy.
+        size (`int`, *optional*): Rows and columns of a matrix; by default large enough to keep the device busy, and
+            small enough for a CPU that has no instructions for the type.
         num_rounds (`int`, *optional*, defaults to 5): Rounds, of which the median counts.
 
     Returns:
         `float`: FLOPs per second.
     """
+    if size is None:
+        size = 8192 if device.startswith("cuda") else 2048 if dtype == torch.float32 else 512
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = time_in_turn({"matmul": lambda: left @ right}, num_rounds, device, min_seconds=0.1)
     return 2 * size**3 / median(seconds["matmul"])

@@ -332,7 +332,7 @@ def main(args: Arguments) -> None:
     sizes = product(sorted(args.hidden_sizes), args.num_tokens, args.experts_per_member)
     cells = [(make_config(args, hidden_size, members), num_tokens) for hidden_size, num_tokens, members in sizes]
     on_gpu = args.device.startswith("cuda")
-    rate = measure_matmul_rate(args.device, getattr(torch, args.dtype), 8192 if on_gpu else 2048)
+    rate = measure_matmul_rate(args.device, getattr(torch, args.dtype))
     record: dict[str, Any] = {"arguments": asdict(args), "machine": describe_machine(args.device), "results": []}
     if on_gpu:
         record["matmul_flops_per_second"] = rate

@@ -338,7 +338,7 @@ def main(args: Arguments) -> None:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = torch.bfloat16 if args.bf16 else getattr(torch, args.dtype)
-    matmul_rate = measure_matmul_rate(args.device, dtype, size=8192 if args.on_gpu else 2048)
+    matmul_rate = measure_matmul_rate(args.device, dtype)
     record: dict[str, Any] = {"arguments": asdict(args), "machine": describe_machine(args.device), "sizes": []}
     if args.on_gpu:
         record["matmul_flops_per_second"] = matmul_rate

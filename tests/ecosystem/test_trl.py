@@ -162,7 +162,8 @@ class TestSupervised:
     def test_the_load_balancing_loss_of_the_defaults_is_pointed_out(
         self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, mode: str
     ) -> None:
-        model = trained(make_model(tokenizer)).set_mixing(mode)
+        inference_mixing = "moe" if mode == "moe" else "per_sequence"
+        model = trained(make_model(tokenizer)).set_mixing(mode, inference_mixing=inference_mixing)
         trainer = make_sft(model, tmp_path, tokenizer, {"text": TEXTS}, router_aux_loss_coef=None, max_steps=1)
         messages = warnings_of(trainer, caplog)
         assert trainer.state.log_history[0]["aux_loss"] > 0

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, Trainer, TrainingArguments
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    GenerationConfig,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -127,6 +134,11 @@ def test_generate_refuses_a_misspelled_argument() -> None:
             call(mixin="moe", max_new_tokens=2)
     with pytest.raises(ValueError, match=r"`generate_batch` takes no argument `do_sample`.*`GenerationConfig`"):
         model.generate_batch([[1, 2, 3]], do_sample=False)
+    with pytest.raises(ValueError, match=r"`generate_batch` takes no argument `do_sample`"):
+        model.generate_batch([[1, 2, 3]], GenerationConfig(do_sample=True), do_sample=False)
+    mask = torch.tensor([[0, 1, 1]])
+    with pytest.raises(ValueError, match=r"`attention_mask` has padding.*Give the prompts without padding"):
+        model.generate(random_ids(1, 3), attention_mask=mask, cache_implementation="paged", max_new_tokens=2)
 
 
 @pytest.mark.parametrize("use_cache", [False, True])

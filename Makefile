@@ -13,7 +13,7 @@ RUFF := $(VENV)/bin/ruff
 ON_GPU := --device cuda --dtype bfloat16
 
 .DEFAULT_GOAL := help
-.PHONY: help venv llama-cpp demo test test-fast test-oldest test-newest newest constraints bench bench-gpu \
+.PHONY: help venv llama-cpp demo test test-fast test-oldest test-newest newest constraints bench bench-gpu gpu-check \
 	quality fix build clean
 
 help:  ## list the targets
@@ -78,6 +78,10 @@ bench-gpu: $(VENV)/.dev  ## the same on a GPU, and the comparisons of results/he
 	$(VENV)/bin/python scripts/reproduce_headline.py scripts/recipes/headline/gpu.yaml
 	$(VENV)/bin/python scripts/compare_precision.py scripts/recipes/headline/gpu.yaml --max_steps 1500 \
 		--output_dir results/precision/gpu --architectures dense mot qwen3_moe --learning_rates 4e-3 4e-3 4e-3
+
+# With the Python that is there, and no network: WHEELS names a folder with what that Python lacks.
+gpu-check:  ## check and measure on one GPU in eight minutes (WHEELS=folder ARGS="...")
+	$(PYTHON) scripts/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 quality: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 quality: $(VENV)/.dev .typings/mot_hf/modeling  ## lint, check the format and the types

@@ -100,17 +100,17 @@ class TestFeatures:
         assert json.loads((found / "trainer_state.json").read_text())["train_batch_size"] == 7
 
     def test_best_model_and_early_stopping(self, folder: Path, script: str) -> None:
-        # A rate so large that it only gets worse: the best model is the first one.
+        # As if a greater loss were better: the loss falls, so the best model is the first one.
         flags = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
         flags += ["--load_best_model_at_end", "true", "--metric_for_best_model", "eval_loss", "--max_steps", "10"]
-        flags += ["--learning_rate", "3", "--max_grad_norm", "0", "--early_stopping_patience", "2"]
+        flags += ["--greater_is_better", "true", "--learning_rate", "0.01", "--early_stopping_patience", "2"]
         flags += ["--save_total_limit", "2", "--save_only_model", "false"]
         stopped = run(folder, script, f"{script}_best", *flags)
         state = json.loads((stopped / "trainer_state.json").read_text())
         assert state["global_step"] < 10
         evaluations = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
-        assert state["best_metric"] == min(evaluations.values())
-        best = stopped / f"checkpoint-{min(evaluations, key=evaluations.get)}"
+        assert state["best_metric"] == max(evaluations.values())
+        best = stopped / f"checkpoint-{max(evaluations, key=evaluations.get)}"
         final, saved = (load_file(path / "model.safetensors") for path in (stopped, best))
         assert all(torch.equal(value, saved[name]) for name, value in final.items())
 

@@ -67,7 +67,7 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.11",
-    install_requires=["torch>=2.11", "transformers>=5.17,<5.25"],
+    install_requires=["filelock>=3.15", "torch>=2.11", "transformers>=5.17,<5.25"],
     extras_require=EXTRAS,
     packages=[*find_packages(include=["mot_hf", "mot_hf.*"]), "mot_hf.modeling"],
     package_dir={"mot_hf": "mot_hf", "mot_hf.modeling": "modeling"},

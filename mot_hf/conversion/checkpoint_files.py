@@ -1,24 +1,15 @@
-"""Checkpoints in safetensors files, read and written without holding a whole model in memory."""
+"""Checkpoints in safetensors files, read without holding a whole model in memory."""
 
 import json
-import logging
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from secrets import token_hex
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-
-logger = logging.getLogger(__name__)
-
-DEFAULT_SHARD_SIZE = 5 * 10**9  # bytes, as in transformers
 
 # Where `hf download` and the Hub's client leave what they have not finished.
 _UNFINISHED_DOWNLOADS = ("*.incomplete", ".cache/huggingface/download/*.incomplete")
@@ -121,148 +112,18 @@ class CheckpointReader:
             "has with another shape": misfits,
             "has in excess": sorted(self._headers.keys() - shapes.keys()),
         }
-        found = [f"{what} {_name_some(names)}" for what, names in problems.items() if names]
+        found = [f"{what} {name_some(names)}" for what, names in problems.items() if names]
         if found:
             raise ValueError(
                 f"The checkpoint in {str(self.folder)!r} does not fit its config.json: it {'; it '.join(found)}."
             )
 
 
-class CheckpointWriter:
-    """Writes a checkpoint in shards, and gives it its name only when all of it is there.
-
-    Used as a context manager: files go into a folder `NAME.unfinished-...` beside the final one, which is renamed at
-    the end. If an exception or Ctrl-C ends the work, it is removed; nothing half-written ever bears the final name.
-
-    Args:
-        folder (`str` or `Path`): Where the checkpoint shall be: a folder that is not there yet, or is empty.
-        source (`str` or `Path`): Folder that is read meanwhile, which must not be overwritten.
-        force (`bool`): Whether to replace a folder that holds a model and no other folders.
-        max_shard_size (`int`, *optional*, defaults to 5 GB): Size that no file of several tensors exceeds, in bytes;
-            also about what is held in memory.
-
-    Raises:
-        OSError: `folder` may not be written to; nothing was changed.
-    """
-
-    def __init__(
-        self, folder: str | Path, *, source: str | Path, force: bool, max_shard_size: int = DEFAULT_SHARD_SIZE
-    ) -> None:
-        self._final = Path(folder).resolve()
-        _refuse_output(self._final, Path(source).resolve(), force=force)
-        self._folder = self._final.with_name(f"{self._final.name}.unfinished-{token_hex(4)}")
-        self._max_shard_size = max_shard_size
-        self._shard: dict[str, Tensor] = {}
-        self._shard_size = 0
-        self._shards: list[list[str]] = []
-        self._total_size = 0
-
-    @property
-    def folder(self) -> Path:
-        """The folder that is written to, for the other files of the checkpoint."""
-        return self._folder
-
-    def __enter__(self) -> Self:
-        for leftover in sorted(self._final.parent.glob(f"{self._final.name}.unfinished-*")):
-            logger.warning("%s was left by a run that was killed; you may delete it.", leftover)
-        self._folder.mkdir(parents=True)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Adds a tensor, and writes a shard to the disk where the next one would be too large.
-
-        A tensor that shares its contents with another one, such as a tied embedding, is not to be added twice.
-
-        Args:
-            name (`str`): Name of the tensor.
-            tensor (`torch.Tensor`): The tensor; must not change before the writer is closed.
-
-        Raises:
-            ValueError: There is a tensor of this name already.
-            OSError: The shard cannot be written.
-        """
-        if name in self._shard or any(name in names for names in self._shards):
-            raise ValueError(f"The tensor {name!r} was added before.")
-        if self._shard_size + tensor.nbytes > self._max_shard_size:
-            self.new_shard()
-        self._shard[name] = tensor.detach().contiguous()
-        self._shard_size += tensor.nbytes
-
-    def new_shard(self) -> None:
-        """Writes what was added to the disk; what is added from now on goes into another file."""
-        if not self._shard:
-            return
-        try:
-            save_file(self._shard, self._temporary_shard(len(self._shards)), metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"Cannot write to {str(self._folder)!r}: {error}") from error
-        self._shards.append(list(self._shard))
-        self._total_size += self._shard_size
-        self._shard, self._shard_size = {}, 0
-
-    def _temporary_shard(self, index: int) -> Path:
-        """Where a shard stays while the number of shards is unknown, which is part of their names."""
-        return self._folder / f"shard-{index}.safetensors"
-
-    def _finish(self) -> None:
-        self.new_shard()
-        num_shards = len(self._shards)
-        names = [f"model-{index + 1:05d}-of-{num_shards:05d}.safetensors" for index in range(num_shards)]
-        if num_shards == 1:
-            names = [SAFE_WEIGHTS_NAME]
-        else:
-            weight_map = {tensor: name for name, shard in zip(names, self._shards, strict=True) for tensor in shard}
-            index = {"metadata": {"total_size": self._total_size}, "weight_map": weight_map}
-            (self._folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        for index, name in enumerate(names):
-            self._temporary_shard(index).rename(self._folder / name)
-        _swap(self._folder, self._final)
-
-
-def _swap(folder: Path, final: Path) -> None:
-    """Give `folder` the name `final`; a folder of that name is gone only when the new one has it."""
-    if not final.is_dir():
-        folder.rename(final)
-        return
-    replaced = final.with_name(f"{final.name}.replaced-{token_hex(4)}")
-    final.rename(replaced)
-    try:
-        folder.rename(final)
-    except BaseException:
-        replaced.rename(final)
-        raise
-    shutil.rmtree(replaced)
-
-
-def _refuse_output(folder: Path, source: Path, *, force: bool) -> None:
-    if folder == source or source.is_relative_to(folder):
-        raise OSError(f"The output {str(folder)!r} is or holds the model that is read: choose another folder.")
-    if folder.exists() and not folder.is_dir():
-        raise OSError(f"The output {str(folder)!r} is a file: choose the name of a new folder.")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not force:
-        raise OSError(f"The output {str(folder)!r} is not empty: choose another one, or replace it with --force.")
-    others = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    if others or not (folder / "config.json").is_file():
-        reason = f"holds folders ({_name_some(sorted(others))})" if others else "holds no model (config.json)"
-        raise OSError(f"The output {str(folder)!r} is not replaced, even by force: it {reason}. Choose another one.")
-
-
 def _refuse_unfinished_downloads(folder: Path) -> None:
     unfinished = sorted(str(path.relative_to(folder)) for name in _UNFINISHED_DOWNLOADS for path in folder.glob(name))
     if unfinished:
         raise ValueError(
-            f"The download of {str(folder)!r} was interrupted, it holds {_name_some(unfinished)}: repeat it, and it "
+            f"The download of {str(folder)!r} was interrupted, it holds {name_some(unfinished)}: repeat it, and it "
             "goes on where it stopped; or delete these files if you know that the others are complete."
         )
 
@@ -288,7 +149,7 @@ def _read_headers(folder: Path) -> dict[str, _TensorHeader]:
         fix = "is the model fully downloaded?"
         if pickled:
             fix = (
-                f"only {_name_some(pickled)}. Convert it once, with transformers: "
+                f"only {name_some(pickled)}. Convert it once, with transformers: "
                 "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)."
             )
         raise OSError(f"{str(folder)!r} holds no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}: {fix}")
@@ -303,7 +164,7 @@ def _read_shards(index: Path) -> dict[str, _TensorHeader]:
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise OSError(
-            f"{str(index.parent)!r} lacks {_name_some(missing)}, which {index.name} names: repeat the download, which "
+            f"{str(index.parent)!r} lacks {name_some(missing)}, which {index.name} names: repeat the download, which "
             "fetches what is missing."
         )
     headers = {path.name: _read_shard(path) for path in paths}
@@ -311,7 +172,7 @@ def _read_shards(index: Path) -> dict[str, _TensorHeader]:
     misplaced += sorted(name for shard in headers for name in headers[shard] if weight_map.get(name) != shard)
     if misplaced:
         raise ValueError(
-            f"{str(index)!r} disagrees with the shards about {_name_some(list(dict.fromkeys(misplaced)))}: the files "
+            f"{str(index)!r} disagrees with the shards about {name_some(list(dict.fromkeys(misplaced)))}: the files "
             "are of different versions of the model; fetch or save all of them again."
         )
     return {name: header for shard in headers.values() for name, header in shard.items()}
@@ -332,6 +193,7 @@ def _read_shard(path: Path) -> dict[str, _TensorHeader]:
         ) from error
 
 
-def _name_some(names: Collection[str]) -> str:
+def name_some(names: Collection[str]) -> str:
+    """Lists names for a message, the first of them where there are many."""
     named = ", ".join(list(names)[:_NUM_NAMED])
     return named if len(names) <= _NUM_NAMED else f"{named}, ... ({len(names)} in all)"

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import GenerationConfig, Qwen3MoeConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from mot_hf.conversion.checkpoint_files import DEFAULT_SHARD_SIZE, CheckpointReader, CheckpointWriter
+from mot_hf.conversion.checkpoint_files import CheckpointReader
+from mot_hf.conversion.checkpoint_writer import DEFAULT_SHARD_SIZE, CheckpointWriter
 from mot_hf.conversion.tokenizers import load_tokenizer
 from mot_hf.modeling import MoTConfig, MoTForCausalLM
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from mot_hf.calibration import calibrate
-from mot_hf.conversion.checkpoint_files import CheckpointReader, CheckpointWriter
+from mot_hf.conversion.checkpoint_files import CheckpointReader
+from mot_hf.conversion.checkpoint_writer import CheckpointWriter
 from mot_hf.conversion.receipt import RECEIPT_NAME, UpcyclingReceipt, compare_predictions, compare_sizes
 from mot_hf.conversion.tokenizers import load_tokenizer
 from mot_hf.modeling import MoTConfig, MoTForCausalLM

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from mot_hf.conversion.checkpoint_files import CheckpointReader, CheckpointWriter
+from mot_hf.conversion.checkpoint_files import CheckpointReader
+from mot_hf.conversion.checkpoint_writer import CheckpointWriter
 
 INDEX = "model.safetensors.index.json"
 
@@ -238,7 +239,7 @@ def test_nothing_is_left_of_interrupted_writing(error: type[BaseException], tmp_
 
 WRITE_AND_WAIT = """
 import sys, time, torch
-from mot_hf.conversion.checkpoint_files import CheckpointWriter
+from mot_hf.conversion.checkpoint_writer import CheckpointWriter
 with CheckpointWriter(sys.argv[1], source="other", force=True) as writer:
     (writer.folder / "config.json").write_text("{}")
     writer.add("a", torch.zeros(3))

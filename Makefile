@@ -7,6 +7,7 @@ ARGS ?=
 
 OLDEST := $(VENV)-oldest
 NEWEST := $(VENV)-newest
+FREEZE_NEWEST = $(NEWEST)/bin/python -m pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//'
 LLAMA_CPP_PYTHON := 0.3.36
 LLAMA_CPP := $(VENV)/llama_cpp_python-$(LLAMA_CPP_PYTHON)
 RUFF := $(VENV)/bin/ruff
@@ -44,18 +45,22 @@ test-oldest: $(OLDEST)/.dev  ## run the tests with the oldest supported transfor
 # gigabytes, so torch stays at its pin.
 test-newest: newest  ## run the fast tests of models and ecosystem with the newest released versions, without pins
 	$(NEWEST)/bin/python -m pip install $(PIP_ARGS) -c $(NEWEST)/constraints.txt --upgrade transformers
-	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" tests/modeling tests/ecosystem $(ARGS)
+	@if $(FREEZE_NEWEST) | cmp -s - $(NEWEST)/pinned.txt; then \
+		echo "Nothing was released since constraints.txt, and \`make test\` tests that."; \
+	else \
+		$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" tests/modeling tests/ecosystem $(ARGS); \
+	fi
 
 newest:
 	rm -rf $(NEWEST)
 	$(PYTHON) -m venv $(NEWEST)
 	grep '^torch==' constraints.txt > $(NEWEST)/constraints.txt
+	grep -v '^#' constraints.txt > $(NEWEST)/pinned.txt
 	$(NEWEST)/bin/python -m pip install $(PIP_ARGS) -c $(NEWEST)/constraints.txt -e ".[dev]"
 
 constraints: newest  ## pin the newest versions that setup.py admits
 	grep '^#' constraints.txt > $(NEWEST)/header.txt
-	$(NEWEST)/bin/python -m pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//' \
-		| cat $(NEWEST)/header.txt - > constraints.txt
+	$(FREEZE_NEWEST) | cat $(NEWEST)/header.txt - > constraints.txt
 
 bench: $(VENV)/.dev  ## measure speed and memory on this CPU; an hour, close other programs
 	$(VENV)/bin/python scripts/bench_layer.py --hidden_sizes 256 512 --num_rounds 5 \

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations.moe import batched_mm_experts_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -59,9 +60,23 @@ class MoTExperts(Qwen3MoeExperts):
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
         """Run selected experts on tokens `[S, D]`, or without `top_k_index` every expert on its rows of a slab."""
-        if top_k_index is not None:
+        if top_k_index is None:
+            return run_slab(hidden_states, self.gate_up_proj, self.down_proj, self._apply_gate)
+        if self.config._experts_implementation != "grouped_mm" or self._fits_grouped_mm():
             return super().forward(hidden_states, top_k_index, top_k_weights)
-        return run_slab(hidden_states, self.gate_up_proj, self.down_proj, self._apply_gate)
+        if is_tracing(hidden_states):  # the loop over experts depends on the data, which no graph can
+            return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        logger.warning_once(
+            f"`hidden_size` ({self.config.hidden_size}) and `moe_intermediate_size` "
+            f"({self.config.moe_intermediate_size}) are not both multiples of 16 bytes in {self.down_proj.dtype}, so "
+            "modes per_sequence and moe run one expert after the other. Multiples of 8 are faster."
+        )
+        return Qwen3MoeExperts.forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
+
+    def _fits_grouped_mm(self) -> bool:
+        """Whether the rows of both weights are multiples of 16 bytes."""
+        weights = (self.gate_up_proj, self.down_proj)
+        return all(weight.shape[-1] * weight.element_size() % 16 == 0 for weight in weights)
 
 
 class MoTSparseBlock(nn.Module):

@@ -312,3 +312,35 @@ def test_a_model_is_differentiated_by_torch_func_as_by_backward() -> None:
     actual = torch.func.grad(lambda values: torch.func.functional_call(model, values, (), inputs).loss)(parameters)
     model(**inputs).loss.backward()
     torch.testing.assert_close(actual, {name: value.grad for name, value in parameters.items()})
+
+
+# A row of the weights is hidden_size or moe_intermediate_size numbers long: 16 bytes are 4 of float32.
+@pytest.mark.parametrize("mixing", ["per_sequence", "moe"])
+@pytest.mark.parametrize(
+    ("hidden_size", "moe_intermediate_size", "dtype"),
+    [(16, 6, torch.float32), (18, 8, torch.float32), (16, 4, torch.bfloat16), (16, 3, torch.float64)],
+)
+def test_experts_of_any_width_run_selected(
+    mixing: str, hidden_size: int, moe_intermediate_size: int, dtype: torch.dtype
+) -> None:
+    sizes = {"hidden_size": hidden_size, "moe_intermediate_size": moe_intermediate_size, "head_dim": 8}
+    model = trained(MoTForCausalLM(tiny_config(**sizes))).to(dtype)
+    ids = random_ids(3, 5)
+
+    def run(implementation: str) -> list[Tensor]:
+        model.set_experts_implementation(implementation)
+        model.zero_grad()
+        loss = model(ids, labels=ids, mixing=mixing).loss
+        loss.backward()
+        return [loss.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+
+    for actual, expected in zip(run("grouped_mm"), run("eager"), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_experts_of_any_width_run_in_a_graph() -> None:
+    model = trained(MoTForCausalLM(tiny_config(moe_intermediate_size=6)))
+    ids = random_ids(3, 5)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for mixing in ("per_sequence", "moe"):
+        torch.testing.assert_close(compiled(ids, mixing=mixing).logits, model(ids, mixing=mixing).logits)

@@ -4,8 +4,9 @@ import copy
 import os
 from difflib import get_close_matches
 from importlib.metadata import version
-from math import gcd, isfinite, sqrt
-from typing import Any, Literal, Self
+from math import gcd, sqrt
+from sys import float_info
+from typing import Any, Literal, NoReturn, Self
 
 from transformers.utils import logging
 from transformers.utils.versions import require_version
@@ -17,8 +18,9 @@ require_version("transformers>=5.17", "MoT models need it: `pip install --upgrad
 require_version("torch>=2.11", "MoT models need it: `pip install --upgrade torch`.")
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
+from huggingface_hub.errors import StrictDataclassClassValidationError  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
-from transformers.modeling_rope_utils import RopeParameters  # noqa: E402
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters  # noqa: E402
 
 # The newest transformers that the tests were run with.
 NEWEST_TESTED = "5.24"
@@ -45,6 +47,23 @@ _AT_LEAST_ONE = (
     "max_position_embeddings",
     "num_experts",
 )
+# Beyond these a size is a mistake or an attack: lists and modules of that number would be made before memory ends.
+_LARGEST = {"num_hidden_layers": 10_000, "num_labels": 1_000_000}
+_LARGEST_SIZE = 2**31 - 1
+# Of a rotary embedding; what else a type may have are choices.
+_ROPE_NUMBERS = (
+    "rope_theta",
+    "factor",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+    "short_factor",
+    "long_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+)
+_SIZES = (*_AT_LEAST_ONE, "group_size", "head_dim", "moe_intermediate_size", "num_experts_per_tok", "num_labels")
 
 
 @strict
@@ -189,6 +208,7 @@ class MoTConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: object) -> None:
         """Derive the fields left at `None`; those that cannot be derived stay `None`, and validation explains why."""
+        self._refuse_unfit(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -205,9 +225,22 @@ class MoTConfig(PreTrainedConfig):
         if self.inference_mixing is None:
             self.inference_mixing = _mode_of_inference(self.mixing)
         self._name_misspelled(kwargs)
-        super().__post_init__(**kwargs)
+        try:
+            super().__post_init__(**kwargs)
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise StrictDataclassClassValidationError("validate_types", error) from error
         if getattr(self, "auto_map", None) is None:
             self.auto_map = _auto_map()
+
+    def _refuse_unfit(self, others: dict[str, Any]) -> None:
+        """Refuse values at once that deriving others from them would trip over."""
+        for name in _SIZES:
+            value, largest = others.get(name, getattr(self, name, None)), _LARGEST.get(name, _LARGEST_SIZE)
+            if isinstance(value, int) and value > largest:
+                _refuse("validate_architecture", f"`{name}` must be at most {largest}, got {value}.")
+        dtype = self.dtype or others.get("torch_dtype")
+        if isinstance(dtype, str) and not _is_floating_point(dtype):
+            _refuse("validate_dtype", f"`dtype` must be a floating point type such as 'float32', got {dtype!r}.")
 
     def _name_misspelled(self, unknown: dict[str, object]) -> None:
         """Say so where a field that does not exist has nearly the name of one that does."""
@@ -276,11 +309,11 @@ class MoTConfig(PreTrainedConfig):
         """Check the ranges of the real-valued fields."""
         in_range = {
             "a finite number greater than 0": {
-                name: 0 < getattr(self, name) and isfinite(getattr(self, name))
+                name: 0 < getattr(self, name) <= float_info.max
                 for name in ("initializer_range", "router_initializer_range", "rms_norm_eps")
             },
             "a finite number of at least 0": {
-                "router_aux_loss_coef": 0 <= self.router_aux_loss_coef and isfinite(self.router_aux_loss_coef)
+                "router_aux_loss_coef": 0 <= self.router_aux_loss_coef <= float_info.max
             },
             "in [0, 1)": {"attention_dropout": 0 <= self.attention_dropout < 1},
             "in (0, 1]": {"companion_momentum": 0 < self.companion_momentum <= 1},
@@ -337,6 +370,26 @@ class MoTConfig(PreTrainedConfig):
             if word not in ("dense", "sparse"):
                 raise ValueError(f"`mlp_layer_types` may hold 'dense' and 'sparse' (MoT), got {word!r}.")
 
+    def validate_rope(self) -> None:
+        """Check the type of the rotary embedding and its numbers."""
+        for name, value in (self.rope_parameters or {}).items():
+            numbers = value if isinstance(value, list) else [value]
+            if name in ("rope_type", "type"):
+                if value != "default" and value not in ROPE_INIT_FUNCTIONS:
+                    known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
+                    raise ValueError(f"`rope_parameters` has the unknown {name} {value!r}: use one of {known}.")
+            elif name in _ROPE_NUMBERS and not all(_is_positive(number) for number in numbers):
+                raise ValueError(f"`rope_parameters` needs a {name} of positive finite numbers, got {value!r}.")
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(error.args[0]) from error
+
+    def validate_dtype(self) -> None:
+        """Check that parameters can be of this type."""
+        if self.dtype is not None and not _is_floating_point(self.dtype):
+            raise ValueError(f"`dtype` must be a floating point type such as 'float32', got {self.dtype!r}.")
+
     def validate_hidden_act(self) -> None:
         """Check that transformers knows the activation."""
         # Imported here so that reading a configuration does not load torch.
@@ -349,14 +402,37 @@ class MoTConfig(PreTrainedConfig):
             )
 
     def validate_token_ids(self) -> None:
-        """Check that the special tokens are in the vocabulary."""
+        """Warn of special tokens outside the vocabulary.
+
+        No error: such an id does no harm as long as no text holds it, and the `Trainer` copies the ids of a tokenizer
+        here unchecked, so that an error would come in a run's first save.
+        """
         eos_token_ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         named_ids = [("pad_token_id", self.pad_token_id), ("bos_token_id", self.bos_token_id)]
         for name, token_id in named_ids + [("eos_token_id", token_id) for token_id in eos_token_ids]:
             if token_id is not None and not 0 <= token_id < self.vocab_size:
-                raise ValueError(
-                    f"`{name}` must be `None` or from 0 to vocab_size - 1 ({self.vocab_size - 1}), got {token_id}."
+                enlarge = f" call `model.resize_token_embeddings({token_id + 1})`, or" if token_id > 0 else ""
+                logger.warning_once(
+                    f"`{name}={token_id}` is not from 0 to vocab_size - 1 ({self.vocab_size - 1}), so the model has "
+                    f"no embedding for that token:{enlarge} set it to `None`."
                 )
+
+
+def _refuse(validator: str, reason: str) -> NoReturn:
+    error = ValueError(reason)
+    raise StrictDataclassClassValidationError(validator, error) from error
+
+
+def _is_floating_point(dtype: Any) -> bool:
+    # Imported here so that reading a configuration does not load torch.
+    import torch
+
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
+def _is_positive(number: Any) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number <= float_info.max
 
 
 def _auto_map() -> dict[str, str]:

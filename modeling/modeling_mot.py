@@ -231,7 +231,8 @@ class MoTModel(MoTPreTrainedModel):
 
     def __init__(self, config: MoTConfig) -> None:
         super().__init__(config)
-        self.padding_idx = config.pad_token_id
+        # An id outside the vocabulary is no row of the embedding, and -1 would be the last one.
+        self.padding_idx = config.pad_token_id if config.pad_token_id in range(config.vocab_size) else None
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(MoTDecoderLayer(config, index) for index in range(config.num_hidden_layers))

@@ -113,7 +113,7 @@ def role_task(files: Mapping[str, Path] | None = None, *, validation_fraction: f
 
 def _read(files: Mapping[str, Path] | None) -> Iterator[tuple[str, str]]:
     for name, path in sorted((default_corpus_files() if files is None else files).items()):
-        yield name, path.read_text(encoding="utf-8", errors="replace")
+        yield name, path.read_text(encoding="utf-8-sig", errors="replace")
 
 
 def _parse(name: str, source: str) -> ast.Module:

@@ -8,7 +8,7 @@ import hashlib
 import platform
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
-from mot_hf.sources import PathLike, is_data_set, list_files, load_files, load_rows, split_documents
+from mot_hf.documents import Documents, open_source, split_documents
+from mot_hf.sources import PathLike
 
 PAD_TOKEN = "<|pad|>"
 END_TOKEN = "<|end|>"
@@ -93,6 +94,7 @@ def _is_corpus_file(name: str) -> bool:
 def load_corpus(
     source: PathLike | list[PathLike] | Dataset | DatasetDict | None = None,
     *,
+    validation_source: PathLike | list[PathLike] | Dataset | DatasetDict | None = None,
     validation_fraction: float = 0.05,
     text_column: str = "text",
     config_name: str | None = None,
@@ -101,19 +103,27 @@ def load_corpus(
 ) -> DatasetDict | IterableDatasetDict:
     """Loads a text corpus as a data set of documents.
 
-    A text file is one document; bytes that are not UTF-8 are replaced and line ends become newlines. A data set keeps
-    its own validation split (`"validation"`, else `"test"`); everything else is split by a stable hash, of a file's
-    relative path or of a document's text, so the split is the same on every machine.
+    A text file is one document; a byte-order mark is removed, bytes that are not UTF-8 are replaced and line ends
+    become newlines. Each row of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file is one document; all files may
+    be compressed (`.gz`, `.bz2`, `.xz`, `.zst`). What is null or empty is left out, and so are files in a folder that
+    are no text.
+
+    A data set keeps its own validation split (`"validation"`, else `"test"`), and so does a folder of files of rows
+    whose names say their split, such as `train.jsonl` and `test.jsonl`. Everything else is split by a stable hash, of
+    a text file's relative path or of a row's text, so the split is the same on every machine. Of two documents and
+    more at least one is held out; of a single document the end is, from the beginning of a line.
 
     Args:
         source (*optional*):
-            `None` for the default corpus; the path of a text file, a folder of text files (hidden ones are left out),
-            a glob, or a list of these; the path, glob or URL of `.jsonl`, `.parquet` or `.csv` files; a `Dataset` or
-            `DatasetDict`; or else a data set's name for `load_dataset`.
+            `None` for the default corpus; the path of a file, a folder of text files or of files of rows (hidden ones
+            are left out), a glob, or a list of these; the URL of a file of rows; a `Dataset` or `DatasetDict`; or else
+            a data set's name for `load_dataset`.
+        validation_source (*optional*):
+            Text of the same kinds that is held out, in place of a part of `source`. Files of both are held out.
         validation_fraction (`float`, *optional*, defaults to 0.05):
-            Share of the documents held out where the source has no validation split of its own.
+            Share of the documents held out where there is neither `validation_source` nor a validation split.
         text_column (`str`, *optional*, defaults to `"text"`):
-            Column of a data set that holds the text.
+            Column of rows that holds the text.
         config_name (`str`, *optional*):
             Configuration of a data set loaded by name.
         cache_dir (`str`, *optional*):
@@ -126,31 +136,56 @@ def load_corpus(
         `"text"`.
 
     Raises:
-        ValueError: If `validation_fraction` is not between 0 and 1, the text column is missing, a file is not text,
-            or a split holds no text.
-        OSError: If `source` names no existing file, match or data set.
+        ValueError: If `validation_fraction` is not between 0 and 1, the text column is missing or holds no text, a
+            file is damaged or no text, texts and rows are mixed, or a split holds no text.
+        OSError: If a source names no existing file, match or data set.
     """
+    splits = _load_splits(
+        source,
+        ("train", "validation"),
+        validation_source=validation_source,
+        validation_fraction=validation_fraction,
+        text_column=text_column,
+        config_name=config_name,
+        cache_dir=cache_dir,
+        streaming=streaming,
+    )
+    if all(isinstance(documents, Dataset) for documents in splits.values()):
+        return DatasetDict(splits)
+    return IterableDatasetDict(
+        {name: rows.to_iterable_dataset() if isinstance(rows, Dataset) else rows for name, rows in splits.items()}
+    )
+
+
+def _load_splits(
+    source: Any,
+    names: Collection[str],
+    *,
+    validation_source: Any = None,
+    validation_fraction: float = 0.05,
+    text_column: str = "text",
+    config_name: str | None = None,
+    **options: Any,
+) -> dict[str, Documents]:
+    """Load the splits that are needed; raises a `ValueError` where one of them holds no text."""
     if not 0 < validation_fraction < 1:
         raise ValueError(f"`validation_fraction={validation_fraction}` must lie between 0 and 1: 0.05 is usual.")
-    if is_data_set(source):
-        rows = load_rows(source, config_name, cache_dir, streaming)
-        corpus = split_documents(rows, text_column, validation_fraction)
+    held_out = None
+    if validation_source is not None:
+        held_out = open_source(validation_source, text_column, argument="validation_source", **options)
+    leave_out = held_out.paths if held_out else ()
+    files = default_corpus_files() if source is None else source
+    opened = open_source(files, text_column, config_name=config_name, leave_out=leave_out, **options)
+    if held_out is not None:
+        sources = {"train": (opened, ["train"]), "validation": (held_out, ["validation", "test", "train"])}
+        splits = {name: sources[name][0].read_texts(*sources[name][1]) for name in names}
     else:
-        files = list(default_corpus_files().items()) if source is None else list_files(source)
-        if not files:
-            raise FileNotFoundError(f"`source={source!r}` matches no file: check the path or the glob.")
-        corpus = load_files(files, validation_fraction, cache_dir, streaming)
-    _check_not_empty(corpus, validation_fraction)
-    return corpus
-
-
-def _check_not_empty(corpus: DatasetDict | IterableDatasetDict, validation_fraction: float) -> None:
-    for name in ("train", "validation"):
-        if name not in corpus or not any(row["text"] for row in corpus[name]):
-            raise ValueError(
-                f"The {name} split of `source` holds no text at `validation_fraction={validation_fraction}`: change "
-                "the fraction, give more documents, or pass a `DatasetDict` with the splits 'train' and 'validation'."
-            )
+        splits = split_documents(opened, validation_fraction, names)
+    for name, documents in splits.items():
+        if next(iter(documents), None) is None:
+            advice = ", or name text to hold out as `validation_source`" if name == "validation" else ""
+            raise ValueError(f"The {name} split of `source` holds no text: give more text{advice}.")
+    return splits
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
@@ -272,7 +307,11 @@ def make_blocks(
     blocks = corpus.map(_cut_blocks, **cutting, desc="Cutting blocks")
     for name, split in blocks.items():
         if split.num_rows == 0:
-            raise ValueError(f"The {name} split is shorter than `block_length={block_length}`: choose a shorter one.")
+            more = "" if name == "train" else ", hold out more (`validation_fraction`)"
+            raise ValueError(
+                f"The {name} split is shorter than `block_length={block_length}`: choose a shorter one{more}, or give "
+                "more text."
+            )
     return DatasetDict(
         {name: split.select(spread_rows(split.num_rows, group_size, seed)) for name, split in blocks.items()}
     )
@@ -305,7 +344,7 @@ def load_groups(
     Raises:
         ValueError: As [`load_corpus`] and [`make_blocks`].
     """
-    corpus = DatasetDict({split: load_corpus(source)[split]})
+    corpus = DatasetDict(_load_splits(source, [split]))
     rows = make_blocks(corpus, tokenizer, block_length=block_length, group_size=group_size)[split]
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=masked, seed=0)
     yield from islice(DataLoader(rows, batch_size=group_size, collate_fn=collator, drop_last=True), num_groups)

@@ -1,5 +1,7 @@
 """Labelled texts of a user's own, their encoding, and fine-tuning on them."""
 
+import csv
+import gzip
 import itertools
 import json
 from dataclasses import replace
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Value
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -21,6 +23,7 @@ from transformers import (
 
 from mot_hf import MoTForCausalLM, MoTForMaskedLM, MoTForSequenceClassification, MoTForTokenClassification
 from mot_hf.corpus import train_tokenizer
+from mot_hf.sources import is_held_out
 from mot_hf.training.classification import compute_metrics, finetune_classification
 from mot_hf.training.classification_data import (
     ClassificationArguments,
@@ -52,6 +55,21 @@ def write_rows(path: Path, rows: list[dict]) -> ClassificationArguments:
     """Write rows to a file; returns the arguments that read it."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return ClassificationArguments("model", source=str(path))
+
+
+def write_file(path: Path, rows: list[dict]) -> None:
+    """Write rows to a file of the kind that its name says."""
+    suffix = path.suffixes[0].lower()
+    if suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    elif suffix in (".csv", ".tsv"):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="," if suffix == ".csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        content = json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows))
+        path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
 
 
 class TestOwnData:
@@ -115,6 +133,139 @@ class TestOwnData:
             write_rows(tmp_path / f"{name}.jsonl", [{"text": "a", "label": label} for label in labels])
         with pytest.raises(ValueError, match=message):
             load_classification_data(ClassificationArguments("model", source=str(tmp_path)))
+
+    @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet", ".json", ".jsonl.gz", ".CSV"])
+    def test_every_kind_of_rows_gives_the_same(self, tmp_path: Path, suffix: str) -> None:
+        rows = [{"text": f'so {i}, "null"', "label": i % 12} for i in range(120)]
+        expected = load_classification_data(write_rows(tmp_path / "rows.jsonl", rows))
+        (tmp_path / "folder").mkdir()
+        for part in range(2):
+            write_file(tmp_path / "folder" / f"part-{part}{suffix}", rows[60 * part : 60 * part + 60])
+        data = load_classification_data(ClassificationArguments("model", source=str(tmp_path / "folder")))
+        assert data["train"].features["label"].names == [str(label) for label in range(12)]
+        assert {name: split[:] for name, split in data.items()} == {name: split[:] for name, split in expected.items()}
+
+    def test_words_for_nothing_are_texts_and_classes(self, tmp_path: Path) -> None:
+        (tmp_path / "rows.csv").write_text("text,label\n" + "null,NA\nnan,None\nn/a,NA\n" * 20)
+        data = load_classification_data(ClassificationArguments("model", source=str(tmp_path / "rows.csv")))
+        assert data["train"].features["label"].names == ["NA", "None"]
+        assert {row["text"] for split in data.values() for row in split} == {"null", "nan", "n/a"}
+
+    @pytest.mark.parametrize(
+        ("labels", "names"),
+        [
+            ([10, 9, 2], ["2", "9", "10"]),
+            (["10", "9", "x"], ["10", "9", "x"]),
+            ([True, False, True], ["False", "True"]),
+            (["3.10", "3.9", "3.11"], ["3.10", "3.11", "3.9"]),
+            (["01", "1", "2"], ["01", "1", "2"]),
+        ],
+    )
+    def test_names_of_classes(self, tmp_path: Path, labels: list, names: list[str]) -> None:
+        rows = [{"text": f"text {i}", "label": labels[i % len(labels)]} for i in range(60)]
+        data = load_classification_data(write_rows(tmp_path / "rows.jsonl", rows))
+        assert data["train"].features["label"].names == names
+        for row in [*data["train"], *data["validation"]]:
+            assert names[row["label"]] == str(labels[int(row["text"][5:]) % len(labels)])
+
+    def test_classes_of_a_data_set_keep_their_numbers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        rows = Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, 1]})
+        rows = rows.cast_column("label", ClassLabel(names=["z", "y", "never"]))
+        splits = DatasetDict(train=rows, test=rows)
+        monkeypatch.setattr("mot_hf.sources.load_dataset", lambda *args, **kwargs: splits)
+        data = load_classification_data(ClassificationArguments("model", source="owner/name"))
+        assert data["validation"].features["label"].names == ["z", "y", "never"]
+        assert data["validation"]["label"][:] == [1, 0, 1]
+        splits["test"] = Dataset.from_dict({"text": ["a"], "label": [-1]}).cast(rows.features)
+        with pytest.raises(ValueError, match=r"Label '-1' does not occur"):
+            load_classification_data(ClassificationArguments("model", source="owner/name"))
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+    def test_float_labels_are_refused(self, tmp_path: Path, suffix: str) -> None:
+        rows = [{"text": f"text {i}", "label": i / 10} for i in range(20)]
+        write_file(tmp_path / f"rows{suffix}", rows)
+        message = r"`label_column='label'` holds numbers \(float\).*: only classes are supported"
+        with pytest.raises(ValueError, match=message):
+            load_classification_data(ClassificationArguments("model", source=str(tmp_path)))
+
+    @pytest.mark.parametrize("labels", [[0.5, 1.0], [{"a": 1}], ["2020-01-01"]])
+    def test_labels_of_a_data_set_must_be_classes(self, monkeypatch: pytest.MonkeyPatch, labels: list) -> None:
+        rows = Dataset.from_dict({"text": ["a"] * len(labels), "label": labels})
+        if labels == ["2020-01-01"]:
+            rows = rows.cast_column("label", Value("timestamp[s]"))
+        monkeypatch.setattr("mot_hf.sources.load_dataset", lambda *args, **kwargs: rows)
+        with pytest.raises(ValueError, match=r"`label_column='label'` holds .*: only classes are supported"):
+            load_classification_data(ClassificationArguments("model", source="owner/name"))
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            ({"text": 5, "label": 1}, r"`text_column='text'` holds no text but int in '.*', line 1"),
+            ({"text": "a", "label": {"b": 1}}, r"`label_column='label'` holds dict in '.*', line 1"),
+            ({"text": ["a"], "label": [1]}, r"`text_column='text'` does not fit `task='sequence'` in '.*', line 1"),
+            ({"text": "a", "label": [1]}, r"`label_column='label'` does not fit `task='sequence'` in '.*', line 1"),
+        ],
+    )
+    def test_values_of_the_wrong_kind_are_named(self, tmp_path: Path, row: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            load_classification_data(write_rows(tmp_path / "rows.jsonl", [row]))
+
+    def test_texts_without_labels_are_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("a text")
+        with pytest.raises(ValueError, match=r"`source` holds '.*a.txt', a text without labels: give files of rows"):
+            load_classification_data(ClassificationArguments("model", source=str(tmp_path / "a.txt")))
+
+    def test_null_texts_words_and_labels_are_left_out_and_counted(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        rows = [{"text": [str(i), "b", None, "c", ""], "label": [1, None, 2, 3, 1]} for i in range(40)]
+        args = write_rows(tmp_path / "rows.jsonl", [*rows, {"text": None, "label": None}, {"text": [], "label": []}])
+        data = load_classification_data(replace(args, task="tokens"))
+        texts = {row["text"]: row["labels"] for split in data.values() for row in split}
+        assert texts == {f"{i} c": [0, 1] for i in range(40)}
+        assert "120 words without text or label are left out" in caplog.text
+        assert "2 texts of `source` are null or empty and left out" in caplog.text
+        caplog.clear()
+        rows = [{"text": f"text {i}", "label": i % 2} for i in range(40)]
+        args = write_rows(tmp_path / "rows.jsonl", [*rows, {"text": None, "label": 1}, {"text": "", "label": 1}])
+        assert sum(map(len, load_classification_data(args).values())) == 40
+        assert "2 texts of `source` are null or empty and left out" in caplog.text
+
+    def test_words_and_labels_must_be_as_many(self, tmp_path: Path) -> None:
+        args = write_rows(tmp_path / "rows.jsonl", [{"text": ["a", "b"], "label": [1]}])
+        with pytest.raises(ValueError, match="A text of 2 words has 1 labels"):
+            load_classification_data(replace(args, task="tokens"))
+
+    @pytest.mark.parametrize("line", ['{"text": "a", "label": 1', '{"text": "a \\ud83d", "label": 1}'])
+    def test_a_broken_line_is_named(self, tmp_path: Path, line: str) -> None:
+        (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 1}\n' + line)
+        with pytest.raises(ValueError, match=r"rows.jsonl', line 2.*$") as error:
+            load_classification_data(ClassificationArguments("model", source=str(tmp_path)))
+        assert "\n" not in str(error.value)
+
+    def test_few_texts_have_both_splits(self, tmp_path: Path) -> None:
+        rows = [{"text": f"text {i}", "label": 1} for i in range(3)]
+        data = load_classification_data(write_rows(tmp_path / "rows.jsonl", rows))
+        assert {name: len(split) for name, split in data.items()} == {"train": 2, "validation": 1}
+
+    def test_a_source_and_a_fraction_for_validation(self, tmp_path: Path) -> None:
+        rows = [{"text": f"text {i}", "label": i % 2} for i in range(60)]
+        args = write_rows(tmp_path / "a.jsonl", rows)
+        held_out = load_classification_data(replace(args, validation_fraction=0.5))["validation"]
+        assert held_out["text"][:] == [row["text"] for row in rows if is_held_out(row["text"].encode(), 0.5)]
+        write_rows(tmp_path / "b.jsonl", rows[:5])
+        for source in (str(tmp_path / "a.jsonl"), str(tmp_path)):
+            named = replace(args, source=source, validation_source=str(tmp_path / "b.jsonl"))
+            data = load_classification_data(named)
+            assert data["train"]["text"][:] == [row["text"] for row in rows]
+            assert data["validation"]["text"][:] == [row["text"] for row in rows[:5]]
+
+    def test_a_source_and_a_fraction_for_code(self) -> None:
+        args = ClassificationArguments("model", task="tokens", validation_fraction=0.5)
+        with pytest.raises(ValueError, match=r"`validation_source='b.jsonl'` needs a `source`"):
+            load_classification_data(replace(args, validation_source="b.jsonl"))
+        with pytest.raises(ValueError, match=r"`validation_fraction=1.5` must lie between 0 and 1"):
+            load_classification_data(replace(args, validation_fraction=1.5))
 
     def test_an_empty_split_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="validation split of `source` holds no text"):

@@ -221,6 +221,7 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,  # `generate` accepts embeddings where this signature names them
         row_ends: RowEnds | None = None,
+        tokenizer: Any = None,  # of stop strings: `generate` would hand it on to the model
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Prepare one step of `generate()`: transformers' own, and which of this step's tokens are mixed."""

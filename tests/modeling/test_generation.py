@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import StaticCache, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedTokenizerFast, StaticCache, StoppingCriteria, StoppingCriteriaList
 
 from mot_hf import MoTForCausalLM
 from tests.models import EOS, MODES, PAD, random_ids, tiny_config, trained
@@ -246,6 +248,19 @@ def test_an_early_exit_as_the_assistant_changes_nothing(model: MoTForCausalLM, n
     for _ in range(2):  # it leaves the model as it was
         assert_same(continue_greedily(model, ids, mixing=mode, assistant_early_exit=num_layers), plain)
     assert_same(continue_greedily(model, ids, mixing=mode), plain)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_tokenizer_serves_stop_strings_alone(model: MoTForCausalLM, mode: str) -> None:
+    words = {f"<{number}>": number for number in range(96)} | {"abcdef": 96}  # which stop strings are tried on
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "<0>")))
+    ids = random_ids(1, 5)
+    (expected,) = continue_greedily(model, ids, mixing=mode).tokens.tolist()
+    with_tokenizer = continue_greedily(model, ids, mixing=mode, tokenizer=tokenizer).tokens
+    assert with_tokenizer.tolist() == [expected]
+    stop = expected[3]
+    stopped = model.generate(ids, max_new_tokens=8, mixing=mode, tokenizer=tokenizer, stop_strings=f"<{stop}>")
+    assert stopped[0, 5:].tolist() == expected[: expected.index(stop) + 1]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -35,18 +35,31 @@ class GroupTotals:
             index: [torch.zeros_like(value, dtype=torch.float64) for value in companions.expected()]
             for index, companions in self.companions.items()
         }
-        self.num_batches = self.num_groups = self.num_full = 0
+        self.num_batches = self.num_groups = self.num_full = self.num_left_out = 0
         self.num_tokens = layers[0].companions.log_mass.new_zeros(NUM_SPANS, dtype=torch.float64)  # [P]
 
     def add(self, token_mask: Tensor, context: MixingContext) -> None:
-        """Add one pass in mode `cross_example` over tokens `[B, T]`."""
+        """Add one pass in mode `cross_example` over tokens `[B, T]`, if its means are finite in all layers."""
         num_present = torch.stack([rows.sum(0) for rows in token_mask.split(self.group_size)])  # [A, T]
+        batch = self._sum_up(context) if num_present.any() else {}
+        if not all(value.isfinite().all() for sums in batch.values() for value in sums):
+            self.num_left_out += 1
+            return
         self.num_batches += 1
         self.num_groups += int((num_present > 0).sum())
         self.num_full += int((num_present == self.group_size).sum())
-        if not num_present.any():
+        if not batch:
             return
-        for index in context.means:
+        for index, sums in batch.items():
+            for total, value in zip(self.sums[index], sums, strict=True):
+                total.add_(value)
+        num_tokens = context.average(next(iter(batch)), self.group_size)[1]  # [1 + P]
+        self.num_tokens += num_tokens[1:].double().to(self.num_tokens.device)
+
+    def _sum_up(self, context: MixingContext) -> dict[int, list[Tensor]]:
+        """One batch's statistics of every layer, times the tokens that they are means of."""
+        sums = {}
+        for index in context.means or ():
             mean, num_tokens = context.average(index, self.group_size)
             all_tokens, *_ = num_tokens = num_tokens.double()  # [1 + P]
             input_mean, output_mean = mean.mean_input.mean(0), mean.mean_output.mean(0)  # [D]
@@ -55,38 +68,52 @@ class GroupTotals:
             )
             by_span = num_tokens[1:, None]  # [P, 1]
             weights = TypicalGroup(all_tokens, all_tokens, all_tokens, by_span, by_span)
-            for total, value, weight in zip(self.sums[index], values, weights, strict=True):
-                total.add_(value * weight)
-        self.num_tokens += num_tokens[1:].to(self.num_tokens.device)
+            sums[index] = [value * weight for value, weight in zip(values, weights, strict=True)]
+        return sums
 
     def add_up_processes(self) -> None:
         """Replace every sum by that over all processes."""
-        counts = torch.tensor([self.num_batches, self.num_groups, self.num_full], device=self.num_tokens.device)
+        counts = torch.tensor(
+            [self.num_batches, self.num_groups, self.num_full, self.num_left_out], device=self.num_tokens.device
+        )
         if distributed.is_available() and distributed.is_initialized():
             for total in (counts, self.num_tokens, *(total for totals in self.sums.values() for total in totals)):
                 distributed.all_reduce(total)
-        self.num_batches, self.num_groups, self.num_full = counts.tolist()
+        self.num_batches, self.num_groups, self.num_full, self.num_left_out = counts.tolist()
 
     def write(self) -> None:
-        """Make the means the layers' running values."""
-        for index, companions in self.companions.items():
-            num_tokens = self.num_tokens.to(companions.log_mass.device)  # [P]
-            log_mass, mean_input, mean_output, *spans = self.sums[index]
-            means = [total / num_tokens.sum() for total in (log_mass, mean_input, mean_output)]
-            shifts = [
-                total / num_tokens.clamp(min=1)[:, None] - mean.mean(0)  # [P, D]
-                for total, mean in zip(spans, means[1:], strict=True)
-            ]
-            companions.replace(TypicalGroup(*means, *shifts), num_tokens, self.num_batches)
+        """Make the means the layers' running values: those of all layers, or none if it is interrupted."""
+        statistics = {index: self._average(index) for index in self.companions}
+        buffers = [buffer for companions in self.companions.values() for buffer in companions.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            for index, companions in self.companions.items():
+                num_tokens = self.num_tokens.to(companions.log_mass.device)  # [P]
+                companions.replace(statistics[index], num_tokens, self.num_batches)
+        except BaseException:
+            torch._foreach_copy_(buffers, before)
+            raise
+
+    def _average(self, index: int) -> TypicalGroup:
+        """The means of one layer."""
+        log_mass, mean_input, mean_output, *spans = self.sums[index]
+        num_tokens = self.num_tokens.to(log_mass.device)  # [P]
+        means = [total / num_tokens.sum() for total in (log_mass, mean_input, mean_output)]
+        shifts = [
+            total / num_tokens.clamp(min=1)[:, None] - mean.mean(0)  # [P, D]
+            for total, mean in zip(spans, means[1:], strict=True)
+        ]
+        return TypicalGroup(*means, *shifts)
 
 
 @torch.no_grad()
-def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *, show_progress: bool = True) -> None:
+def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *, show_progress: bool = True) -> int:
     """Replaces the running statistics of the typical group by exact ones over a data set.
 
     Mode `per_sequence` uses them in place of the other rows of a batch. Training gathers them as it goes; calibrate a
-    model that was made without training, or for text of another kind. Every group counts by its number of tokens.
-    With several processes, call this in each of them with its share of the batches: all end with the same statistics.
+    model that was made without training, or for text of another kind. Every group counts by its number of tokens. As
+    in training, a batch whose statistics are not finite (an overflow) is left out. With several processes, call this
+    in each of them with its share of the batches: all end with the same statistics.
 
     Args:
         model ([`MoTPreTrainedModel`]):
@@ -97,8 +124,12 @@ def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
+    Returns:
+        `int`: Number of batches that were left out, in all processes.
+
     Raises:
-        ValueError: The model has no MoT layers, or there is no batch with a token. The statistics are unchanged.
+        ValueError: The model has no MoT layers, or there is no batch with a token whose statistics are finite. The
+            statistics are unchanged.
     """
     model = cast(MoTPreTrainedModel, extract_model_from_parallel(model))
     layers = [module for module in model.modules() if isinstance(module, MoTSparseBlock)]
@@ -124,10 +155,21 @@ def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *
             totals.add(everywhere if context.token_mask is None else context.token_mask, context)
 
     totals.add_up_processes()
+    if totals.num_left_out and not totals.num_tokens.any():
+        raise ValueError(
+            f"The statistics of all {totals.num_left_out} `batches` with tokens are NaN or infinite: are the model's "
+            "weights finite? In float16 they may overflow: load it with `dtype=torch.bfloat16` or `torch.float32`."
+        )
     if not totals.num_tokens.any():
         raise ValueError(f"`batches` holds no token ({totals.num_batches} batches): give at least one batch of text.")
     totals.write()
     is_first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    if is_first and totals.num_left_out:
+        logger.warning(
+            "%d of %d batches were left out: their statistics are NaN or infinite.",
+            totals.num_left_out,
+            totals.num_left_out + totals.num_batches,
+        )
     if is_first and totals.num_full < 0.5 * totals.num_groups:
         logger.warning(
             "Only %.0f %% of the groups were full (group_size=%d). Expected companions filled the others, so the "
@@ -136,3 +178,4 @@ def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *
             model.config.group_size,
             model.config.group_size,
         )
+    return totals.num_left_out

@@ -4,26 +4,24 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import filter_repo_objects
 
+from mot_hf.conversion.checkpoint_files import name_some
+from mot_hf.conversion.model_files import CODE_FILES
+from mot_hf.hub_files import find_changed_code, find_code, list_files, list_others
 from mot_hf.modeling.heads_mot import AUTO_MAP
-from mot_hf.reporting.card import CARD_NAME, SavedModel, address_card, is_generated, read_model, write_card
-from mot_hf.training.record import RECORD_NAME
+from mot_hf.reporting.card import CARD_NAME, address_card, is_generated, write_card
+from mot_hf.saved_model import SavedModel, read_model
+from mot_hf.version import __version__
 
 logger = logging.getLogger(__name__)
 
-# What training leaves beside a model and nobody loads; pickles among it, which could run anything.
-_DEBRIS = (
-    *("checkpoint-*", "last-checkpoint/*", "runs/*", "*events.out.tfevents.*", "*.pt", "*.pth", "*.bin", "*.pkl"),
-    *("trainer_state.json", RECORD_NAME, ".*", "*/.*", "*__pycache__*"),
-)
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?(\.calibrated-[0-9a-f]{8})?\.safetensors(\.index\.json)?")
 # What httpx raises where there is no answer, whichever of its versions huggingface_hub uses.
 _NoAnswerError = HfHubHTTPError.__bases__[0]
 
@@ -39,9 +37,9 @@ def push_model(
     """Uploads a MoT model with its code, its card and, if there is one, its tokenizer, in one commit.
 
     Nothing is seen on the Hub before all of it is there, and an upload that is repeated does not send again what had
-    arrived. Weights of an earlier model that the new one has not are removed. What training leaves in a folder
-    (checkpoints, logs, optimizer states) is not uploaded. `model_dir` is not changed: a card or code that is missing
-    there is made for the upload.
+    arrived. Weights of an earlier model that the new one has not are removed. Only files of the model go up, see
+    [`list_files`]; what else lies in the folder (checkpoints, logs, optimizer states, hidden files) is named in the
+    log. `model_dir` is not changed: a card or code that is missing there is made for the upload.
 
     Args:
         model_dir (`str` or `os.PathLike`): Folder of the model.
@@ -56,15 +54,18 @@ def push_model(
 
     Raises:
         OSError: A file of the model is missing, or the Hub cannot be reached or refuses.
-        ValueError: The folder holds no complete MoT model, or `repo_id` is no name on the Hub.
+        ValueError: The folder holds no complete MoT model, its files name code of others or lead out of the folder,
+            or `repo_id` is no name on the Hub.
     """
     saved = read_model(model_dir)
+    own_files = list_files(saved)
+    _tell_others(saved.reader.folder, own_files)
     if not saved.has_tokenizer:
         logger.warning("%s holds no tokenizer: the model is uploaded without one.", model_dir)
     api = HfApi()
     with tempfile.TemporaryDirectory() as folder, _explain_failures(repo_id):
         repo = api.create_repo(repo_id, private=private or None, exist_ok=True)
-        files = _list_files(saved.reader.folder) | _make_missing_files(saved, Path(folder), repo.repo_id)
+        files = own_files | _make_missing_files(saved, own_files, Path(folder), repo.repo_id)
         if revision is not None:
             api.create_branch(repo.repo_id, branch=revision, exist_ok=True)
         present = api.list_repo_files(repo.repo_id, revision=revision)
@@ -79,22 +80,33 @@ def push_model(
     return f"{repo.url}/tree/{revision}" if revision else repo.url
 
 
-def _list_files(folder: Path) -> dict[str, Path]:
-    """The files of a model's folder that others can use, by their names there."""
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: files[name] for name in filter_repo_objects(files, ignore_patterns=list(_DEBRIS))}
+def _tell_others(folder: Path, files: Mapping[str, Path]) -> None:
+    """Say what is not uploaded, and what is that somebody should have looked at."""
+    if others := list_others(folder, {*files, *CODE_FILES}):
+        logger.warning("Not uploaded from %s, as it is no part of the model: %s.", folder, name_some(others))
+    code = find_code(folder)
+    if changed := find_changed_code(folder, code or ()):
+        logger.warning(
+            "The code in %s is not that of mot_hf %s (%s), and is uploaded as it is. If you have not changed it, and "
+            "no other version has saved the model, delete these files: the right ones are uploaded then.",
+            folder,
+            __version__,
+            name_some(changed),
+        )
 
 
-def _make_missing_files(saved: SavedModel, folder: Path, repo_id: str) -> dict[str, Path]:
+def _make_missing_files(saved: SavedModel, files: Mapping[str, Path], folder: Path, repo_id: str) -> dict[str, Path]:
     """Make in `folder` what the model lacks: the code with the names of all heads, and a card with its new address."""
     model_dir, auto_map = saved.reader.folder, saved.reader.config.get("auto_map") or {}
-    code = {f"{name.split('.')[0]}.py" for name in AUTO_MAP.values()}
-    if not (auto_map.keys() >= AUTO_MAP.keys() and all((model_dir / name).is_file() for name in code)):
+    has_code = find_code(model_dir) is not None
+    if not (has_code and isinstance(auto_map, dict) and auto_map.items() >= AUTO_MAP.items()):
         saved.model.config.save_pretrained(folder)
-    card, own = folder / CARD_NAME, model_dir / CARD_NAME
-    if not own.is_file():
+        for name in CODE_FILES if has_code else ():
+            (folder / name).unlink()
+    card, own = folder / CARD_NAME, files.get(CARD_NAME)
+    if own is None:
         write_card(model_dir, output=card, model_id=repo_id)
-    elif is_generated(text := own.read_text(encoding="utf-8")):
+    elif is_generated(text := own.read_text(encoding="utf-8", errors="replace")):
         card.write_text(address_card(text, repo_id), encoding="utf-8")
     return {path.name: path for path in folder.iterdir()}
 

@@ -1,0 +1,176 @@
+"""Models in folders that get exact statistics of the typical group, and stay what they are otherwise."""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from mot_hf.calibration import calibrate
+from mot_hf.conversion.checkpoint_files import CheckpointReader
+from mot_hf.conversion.checkpoint_writer import CheckpointWriter
+from mot_hf.conversion.model_files import CHAT_TEMPLATES, is_model_file, is_weight_file
+from mot_hf.conversion.output_folder import refuse_full_disk, settle_leftovers, sync
+from mot_hf.locking import lock_folder
+from mot_hf.modeling import MoTPreTrainedModel
+from mot_hf.saved_model import open_model
+
+logger = logging.getLogger(__name__)
+
+# Part of the names of weight files while they take the place of others.
+_MARK = re.compile(r"\.calibrated-[0-9a-f]{8}(?=\.safetensors)")
+_SCRATCH = "unfinished-calibration-"
+_NEW_INDEX = f"{SAFE_WEIGHTS_INDEX_NAME}.new"
+
+Loader = Callable[[MoTPreTrainedModel, PreTrainedTokenizerBase], Iterable[Mapping[str, Any]]]
+
+
+def calibrate_folder(
+    model_dir: str | os.PathLike[str], load_batches: Loader, *, output_dir: str | os.PathLike[str] | None = None
+) -> int:
+    """Replaces the statistics of the typical group in a model's folder by exact ones, or saves a copy that has them.
+
+    Without `output_dir` only the files of weights change that hold statistics. The new ones are written beside the old
+    ones and take their place in one step, so that the folder holds either all old or all new statistics even if the
+    process is killed. No other process may write to the folder meanwhile.
+
+    Args:
+        model_dir (`str` or `os.PathLike`): Folder of the model and its tokenizer.
+        load_batches (`Callable`): Given the model and its tokenizer, returns the batches to calibrate on, see
+            [`calibrate`].
+        output_dir (`str` or `os.PathLike`, *optional*): New or empty folder for the copy. Defaults to `model_dir`.
+
+    Returns:
+        `int`: Number of batches that were left out, since their statistics are not finite.
+
+    Raises:
+        OSError: A file is missing, `output_dir` is not empty or holds another model, a folder is in use, or the disk
+            is full. Nothing has changed.
+        ValueError: The folder holds no complete MoT model with tokenizer, or no batch has finite statistics. Nothing
+            has changed.
+    """
+    reader = CheckpointReader(model_dir)
+    if output_dir is not None and Path(output_dir).resolve() != reader.folder.resolve():
+        return _calibrate_copy(reader, Path(output_dir), load_batches)
+    settle_leftovers(reader.folder.resolve())
+    refuse_full_disk(reader.folder, _count_bytes(reader))
+    with lock_folder(reader.folder):
+        model, tokenizer = open_model(reader.folder)
+        num_left_out = calibrate(model, load_batches(model, tokenizer))
+        _replace_statistics(reader.folder, _list_statistics(model))
+    return num_left_out
+
+
+def _calibrate_copy(reader: CheckpointReader, output_dir: Path, load_batches: Loader) -> int:
+    with CheckpointWriter(output_dir, source=reader.folder, force=False, min_size=_count_bytes(reader)) as writer:
+        model, tokenizer = open_model(reader.folder)
+        num_left_out = calibrate(model, load_batches(model, tokenizer))
+        statistics = _list_statistics(model)
+        for name in reader.names:
+            writer.add(name, statistics[name] if name in statistics else reader.load(name))
+        for path in reader.folder.iterdir():
+            if path.name == CHAT_TEMPLATES:
+                shutil.copytree(path, writer.folder / path.name)
+            elif is_model_file(path.name) and not is_weight_file(path.name):
+                shutil.copyfile(path, writer.folder / path.name)
+    return num_left_out
+
+
+def _count_bytes(reader: CheckpointReader) -> int:
+    return sum(prod(reader.shape(name)) * reader.dtype(name).itemsize for name in reader.names)
+
+
+def _list_statistics(model: MoTPreTrainedModel) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if ".mlp.companions." in name}
+
+
+def _replace_statistics(folder: Path, statistics: Mapping[str, Tensor]) -> None:
+    """Let a folder's weights have other statistics, from one moment to the next."""
+    for name in _remove_unused(folder):
+        logger.warning("%s in %s, left by a run that was killed, is removed.", name, folder)
+    try:
+        if (folder / SAFE_WEIGHTS_NAME).is_file():
+            _write_marked(folder / SAFE_WEIGHTS_NAME, statistics).replace(folder / SAFE_WEIGHTS_NAME)
+            sync(folder)
+        else:
+            _replace_in_shards(folder, statistics)
+    finally:
+        _remove_unused(folder)
+
+
+def _replace_in_shards(folder: Path, statistics: Mapping[str, Tensor]) -> None:
+    """Let the index name other shards, and give those the names of the old ones once nobody reads these."""
+    index = (folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8")
+    weight_map = json.loads(index)["weight_map"]
+    names = sorted({weight_map[tensor] for tensor in statistics})
+    for name in filter(_MARK.search, names):
+        logger.warning("%s in %s, named by a run that was killed, gets its usual name back.", name, folder)
+    marked = {name: _write_marked(folder / name, statistics) for name in names}
+    marked_index = index
+    for name, path in marked.items():
+        marked_index = marked_index.replace(json.dumps(name), json.dumps(path.name))
+    _write_index(folder, marked_index)
+    for name, path in marked.items():
+        final = folder / _MARK.sub("", name)
+        final.unlink(missing_ok=True)
+        try:
+            os.link(path, final)
+        except OSError:
+            shutil.copyfile(path, final)
+        sync(final)
+    _write_index(folder, _MARK.sub("", index))
+
+
+def _write_index(folder: Path, index: str) -> None:
+    path = folder / _NEW_INDEX
+    path.write_text(index, encoding="utf-8")
+    sync(path)
+    path.replace(folder / SAFE_WEIGHTS_INDEX_NAME)
+    sync(folder)
+
+
+def _write_marked(path: Path, statistics: Mapping[str, Tensor]) -> Path:
+    """Write a file of weights with other statistics, under a name of its own."""
+    token = token_hex(4)
+    stem = _MARK.sub("", path.name).removesuffix(".safetensors")
+    marked = path.with_name(f"{stem}.calibrated-{token}.safetensors")
+    scratch = path.with_name(f"{_SCRATCH}{token}")  # safetensors has temporary files beside the one that it writes
+    scratch.mkdir()
+    try:
+        with safe_open(path, framework="pt") as shard:
+            tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118, not a dict
+            metadata = shard.metadata()
+        tensors |= {name: value for name, value in statistics.items() if name in tensors}
+        save_file(tensors, scratch / marked.name, metadata)
+    except SafetensorError as error:
+        raise OSError(f"Cannot write to {str(path.parent)!r}: {error}") from error
+    shutil.copymode(path, scratch / marked.name)
+    sync(scratch / marked.name)
+    (scratch / marked.name).rename(marked)
+    scratch.rmdir()
+    return marked
+
+
+def _remove_unused(folder: Path) -> list[str]:
+    """Remove what a calibration wrote and the index does not name, and list it."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    used = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
+    unused = [path for path in folder.glob("*.safetensors") if _MARK.search(path.name) and path.name not in used]
+    unused += folder.glob(_NEW_INDEX)
+    for path in unused:
+        path.unlink()
+    scratches = list(folder.glob(f"{_SCRATCH}*"))
+    for path in scratches:
+        shutil.rmtree(path)
+    return sorted(path.name for path in unused + scratches)

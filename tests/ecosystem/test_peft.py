@@ -1,14 +1,18 @@
-"""LoRA by PEFT, on attention and on the experts' 3-D weights: trained, saved, loaded and merged."""
+"""LoRA by PEFT, on attention and on the experts' 3-D weights, and on dense models: trained, saved, loaded, merged."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
+from datasets import ClassLabel, Dataset, DatasetDict
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mot_hf import MoTForCausalLM
-from mot_hf.training import add_lora
+from mot_hf.corpus import train_tokenizer
+from mot_hf.training import MethodArguments, add_lora, finetune_classification
 from tests.models import MODES, companions_of, random_ids, tiny_config, trained
 from tests.toolkit.training import losses_of, make_trainer, same_tensors
 
@@ -137,3 +141,106 @@ def test_adapters_of_a_bfloat16_model_are_float32(tmp_path: Path) -> None:
     assert {value.dtype for value in companions_of(merged).values()} == {torch.float32, torch.long}
     # Merged weights are rounded to bfloat16; in mode moe that may select another expert.
     assert (logits_of(merged)["per_sequence"] - run.logits["per_sequence"]).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 0}, "`rank=0` must be a whole number of at least 1"),
+        ({"rank": 2.5}, "`rank=2.5` must"),
+        ({"rank": True}, "`rank=True` must"),
+        ({"rank": 2, "alpha": 0}, "`alpha=0` must be a number above 0"),
+        ({"rank": 2, "alpha": -8}, "`alpha=-8` must"),
+        ({"rank": 2, "alpha": float("nan")}, "`alpha=nan` must"),
+    ],
+)
+def test_values_that_make_no_adapters_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        add_lora(make_base(), **arguments)
+
+
+def test_a_model_that_has_adapters_is_refused() -> None:
+    adapted = add_lora(make_base(), rank=2)
+    for model in (adapted, adapted.get_base_model()):
+        with pytest.raises(ValueError, match="has adapters already"):
+            add_lora(model, rank=2)
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    class Lookup(PreTrainedModel):
+        config_class = transformers.Qwen3Config
+
+        def __init__(self) -> None:
+            super().__init__(transformers.Qwen3Config())
+            self.table = torch.nn.Embedding(3, 3)
+
+    with pytest.raises(ValueError, match="Lookup has no linear layers"):
+        add_lora(Lookup(), rank=2)
+
+
+SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "num_labels": 2}
+SMALL_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+DISTILBERT = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
+FAMILIES: dict[str, dict[str, Any]] = {"Qwen3": {}, "Qwen3Moe": SMALL_MOE, "Llama": {}, "Bert": {}}
+FAMILIES |= {"DistilBert": DISTILBERT, "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4}}
+
+
+def make_dense(family: str, head: str) -> PreTrainedModel:
+    names = ("vocab_size", "pad_token_id", "num_labels")
+    sizes = SIZES if family not in ("DistilBert", "GPT2") else {name: SIZES[name] for name in names}
+    config = getattr(transformers, f"{family}Config")(**sizes, **FAMILIES[family], initializer_range=0.2)
+    torch.manual_seed(0)
+    return getattr(transformers, f"AutoModelFor{head}").from_config(config).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("head", "task_type"), [("SequenceClassification", "SEQ_CLS"), ("TokenClassification", "TOKEN_CLS")]
+)
+def test_a_dense_model_learns_by_adapters_and_its_head(family: str, head: str, task_type: str, tmp_path: Path) -> None:
+    model = make_dense(family, head)
+    ids = random_ids(8, 6)
+    labels = (ids[:, 0] % 2) if task_type == "SEQ_CLS" else ids % 2
+    expected = model(ids).logits
+    adapted = add_lora(model, rank=2, task_type=task_type)
+    assert torch.equal(adapted.eval()(ids).logits, expected)
+    learned = {name: value for name, value in adapted.named_parameters() if value.requires_grad}
+    assert all("lora_" in name or "modules_to_save" in name for name in learned)
+    assert any("lora_" in name for name in learned)
+    assert ("experts" in str(learned.keys())) == (family == "Qwen3Moe")
+    optimizer = torch.optim.AdamW(learned.values(), lr=1e-2)
+    losses = []
+    for _ in range(40):
+        loss = adapted(ids, labels=labels).loss
+        loss.backward()
+        assert all(value.grad is not None for value in learned.values())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    adapted.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(make_dense(family, head), tmp_path).eval()
+    assert torch.equal(loaded(ids).logits, adapted(ids).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Qwen3", "Bert"])
+def test_a_dense_checkpoint_is_fine_tuned_by_adapters(family: str, tmp_path: Path) -> None:
+    words = ["red blue green", "up down left"]
+    tokenizer = train_tokenizer(words, vocab_size=300)
+    model = make_dense(family, "SequenceClassification")
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    texts = [words[row % 2].split()[row % 3] for row in range(64)]
+    rows = Dataset.from_dict({"text": texts, "label": [row % 2 for row in range(64)]})
+    rows = rows.cast_column("label", ClassLabel(names=["colour", "direction"]))
+    data = DatasetDict(train=rows, validation=rows)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "out"), max_steps=60, learning_rate=1e-2, per_device_train_batch_size=8, report_to="none"
+    )
+    method = MethodArguments(lora_rank=2, monitor_mixing=False)
+    trainer = finetune_classification(str(tmp_path / "dense"), data, arguments, method)
+    assert isinstance(trainer.model, peft.PeftModel)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert trainer.evaluate()["eval_accuracy"] > 0.9

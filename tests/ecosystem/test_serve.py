@@ -1,5 +1,7 @@
-"""`transformers serve`, the OpenAI-style server: every request gets what it gets alone."""
+"""`transformers serve`, OpenAI's protocol: a request gets what it gets alone, and none ends the server for others."""
 
+import http.client
+import json
 import os
 import socket
 import subprocess
@@ -19,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mot_hf import MoTForCausalLM
 from mot_hf.corpus import train_tokenizer
+from mot_hf.serving import MAX_BODY_BYTES
 from tests.models import MODES, tiny_config, trained
 
 pytest.importorskip("fastapi")
@@ -63,7 +66,7 @@ REQUESTS = [
 class Server:
     """The server in a process of its own, and a client of it."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, *options: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -71,8 +74,8 @@ class Server:
         self.log = log
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                [*command, "--device", "cpu", *CONTINUOUS_BATCHING],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                [*command, "--device", "cpu", *options],
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -97,6 +100,14 @@ class Server:
             return error.code
         except OSError:  # not yet listening
             return None
+
+    def post(self, path: str, body: Any) -> tuple[int, dict[str, Any]]:
+        """Status and answer of one request: a body that is no bytes is sent as JSON."""
+        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=120)
+        data = body if isinstance(body, bytes | Iterator) else json.dumps(body).encode()
+        connection.request("POST", path, data, {"Content-Type": "application/json"})
+        reply = connection.getresponse()
+        return reply.status, json.loads(reply.read())
 
     def ask(self, folder: Path, request: Request) -> Answer:
         """One request, to its end."""
@@ -125,9 +136,8 @@ def text_of(choice: Any, request: Request) -> str:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same model, saved to answer in each of the modes."""
+    """The same model, saved to answer in each of the modes, and once without a chat template."""
     tokenizer = train_tokenizer(TEXTS, vocab_size=300)
-    tokenizer.chat_template = CHAT_TEMPLATE
     torch.manual_seed(0)
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = trained(MoTForCausalLM(tiny_config(vocab_size=len(tokenizer), max_position_embeddings=256, **special)))
@@ -137,21 +147,33 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model.lm_head.weight[~is_text] = 0
         model.lm_head.weight[tokenizer.eos_token_id] *= 2
     folder = tmp_path_factory.mktemp("served")
-    for mode in MODES:
-        model.set_mixing(inference_mixing=mode).save_pretrained(folder / mode)
+    for mode in (*MODES, "untemplated"):
+        tokenizer.chat_template = None if mode == "untemplated" else CHAT_TEMPLATE
+        model.set_mixing(inference_mixing="per_sequence" if mode == "untemplated" else mode)
+        model.save_pretrained(folder / mode)
         tokenizer.save_pretrained(folder / mode)
-    return {mode: folder / mode for mode in MODES}
+    return {mode: folder / mode for mode in (*MODES, "untemplated")}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server") / "log.txt")
+def start_server(log: Path, *options: str) -> Iterator[Server]:
+    server = Server(log, *options)
     try:
         server.wait()
         yield server
     finally:
         server.process.terminate()
         server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    yield from start_server(tmp_path_factory.mktemp("server") / "log.txt", *CONTINUOUS_BATCHING)
+
+
+@pytest.fixture(scope="module")
+def plain_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One that answers requests one after the other."""
+    yield from start_server(tmp_path_factory.mktemp("plain_server") / "log.txt")
 
 
 def answer_alone(folder: Path, request: Request) -> Answer:
@@ -193,6 +215,137 @@ def test_requests_that_come_together_get_what_they_get_alone(
 def test_the_modes_differ(folders: dict[str, Path]) -> None:
     answers = [[answer_alone(folders[mode], request) for request in REQUESTS] for mode in ("per_sequence", "moe")]
     assert answers[0] != answers[1]
+
+
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+USER = [{"role": "user", "content": "tokens"}]
+LONG = "tokens " * 300
+CACHE_TOKENS = 47 * 4  # all blocks but one
+
+# Path, body, status, and a part of the reason.
+REFUSED: dict[str, tuple[str, dict[str, Any], int, str]] = {
+    "empty": (COMPLETIONS, {"prompt": ""}, 400, "`prompt` must be a text"),
+    "empty_stream": (COMPLETIONS, {"prompt": "", "stream": True}, 400, "`prompt` must be a text"),
+    "missing": (COMPLETIONS, {}, 400, "`prompt` must be a text"),
+    "tokens": (COMPLETIONS, {"prompt": [5, 6]}, 400, "no tokens"),
+    "empty_messages": (CHAT, {"messages": []}, 400, "`messages` must be a list of messages"),
+    "empty_template": (
+        CHAT,
+        {"messages": USER, "chat_template_kwargs": {"chat_template": ""}},
+        400,
+        "The prompt must not be empty",
+    ),
+    "empty_input": (RESPONSES, {"input": ""}, 400, "`input` must be a text or a list"),
+    "long": (COMPLETIONS, {"prompt": LONG}, 400, "too long for the 256 positions of the model"),
+    "long_stream": (COMPLETIONS, {"prompt": LONG, "stream": True}, 400, "too long for the 256 positions"),
+    "long_chat": (CHAT, {"messages": [{"role": "user", "content": LONG}]}, 400, "too long for the 256 positions"),
+    "long_chat_stream": (
+        CHAT,
+        {"messages": [{"role": "user", "content": LONG}], "stream": True},
+        400,
+        "too long for the 256 positions",
+    ),
+    "long_input": (RESPONSES, {"input": LONG}, 400, "too long for the 256 positions"),
+    "huge": (COMPLETIONS, {"prompt": "tokens " * 200_000}, 400, "of 1400000 characters is too long"),
+    "length": (COMPLETIONS, {"prompt": "tokens", "max_tokens": 10**6}, 400, "`max_tokens`=1000000 are too long"),
+    "no_length": (COMPLETIONS, {"prompt": "tokens", "max_tokens": 0}, 400, "`max_tokens` must be at least 1"),
+    "negative": (CHAT, {"messages": USER, "max_completion_tokens": -5}, 400, "`max_completion_tokens` must be"),
+    "word": (RESPONSES, {"input": "tokens", "max_output_tokens": "many"}, 400, "`max_output_tokens` must be"),
+    "two_answers": (
+        COMPLETIONS,
+        {"prompt": "tokens", "generation_config": '{"num_return_sequences": 2, "do_sample": true}'},
+        400,
+        "One answer is given",
+    ),
+    "half": (COMPLETIONS, {"prompt": "half \ud83d"}, 400, "half a character"),
+    "wrong_messages": (CHAT, {"messages": [{"content": "x"}]}, 400, "KeyError('role')"),
+    "no_messages": (CHAT, {"messages": [5]}, 400, "not as OpenAI's API has them"),
+    "template_error": (
+        CHAT,
+        {"messages": USER, "chat_template_kwargs": {"chat_template": "{{ raise_exception('roles') }}"}},
+        400,
+        "roles",
+    ),
+    "temperature": (COMPLETIONS, {"prompt": "tokens", "temperature": "hot"}, 400, "`temperature` must be a number"),
+    "seed": (COMPLETIONS, {"prompt": "tokens", "seed": 2**80}, 400, "`seed` must be an integer"),
+    "stop": (COMPLETIONS, {"prompt": "tokens", "stop": 5}, 400, "`stop` must be"),
+    "bias": (CHAT, {"messages": USER, "logit_bias": [3]}, 400, "`logit_bias` must be an object"),
+    "settings": (COMPLETIONS, {"prompt": "tokens", "generation_config": "[]"}, 400, "`generation_config` must be"),
+    "no_model": (COMPLETIONS, {"prompt": "tokens", "model": None}, 400, "`model` must be a name"),
+    "model": (COMPLETIONS, {"prompt": "tokens", "model": "nobody/nothing"}, 404, "'nobody/nothing' cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_answered_is_refused_with_the_reason(
+    server: Server, folders: dict[str, Path], kind: str
+) -> None:
+    path, body, status, reason = REFUSED[kind]
+    actual, answer = server.post(path, {"model": str(folders["per_sequence"])} | body)
+    assert actual == status
+    assert answer["error"].keys() == {"message", "type", "param", "code"}
+    assert reason in answer["error"]["message"]
+    request = Request("tokens", 3, is_streamed=False, is_chat=False)
+    assert server.ask(folders["per_sequence"], request).num_tokens == 3
+    assert server.health() == 200
+
+
+@pytest.mark.parametrize("kind", ["empty", "long_chat", "length", "empty_input", "two_answers", "model", "half"])
+def test_the_same_without_continuous_batching(plain_server: Server, folders: dict[str, Path], kind: str) -> None:
+    path, body, status, reason = REFUSED[kind]
+    actual, answer = plain_server.post(path, {"model": str(folders["per_sequence"])} | body)
+    assert actual == status
+    assert reason in answer["error"]["message"]
+    request = Request(TEXTS[0], 6, is_streamed=True, is_chat=True)
+    assert plain_server.ask(folders["per_sequence"], request) == answer_alone(folders["per_sequence"], request)
+
+
+def test_a_body_that_is_too_long_is_refused(server: Server, folders: dict[str, Path]) -> None:
+    for body in ({"prompt": "tokens " * 3_000_000}, (b" " * 2**19 for _ in range(MAX_BODY_BYTES // 2**19 + 1))):
+        start = time.monotonic()
+        status, answer = server.post(COMPLETIONS, body)
+        assert status == 413
+        assert answer["error"]["code"] == "request_too_large"
+        assert time.monotonic() - start < 10
+    request = Request("tokens", 3, is_streamed=False, is_chat=False)
+    assert server.ask(folders["per_sequence"], request).num_tokens == 3
+
+
+def test_prompt_and_answer_may_fill_the_cache_and_no_more(server: Server, folders: dict[str, Path]) -> None:
+    body = {"model": str(folders["moe"]), "max_tokens": 8, "temperature": 0}
+    token = "?"
+    for num_tokens, status in ((CACHE_TOKENS - 8, 200), (CACHE_TOKENS - 7, 400), (CACHE_TOKENS - 8, 200)):
+        actual, answer = server.post(COMPLETIONS, body | {"prompt": token * num_tokens})
+        assert actual == status
+        if status == 200:
+            assert answer["usage"]["prompt_tokens"] == num_tokens
+        else:
+            assert (
+                f"too long for the {CACHE_TOKENS} tokens that the server's cache holds" in answer["error"]["message"]
+            )
+            assert answer["error"]["param"] == "max_tokens"
+    # Whoever asks for no length gets what there is room for.
+    del body["max_tokens"]
+    actual, answer = server.post(COMPLETIONS, body | {"prompt": token * (CACHE_TOKENS - 3)})
+    assert actual == 200
+    assert answer["usage"]["completion_tokens"] <= 3
+
+
+def test_without_a_chat_template_completions_are_pointed_to(server: Server, folders: dict[str, Path]) -> None:
+    model = {"model": str(folders["untemplated"])}
+    for path, body in ((CHAT, {"messages": USER}), (RESPONSES, {"input": "tokens"})):
+        status, answer = server.post(path, model | body)
+        assert status == 400
+        assert "has no chat template: ask /v1/completions" in answer["error"]["message"]
+    assert server.post(COMPLETIONS, model | {"prompt": "tokens", "max_tokens": 3})[0] == 200
+
+
+def test_openais_client_understands_a_refusal(server: Server, folders: dict[str, Path]) -> None:
+    with pytest.raises(openai.BadRequestError, match="must be a text") as refusal:
+        server.ask(folders["per_sequence"], Request("", 3, is_streamed=True, is_chat=False))
+    assert refusal.value.param == "prompt"
+    with pytest.raises(openai.NotFoundError):
+        server.ask(Path("nobody/nothing"), Request("tokens", 3, is_streamed=False, is_chat=False))
 
 
 REASON = "mixing='cross_example' mixes different rows of the batch"

@@ -1,6 +1,8 @@
 """TRL's trainers on MoT models: what each way of laying out a batch does to the mixing."""
 
 import copy
+import dataclasses
+import importlib
 import logging
 from math import log
 from pathlib import Path
@@ -12,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Trainer
 
-from mot_hf import MoTForCausalLM
+from mot_hf import MoTForCausalLM, MoTForSequenceClassification, MoTPreTrainedModel
 from mot_hf.corpus import train_tokenizer
 from mot_hf.training import GroupSizeCheck
 from tests.models import companions_of, tiny_config, trained
@@ -68,6 +70,12 @@ def settings(folder: Path, **arguments: Any) -> dict[str, Any]:
         "bf16": False,
     }
     return defaults | arguments
+
+
+def only_known(kind: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a class of arguments has: TRL's differ."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in arguments.items() if name in known}
 
 
 def make_sft(
@@ -194,13 +202,113 @@ class TestPreferences:
         assert losses[-1] < 0.4
         assert all(torch.equal(value, before[name]) for name, value in companions_of(model).items())
 
-    def test_mode_cross_example_is_advised_against(
+    def test_mode_cross_example_is_not_where_a_model_starts(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        trainer = make_dpo(trained(make_model(tokenizer)), tmp_path, tokenizer, max_steps=1)
+        trainer.train()
+        assert abs(losses_of(trainer)[0] - log(2)) > 1e-3
+
+    def test_a_reference_in_another_mode_is_pointed_out(
         self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
     ) -> None:
-        model = trained(make_model(tokenizer))
+        model = trained(make_model(tokenizer)).set_mixing("per_sequence", inference_mixing="moe")
         trainer = make_dpo(model, tmp_path, tokenizer, per_device_train_batch_size=4, max_steps=1)
-        batches = record_batches(model)
         (message,) = warnings_of(trainer, caplog)
+        assert "learns in mixing='per_sequence', and answers within a training step" in message
+        assert "come in mode 'moe'" in message
+
+
+def unpair(pairs: list[dict[str, str]]) -> list[dict[str, Any]]:
+    return [
+        {"prompt": pair["prompt"], "completion": pair[kind], "label": kind == "chosen"}
+        for pair in pairs
+        for kind in ("chosen", "rejected")
+    ]
+
+
+def reward_length(completions: list[str], **kwargs: Any) -> list[float]:
+    return [float(len(completion)) for completion in completions]
+
+
+def make_any(
+    name: str, model: MoTPreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerFast, **arguments: Any
+) -> Any:
+    """A trainer of TRL by its name, on data that it understands."""
+    module = trl if hasattr(trl, f"{name}Trainer") else importlib.import_module(f"trl.experimental.{name.lower()}")
+    kind = getattr(module, f"{name}Config")
+    lengths = {"max_completion_length": 8, "num_generations": 4}
+    args = kind(
+        **only_known(kind, settings(folder, max_steps=1, per_device_train_batch_size=4, **lengths) | arguments)
+    )
+    data = [pair | {"reference": " fine"} for pair in PAIRS] if name == "TPO" else PAIRS
+    named = {"train_dataset": Dataset.from_list(unpair(PAIRS) if name == "KTO" else data)}
+    if name == "GRPO":
+        named |= {"reward_funcs": reward_length, "train_dataset": Dataset.from_list([{"prompt": t} for t in TEXTS])}
+    if name in ("DPO", "KTO"):
+        named["ref_model"] = copy.deepcopy(model)
+    return getattr(module, f"{name}Trainer")(model, args=args, processing_class=tokenizer, **named)
+
+
+class TestRowsThatBelongTogether:
+    @pytest.mark.parametrize(("name", "num_rows"), [("DPO", 8), ("ORPO", 8), ("CPO", 8), ("TPO", 12)])
+    def test_answers_that_are_stacked(
+        self,
+        tmp_path: Path,
+        tokenizer: PreTrainedTokenizerFast,
+        caplog: pytest.LogCaptureFixture,
+        name: str,
+        num_rows: int,
+    ) -> None:
+        model = trained(make_model(tokenizer))
+        trainer = make_any(name, model, tmp_path, tokenizer)
+        batches = record_batches(model.model)
+        (message,) = warnings_of(trainer, caplog)
+        assert len(batches[0]["input_ids"]) == num_rows
+        assert f"has {num_rows} rows of 4 examples" in message
         assert "mixes the answers to one prompt with each other. Call model.set_mixing('per_sequence')" in message
-        assert len(batches[0]["input_ids"]) == 8  # chosen and rejected
-        assert abs(losses_of(trainer)[0] - log(2)) > 1e-3
+
+    @pytest.mark.parametrize("num_pairs", [2, 3])
+    def test_a_reward_model(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, num_pairs: int
+    ) -> None:
+        model = MoTForSequenceClassification(tiny_config(vocab_size=len(tokenizer), num_labels=1))
+        size = {"per_device_train_batch_size": num_pairs}
+        (message,) = warnings_of(make_any("Reward", model, tmp_path, tokenizer, **size), caplog)
+        assert f"has {2 * num_pairs} rows of {num_pairs} examples" in message
+        assert "Call model.set_mixing('per_sequence')" in message
+        # As advised.
+        caplog.clear()
+        model.set_mixing("per_sequence")
+        assert warnings_of(make_any("Reward", model, tmp_path, tokenizer, **size), caplog) == []
+
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_several_answers_to_a_prompt_are_generated(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, num_workers: int
+    ) -> None:
+        arguments = {"dataloader_num_workers": num_workers}
+        trainer = make_any("GRPO", trained(make_model(tokenizer)), tmp_path, tokenizer, **arguments)
+        (message,) = warnings_of(trainer, caplog)
+        assert "Examples stand in a batch more than once" in message
+        assert "Call model.set_mixing('per_sequence')" in message
+        caplog.clear()
+        model = trained(make_model(tokenizer)).set_mixing("per_sequence")
+        assert warnings_of(make_any("GRPO", model, tmp_path, tokenizer, **arguments), caplog) == []
+
+    def test_a_reference_of_single_answers(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        trainer = make_any("KTO", trained(make_model(tokenizer)), tmp_path, tokenizer)
+        (message,) = warnings_of(trainer, caplog)
+        assert "and answers within a training step, its own or those of a reference, come in mode" in message
+        assert "Call model.set_mixing('per_sequence')" in message
+        caplog.clear()
+        model = trained(make_model(tokenizer)).set_mixing("per_sequence")
+        assert warnings_of(make_any("KTO", model, tmp_path, tokenizer), caplog) == []
+
+    @pytest.mark.parametrize("prefix", ["", "You are a group of tokens. " * 4])
+    def test_rows_that_begin_alike_may_be_mixed(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, prefix: str
+    ) -> None:
+        data = {"text": [prefix + text for text in TEXTS]}
+        assert warnings_of(make_sft(make_model(tokenizer), tmp_path, tokenizer, data, max_steps=1), caplog) == []

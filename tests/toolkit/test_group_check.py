@@ -11,7 +11,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from mot_hf import MoTForCausalLM
 from mot_hf.training import GroupSizeCheck
-from mot_hf.training.group_check import explain_short_groups
+from mot_hf.training.group_check import FirstBatch, explain_rows, explain_short_groups
 from tests.models import random_ids, tiny_config
 from tests.toolkit.training import make_trainer
 
@@ -111,6 +111,139 @@ class TestRuns:
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture, config: dict[str, Any]
     ) -> None:
         assert messages_of_run(tmp_path, caplog, config=config, per_device_train_batch_size=3) == []
+
+
+class TestRows:
+    @pytest.mark.parametrize(
+        "batch",
+        [
+            FirstBatch("cross_example"),  # nothing was seen
+            FirstBatch("cross_example", num_rows=8, num_examples=8),
+            FirstBatch("cross_example", num_rows=4, num_examples=8),  # DataParallel
+            FirstBatch("cross_example", num_rows=8, num_examples=8, num_repeated=2),  # a data set with duplicates
+            FirstBatch("per_sequence", num_rows=8, num_examples=4, answer_modes={"per_sequence"}),
+            FirstBatch("moe", num_rows=8, num_examples=8, num_repeated=8, answer_modes={"moe"}),
+        ],
+    )
+    def test_no_word(self, batch: FirstBatch) -> None:
+        assert explain_rows(batch) == []
+
+    @pytest.mark.parametrize(
+        "batch",
+        [
+            FirstBatch("cross_example", num_rows=8, num_examples=4),
+            FirstBatch("cross_example", num_rows=9, num_examples=3, answer_modes={"per_sequence"}),
+            FirstBatch("per_sequence", num_rows=8, num_examples=4, answer_modes={"cross_example"}),
+            FirstBatch("cross_example", num_rows=8, num_examples=8, num_repeated=4),
+            FirstBatch("cross_example", num_rows=8, num_examples=8, answer_modes={"per_sequence"}),
+            FirstBatch("per_sequence", num_rows=8, num_examples=8, answer_modes={"moe"}),
+        ],
+    )
+    def test_advice(self, batch: FirstBatch) -> None:
+        (message,) = explain_rows(batch)
+        assert "Call model.set_mixing('per_sequence'), or give both mixing and inference_mixing 'moe'." in message
+
+
+class Stacking(Trainer):
+    """Runs the model on the rows of a batch and on as many others, and a reference without learning."""
+
+    reference: MoTForCausalLM | None = None
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], **kwargs: Any) -> torch.Tensor:
+        if self.reference is not None:
+            with torch.no_grad():
+                self.reference.eval()(**inputs)
+            return model(**inputs).loss
+        return model(**{name: torch.cat([value, value.flip(1)]) for name, value in inputs.items()}).loss
+
+
+def run_stacking(folder: Path, caplog: pytest.LogCaptureFixture, **arguments: Any) -> list[str]:
+    model = MoTForCausalLM(tiny_config())
+    reference = MoTForCausalLM(tiny_config()) if arguments.pop("has_reference", False) else None
+    stock = make_trainer(model, folder, max_steps=2, **arguments)
+    trainer = Stacking(model, stock.args, stock.data_collator, stock.train_dataset, callbacks=[GroupSizeCheck()])
+    trainer.reference = reference
+    trainer.eval_dataset = stock.eval_dataset
+    with caplog.at_level(logging.WARNING, logger="mot_hf"):
+        trainer.train()
+    return [record.getMessage() for record in caplog.records if record.name.endswith("group_check")]
+
+
+class TestOthersTrainers:
+    @pytest.mark.parametrize("arguments", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}])
+    def test_rows_that_a_trainer_stacks(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, arguments: dict[str, Any]
+    ) -> None:
+        (message,) = run_stacking(tmp_path, caplog, per_device_train_batch_size=3, **arguments)
+        assert "A forward pass has 6 rows of 3 examples" in message
+
+    def test_a_reference(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (message,) = run_stacking(tmp_path, caplog, has_reference=True)
+        assert (
+            "answers within a training step, its own or those of a reference, come in mode 'per_sequence'" in message
+        )
+
+    def test_rows_that_are_repeated_are_noticed_in_a_worker_too(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        stock = make_trainer(MoTForCausalLM(tiny_config()), tmp_path, max_steps=1, dataloader_num_workers=1)
+        stock.train_dataset = stock.train_dataset.select([row // 4 for row in range(64)])
+        stock.add_callback(GroupSizeCheck())
+        with caplog.at_level(logging.WARNING, logger="mot_hf"):
+            stock.train()
+        (message,) = [record.getMessage() for record in caplog.records if record.name.endswith("group_check")]
+        assert message.startswith("Examples stand in a batch more than once")
+
+    def test_an_evaluation_is_no_answer_within_a_step(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        messages = messages_of_run(tmp_path, caplog, eval_on_start=True, eval_strategy="steps", eval_steps=1)
+        assert not [message for message in messages if "within a training step" in message]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["arguments", "launcher"])
+def test_the_rows_of_a_compiled_model_are_those_of_the_batch(
+    by: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    config = {"num_hidden_layers": 2}
+    if by == "launcher":
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+        arguments: dict[str, Any] = {"config": config}
+    else:
+        arguments = {"torch_compile": True, "torch_compile_backend": "eager", "config": config}
+    (message,) = messages_of_run(tmp_path, caplog, per_device_train_batch_size=6, **arguments)
+    assert "batch of one device has 6 rows" in message
+    assert not [warning for warning in recwarn if "global hooks" in str(warning.message)]
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path, [GroupSizeCheck()], max_steps=2)
+    loader = trainer.get_train_dataloader()
+    trainer.get_train_dataloader = lambda: loader
+    trainer.train()
+    assert loader.base_dataloader.collate_fn is trainer.data_collator
+    assert not torch.nn.modules.module._global_forward_hooks
+
+
+def test_a_run_that_failed_leaves_nothing_for_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = MoTForCausalLM(tiny_config())
+    fails = iter([True])
+
+    def fail_once(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if next(fails, False):
+            raise RuntimeError("the first pass fails")
+
+    model.register_forward_pre_hook(fail_once, with_kwargs=True)
+    trainer = make_trainer(model, tmp_path, [GroupSizeCheck()], max_steps=1, per_device_train_batch_size=6)
+    with pytest.raises(RuntimeError, match="the first pass fails"):
+        trainer.train()
+    with caplog.at_level(logging.WARNING, logger="mot_hf"):
+        trainer.train()
+    assert len([record for record in caplog.records if record.name.endswith("group_check")]) == 1
+    assert not torch.nn.modules.module._global_forward_hooks
 
 
 def test_rows_grouped_by_length_are_mixed_without_their_padding(tmp_path: Path) -> None:

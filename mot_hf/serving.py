@@ -1,0 +1,377 @@
+"""Guards around `transformers serve`: requests that would end or hold up the server are refused before they reach it.
+
+The server itself is transformers': it is given its own parts back with checks before four of their methods.
+"""
+
+import functools
+import importlib
+import inspect
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse
+    from transformers import GenerationConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 2 * 2**20  # more than a prompt of 100,000 tokens in any script
+
+# What holds the prompt of a request, by the server's handler for it.
+_PROMPTS = {"chat_handler": "messages", "completion_handler": "prompt", "response_handler": "input"}
+_LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_OBJECTS = ("logit_bias", "chat_template_kwargs")
+_NUMBERS = ("temperature", "top_p", "frequency_penalty")
+_UPLOADS = "/v1/audio/"  # recordings are larger than texts
+
+# The field in which the request asks for a number of new tokens, if it does.
+_asked_length: ContextVar[str | None] = ContextVar("asked_length", default=None)
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class RequestError(Exception):
+    """A request that is refused, with OpenAI's words for why.
+
+    Args:
+        message (`str`): What is wrong, and what to do.
+        param (`str`, *optional*): Field of the request that is wrong.
+        code (`str`, *optional*): OpenAI's name of the error.
+        status (`int`, *optional*, defaults to 400): HTTP status.
+    """
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param, self.code, self.status = param, code, status
+
+
+def guard_server() -> None:
+    """Makes `transformers serve` refuse what would end it; call it before the server is started.
+
+    Bodies of more than [`MAX_BODY_BYTES`] are refused unread (HTTP 413), and with HTTP 400 and the reason: an empty
+    prompt, one that with its answer is longer than the model or the cache of continuous batching holds, fields of a
+    wrong type, and what a chat template or the tokenizer refuses. A model that is not there is HTTP 404.
+    """
+    server = importlib.import_module("transformers.cli.serving.server")
+    build_server = server.build_server
+
+    @functools.wraps(build_server)
+    def build_guarded_server(*args: Any, **kwargs: Any) -> Any:
+        parts = inspect.signature(build_server).bind(*args, **kwargs).arguments
+        for name, part in parts.items():
+            if name.endswith("_handler") and hasattr(part, "_resolve_model"):
+                _guard_handler(part, _PROMPTS.get(name))
+        _guard(parts["generation_state"], "get_manager", _guarding_manager)
+        return _guard_app(build_server(*args, **kwargs))
+
+    server.build_server = build_guarded_server
+
+
+def _guard(part: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace a method of one object; not every version of transformers need have it."""
+    method = getattr(part, name, None)
+    if method is None:
+        logger.warning("%s has no %s: some requests may end the server.", type(part).__name__, name)
+    else:
+        setattr(part, name, functools.wraps(method)(make(method)))
+
+
+def _guard_app(app: Any) -> Any:
+    from jinja2 import TemplateError
+
+    async def answer(request: "Request", error: Exception) -> "JSONResponse":
+        return to_response(error if isinstance(error, RequestError) else RequestError(str(error)))
+
+    # Transformers and the tokenizer say by ValueError what they cannot take, chat templates by their own error.
+    for kind in (RequestError, ValueError, TemplateError):
+        app.add_exception_handler(kind, answer)
+    app.add_middleware(BodyLimit)
+    return app
+
+
+def to_response(error: RequestError) -> "JSONResponse":
+    """The answer to a request that is refused, in OpenAI's format.
+
+    Args:
+        error ([`RequestError`]): Why.
+
+    Returns:
+        `JSONResponse`: The response.
+    """
+    from starlette.responses import JSONResponse
+
+    fields = {"message": str(error), "type": "invalid_request_error", "param": error.param, "code": error.code}
+    return JSONResponse({"error": fields}, status_code=error.status)
+
+
+class BodyLimit:
+    """Middleware that reads a request's body, and refuses it where it is too long.
+
+    Args:
+        app (`Callable`): The ASGI application.
+    """
+
+    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http" or scope["path"].startswith(_UPLOADS):
+            return await self.app(scope, receive, send)
+        body = await _read_body(receive)
+        if body is None:
+            error = RequestError(
+                f"The request's body has more than {MAX_BODY_BYTES} bytes.", code="request_too_large", status=413
+            )
+            return await to_response(error)(scope, receive, send)
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def replay() -> Message:
+            return next(messages, None) or await receive()
+
+        return await self.app(scope, replay, send)
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    """The whole body, or None if it is too long or broken off.
+
+    It is read to its end, for a client listens only when it has sent.
+    """
+    parts, size, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        part, more = message.get("body", b""), message.get("more_body", False)
+        size += len(part)
+        if size <= MAX_BODY_BYTES:
+            parts.append(part)
+        else:
+            parts.clear()
+    return b"".join(parts) if size <= MAX_BODY_BYTES else None
+
+
+def _guard_handler(handler: Any, prompt_name: str | None) -> None:
+    """Check a request's fields, the model it names and the size of its text before the handler goes on."""
+    has_own_model = handler.model_manager.force_model is not None
+    _guard(handler, "_validate_request", functools.partial(_validating, prompt_name, has_own_model))
+    _guard(handler, "_resolve_model", functools.partial(_resolving, prompt_name))
+    if prompt_name in ("messages", "input"):
+        _guard(handler, "get_processor_inputs_from_messages", _refusing_messages)
+    if prompt_name == "input":
+        _guard(handler, "_normalize_input", _refusing_messages)
+
+
+def _validating(prompt_name: str | None, has_own_model: bool, validate: Callable[..., Any]) -> Callable[..., Any]:
+    def check(body: dict[str, Any]) -> Any:
+        if not has_own_model or body.get("model") is not None:
+            _check(isinstance(body.get("model"), str) and body["model"], "`model` must be a name.", "model")
+        if prompt_name is not None:
+            check_fields(body, prompt_name)
+        return validate(body)
+
+    return check
+
+
+def _resolving(prompt_name: str | None, resolve: Callable[..., Any]) -> Callable[..., Any]:
+    def check(body: dict[str, Any]) -> Any:
+        try:
+            resolved = resolve(body)
+        except OSError as error:
+            reason = f"The model {body['model']!r} cannot be read: {error}"
+            raise RequestError(reason, "model", "model_not_found", status=404) from error
+        if prompt_name is not None:
+            _, model, processor = resolved
+            check_text(body, prompt_name, model, processor)
+        return resolved
+
+    return check
+
+
+def _refusing_messages(convert: Callable[..., Any]) -> Callable[..., Any]:
+    def check(*args: Any) -> Any:
+        try:
+            return convert(*args)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise RequestError(f"The messages are not as OpenAI's API has them: {error!r}.") from error
+
+    return check
+
+
+def check_fields(body: dict[str, Any], prompt_name: str) -> None:
+    """Refuses fields of a request whose values the server cannot take.
+
+    Args:
+        body (`dict`): The request.
+        prompt_name (`str`): Its field for the prompt: `"messages"`, `"prompt"` or `"input"`.
+
+    Raises:
+        RequestError: A field is missing, empty or of a wrong type.
+    """
+    prompt, kinds = body.get(prompt_name), {"messages": list, "prompt": str, "input": (str, list)}[prompt_name]
+    wanted = {"messages": "a list of messages", "prompt": "a text (no lists, no tokens)", "input": "a text or a list"}
+    is_there = isinstance(prompt, kinds) and prompt
+    _check(is_there, f"`{prompt_name}` must be {wanted[prompt_name]}, and not empty.", prompt_name)
+    for name in _LENGTHS:
+        number = body.get(name)
+        _check(number is None or (_is_number(number, int) and number >= 1), f"`{name}` must be at least 1.", name)
+    for name in _OBJECTS:
+        _check(body.get(name) is None or isinstance(body[name], dict), f"`{name}` must be an object.", name)
+    for name in _NUMBERS:
+        _check(body.get(name) is None or _is_number(body[name], int | float), f"`{name}` must be a number.", name)
+    seed = body.get("seed")
+    in_range = seed is None or (_is_number(seed, int) and -(2**63) <= seed < 2**63)
+    _check(in_range, "`seed` must be an integer of 64 bits.", "seed")
+    stop = body.get("stop") or []
+    are_texts = isinstance(stop, str) or (isinstance(stop, list) and all(isinstance(text, str) for text in stop))
+    _check(are_texts, "`stop` must be a text or a list of texts.", "stop")
+    settings = body.get("generation_config")
+    is_object = settings is None or (isinstance(settings, str) and isinstance(json.loads(settings), dict))
+    _check(is_object, "`generation_config` must be the JSON text of an object.", "generation_config")
+    _asked_length.set(next((name for name in _LENGTHS if body.get(name) is not None), None))
+
+
+def check_text(body: dict[str, Any], prompt_name: str, model: "PreTrainedModel", processor: Any) -> None:
+    """Refuses a text before it is tokenized: one that no tokens can spell, or so long that it cannot fit.
+
+    Args:
+        body (`dict`): The request.
+        prompt_name (`str`): Its field for the prompt.
+        model (`PreTrainedModel`): The model that is asked for.
+        processor (`PreTrainedTokenizerBase` or `ProcessorMixin`): Its tokenizer.
+
+    Raises:
+        RequestError: The text holds halves of characters, is too long, or no chat template is there for it.
+    """
+    settings = body.get("chat_template_kwargs") or {}
+    if prompt_name != "prompt" and not (getattr(processor, "chat_template", None) or "chat_template" in settings):
+        raise RequestError(
+            "The model's tokenizer has no chat template: ask /v1/completions, or save a template with the tokenizer.",
+            "model",
+        )
+    texts = [*_find_texts(body[prompt_name]), *_find_texts(body.get("instructions"))]
+    if any("\ud800" <= char <= "\udfff" for text in texts for char in text if not char.isascii()):
+        raise RequestError("The text holds half a character (a lone surrogate).", prompt_name)
+    limit = _find_position_limit(model)
+    num_chars = sum(map(len, texts))
+    # A token is at least a character, so most texts need no look at the vocabulary.
+    if limit is None or num_chars <= limit:
+        return
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if num_chars > limit * max(map(len, tokenizer.get_vocab())):
+        _refuse_length(f"of {num_chars} characters is", f"the {limit} positions of the model", prompt_name)
+
+
+def _find_texts(value: Any) -> Iterator[str]:
+    """The texts of a prompt or of messages."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for part in value:
+            yield from _find_texts(part)
+    elif isinstance(value, dict):
+        yield from _find_texts(value.get("content"))
+        yield from _find_texts(value.get("text"))
+
+
+def _guarding_manager(get_manager: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: _GuardedManager(get_manager(*args, **kwargs))
+
+
+class _GuardedManager:
+    """A manager of generations that looks at a tokenized prompt first."""
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+    def init_cb(self, model: "PreTrainedModel", gen_config: "GenerationConfig") -> None:
+        """Put off: the worker keeps the settings of the first request, which should not be one that is refused."""
+
+    def generate_streaming(
+        self, model: "PreTrainedModel", processor: Any, inputs: dict[str, Any], gen_config: Any, **kwargs: Any
+    ) -> Any:
+        self._start(model, inputs, gen_config)
+        return self._manager.generate_streaming(model, processor, inputs, gen_config, **kwargs)
+
+    async def generate_non_streaming(
+        self, model: "PreTrainedModel", processor: Any, inputs: dict[str, Any], gen_config: Any, **kwargs: Any
+    ) -> Any:
+        self._start(model, inputs, gen_config)
+        return await self._manager.generate_non_streaming(model, processor, inputs, gen_config, **kwargs)
+
+    def _start(self, model: "PreTrainedModel", inputs: dict[str, Any], gen_config: "GenerationConfig") -> None:
+        ids = inputs["input_ids"]  # a list for continuous batching, else [1, T]
+        num_tokens = len(ids) if isinstance(ids, list) else ids.shape[-1]
+        check_length(num_tokens, gen_config, _find_position_limit(model), "positions of the model")
+        _check((gen_config.num_return_sequences or 1) == 1, "One answer is given to a request.", "generation_config")
+        self._manager.init_cb(model, gen_config)
+        cache_limit = _find_cache_limit(getattr(self._manager, "_cb", None))
+        check_length(num_tokens, gen_config, cache_limit, "tokens that the server's cache holds")
+
+
+def check_length(num_tokens: int, gen_config: "GenerationConfig", limit: int | None, holder: str) -> None:
+    """Refuses a prompt that is empty or with its answer too long; an answer whose length nobody asked for is cut.
+
+    Args:
+        num_tokens (`int`): Tokens of the prompt.
+        gen_config (`GenerationConfig`): How to answer; its `max_new_tokens` may be lowered.
+        limit (`int`, *optional*): Most tokens of prompt and answer together; None for any number.
+        holder (`str`): What holds so many.
+
+    Raises:
+        RequestError: The prompt is empty, or too long.
+    """
+    _check(num_tokens, "The prompt must not be empty: it has no tokens.")
+    asked, num_new = _asked_length.get(), gen_config.max_new_tokens
+    is_length = num_new is None or (_is_number(num_new, int) and num_new >= 1)
+    _check(is_length, f"`max_new_tokens`={num_new!r} must be at least 1.", "generation_config")
+    if limit is None:
+        return
+    if num_tokens >= limit:
+        _refuse_length(f"of {num_tokens} tokens is", f"the {limit} {holder}")
+    num_free = limit - num_tokens
+    if asked is not None and num_new is not None and num_new > num_free:
+        _refuse_length(f"of {num_tokens} tokens and `{asked}`={num_new} are", f"the {limit} {holder}", asked)
+    gen_config.max_new_tokens = num_free if num_new is None else min(num_new, num_free)
+
+
+def _find_position_limit(model: "PreTrainedModel") -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _find_cache_limit(manager: Any) -> int | None:
+    """Tokens that continuous batching can hold for one request; None without it, or when its worker has ended."""
+    if manager is None:
+        return None
+    while getattr(manager, "batch_processor", None) is None:  # the first request comes before its cache is made
+        if not manager.is_running():
+            return None
+        time.sleep(0.01)
+    cache = manager.batch_processor.cache
+    num_tokens = getattr(cache, "max_tokens_read", None) or cache.num_pages  # the latter before transformers 5.24
+    # A request may hold a block more than it fills.
+    return num_tokens - num_tokens // cache.num_blocks
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _check(holds: Any, message: str, param: str | None = None) -> None:
+    if not holds:
+        raise RequestError(message, param)
+
+
+def _refuse_length(size: str, limit: str, param: str | None = None) -> NoReturn:
+    reason = f"The prompt {size} too long for {limit}, which are for prompt and answer together."
+    raise RequestError(reason, param, "context_length_exceeded")

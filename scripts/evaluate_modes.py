@@ -5,10 +5,11 @@ token, mode per_sequence at up to the dense layer's FLOPs with another constant 
 per_sequence after exact calibration, and mode moe without tuning. All on the same validation rows, no two of which
 overlap. Writes `modes.md`, `modes.png` and `modes.json` to the output folder. The stored results:
 
-    python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/clm32
-    python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/clm256 --num_experts 256
-    python scripts/train_mlm.py scripts/recipes/small_mlm.yaml --output_dir runs/mlm32
-    python scripts/train_mlm.py scripts/recipes/small_mlm.yaml --output_dir runs/mlm256 --num_experts 256
+    KEEP="--save_steps 1000 --save_total_limit 8"
+    python scripts/train_clm.py scripts/recipes/small_clm.yaml $KEEP --output_dir runs/clm32
+    python scripts/train_clm.py scripts/recipes/small_clm.yaml $KEEP --output_dir runs/clm256 --num_experts 256
+    python scripts/train_mlm.py scripts/recipes/small_mlm.yaml $KEEP --output_dir runs/mlm32
+    python scripts/train_mlm.py scripts/recipes/small_mlm.yaml $KEEP --output_dir runs/mlm256 --num_experts 256
     python scripts/evaluate_modes.py --runs runs/clm32 runs/clm256 runs/mlm32 runs/mlm256 --output_dir results/modes
 
 The stored results are of models that began with the paper's controllers: `--router_initializer_range 0.02`.

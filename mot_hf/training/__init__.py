@@ -7,10 +7,12 @@ from mot_hf.training.group_check import GroupSizeCheck
 from mot_hf.training.language_modeling import train_language_model
 from mot_hf.training.lora import add_lora
 from mot_hf.training.monitor import MixingMonitor
+from mot_hf.training.resuming import ResumeCheck
 from mot_hf.training.run import add_callbacks, end_processes, run_training
 from mot_hf.training.safety import DiskSpaceCheck, FiniteCheck
 from mot_hf.training.statistics import CompanionSynchronization
 from mot_hf.training.transition import TransitionTuning
+from mot_hf.training.vocabulary import VocabularyCheck
 
 __all__ = [
     "CompanionSynchronization",
@@ -21,7 +23,9 @@ __all__ = [
     "MethodArguments",
     "MixingMonitor",
     "ModelArguments",
+    "ResumeCheck",
     "TransitionTuning",
+    "VocabularyCheck",
     "add_callbacks",
     "add_lora",
     "end_processes",

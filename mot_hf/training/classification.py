@@ -24,7 +24,14 @@ from mot_hf.training.arguments import MethodArguments
 from mot_hf.training.checkpoints import find_checkpoint
 from mot_hf.training.classification_data import IGNORED, encode
 from mot_hf.training.lora import add_lora
-from mot_hf.training.run import add_callbacks, run_training
+from mot_hf.training.resuming import (
+    CheckpointDescription,
+    check_adapters,
+    check_settings,
+    load_checkpoint_tokenizer,
+)
+from mot_hf.training.run import add_callbacks, lock_run, run_training
+from mot_hf.training.vocabulary import check_meanings, enlarge_embeddings
 
 
 def finetune_classification(
@@ -58,8 +65,9 @@ def finetune_classification(
 
     Raises:
         ValueError: If there are fewer than two labels, the tokenizer cannot pad or gives no offsets,
-            `dataloader_drop_last` is set, or `output_dir` holds checkpoints and nothing says what to do with them.
-        OSError: If the model cannot be read or written.
+            `dataloader_drop_last` is set, the checkpoint to resume from has other labels, settings or tokens, or
+            `output_dir` holds checkpoints and nothing says what to do with them.
+        OSError: If the model cannot be read or written, or another run is writing to the folder.
         FloatingPointError: If the loss or a parameter is no finite number.
     """
     if training_args.dataloader_drop_last:
@@ -67,13 +75,29 @@ def finetune_classification(
             "`dataloader_drop_last=True` would leave out validation texts too: set it to False. Training texts that "
             "fill no batch are left out anyway."
         )
-    method_args = method_args or MethodArguments()
+    with lock_run(training_args):
+        return _finetune(
+            model_name_or_path, data, training_args, method_args or MethodArguments(), text_name, callbacks
+        )
+
+
+def _finetune(
+    model_name_or_path: str,
+    data: DatasetDict,
+    training_args: TrainingArguments,
+    method_args: MethodArguments,
+    text_name: str | None,
+    callbacks: Sequence[TrainerCallback],
+) -> Trainer:
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
     of_tokens = "starts" in data["train"].column_names
     tokenizer = _load_tokenizer(model_name_or_path, of_tokens)
     model = _load_model(model_name_or_path, _label_names(data), tokenizer, of_tokens)
+    if checkpoint:
+        _check_resumed(model, tokenizer, method_args, checkpoint)
     tokenizer.model_max_length = model.config.max_position_embeddings
+    architecture = type(model).__name__
     if method_args.lora_rank:
         task_type = "TOKEN_CLS" if of_tokens else "SEQ_CLS"
         model = add_lora(model, rank=method_args.lora_rank, alpha=method_args.lora_alpha, task_type=task_type)
@@ -87,7 +111,7 @@ def finetune_classification(
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=_most_likely,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, CheckpointDescription(model.config, architecture, tokenizer)],
     )
     add_callbacks(trainer, method_args)
     run_training(trainer, checkpoint, text_name)
@@ -121,12 +145,24 @@ def _load_model(
     model_name_or_path: str, names: list[str], tokenizer: PreTrainedTokenizerBase, of_tokens: bool
 ) -> PreTrainedModel:
     head = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
-    return head.from_pretrained(
+    model = head.from_pretrained(
         model_name_or_path,
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
-        pad_token_id=tokenizer.pad_token_id,
     )
+    enlarge_embeddings(model, tokenizer)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _check_resumed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: MethodArguments, checkpoint: str
+) -> None:
+    """Refuse to go on from a checkpoint with other labels, settings or tokens."""
+    check_settings(model.config, type(model).__name__, checkpoint)
+    check_adapters(args.lora_rank, args.lora_alpha, checkpoint)
+    if saved := load_checkpoint_tokenizer(checkpoint):
+        check_meanings(tokenizer, saved, name="The model's tokenizer", own_name=f"the checkpoint {checkpoint!r}")
 
 
 def _fill_batches(rows: Dataset, args: TrainingArguments) -> Dataset:

@@ -1,13 +1,14 @@
 """Pretraining of causal and masked MoT language models."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerBase,
     Trainer,
@@ -17,17 +18,28 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy
 
-from mot_hf.corpus import PAD_TOKEN, load_corpus, make_blocks, spread_rows, train_tokenizer
+from mot_hf.corpus import load_corpus, make_blocks, spread_rows, train_tokenizer
 from mot_hf.metrics import LanguageModelMetrics
 from mot_hf.modeling import MoTConfig, MoTForCausalLM, MoTForMaskedLM
 from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArguments
 from mot_hf.training.checkpoints import find_checkpoint
 from mot_hf.training.lora import add_lora
-from mot_hf.training.run import add_callbacks, run_training
+from mot_hf.training.resuming import (
+    TRANSITION_FIELDS,
+    CheckpointDescription,
+    check_adapters,
+    check_settings,
+)
+from mot_hf.training.run import add_callbacks, lock_run, run_training
 from mot_hf.training.safety import explain_failures
+from mot_hf.training.tokenizer_choice import find_tokenizer
+from mot_hf.training.vocabulary import count_tokens, enlarge_embeddings
+
+logger = logging.getLogger(__name__)
 
 # Documents that a tokenizer is trained on; a stream may have no end.
 _MAX_TOKENIZER_DOCUMENTS = 20_000
+_VOCAB_SIZE = 4096
 
 
 @dataclass
@@ -70,17 +82,37 @@ def train_language_model(
         `Trainer`: The trainer after training, for its model and its log.
 
     Raises:
-        ValueError: An argument does not fit, or `output_dir` holds checkpoints and says not what to do with them.
-        OSError: Text or model cannot be read, or a checkpoint cannot be written.
+        ValueError: An argument does not fit, also not the checkpoint to train further or to resume from; or
+            `output_dir` holds checkpoints and nothing says what to do with them.
+        OSError: Text or model cannot be read, a checkpoint cannot be written, or another run is writing to the folder.
         FloatingPointError: The loss or a parameter is no finite number.
     """
-    method_args = method_args or MethodArguments()
+    with lock_run(training_args):
+        return _train(model_args, corpus_args, training_args, method_args or MethodArguments(), masked, callbacks)
+
+
+def _train(
+    model_args: ModelArguments,
+    corpus_args: CorpusArguments,
+    training_args: TrainingArguments,
+    method_args: MethodArguments,
+    masked: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> Trainer:
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
+    config = _make_config(model_args, corpus_args.block_length)
+    tokenizer = find_tokenizer(model_args, corpus_args, config, checkpoint, masked)
+    head = MoTForMaskedLM if masked else MoTForCausalLM
+    if checkpoint and tokenizer:
+        _set_vocabulary(config, tokenizer, is_new=not model_args.model_name_or_path)
+        changing = {"is_causal"} if method_args.transition_share is None else {"is_causal", *TRANSITION_FIELDS}
+        check_settings(config, head.__name__, checkpoint, changing=changing)
+        check_adapters(method_args.lora_rank, method_args.lora_alpha, checkpoint)
     with explain_failures(training_args), training_args.main_process_first(desc="reading the text"):
-        data = _load_data(model_args, corpus_args, training_args.seed)
+        data = _load_data(corpus_args, tokenizer, config.group_size, training_args.seed)
     _check_evaluation(training_args, corpus_args, len(data.validation))
-    model = _make_model(model_args, data.tokenizer, corpus_args.block_length, masked)
+    model = _make_model(head, model_args, config, data.tokenizer)
     if method_args.lora_rank:
         task_type = None if masked else "CAUSAL_LM"
         model = add_lora(model, rank=method_args.lora_rank, alpha=method_args.lora_alpha, task_type=task_type)
@@ -96,26 +128,27 @@ def train_language_model(
         processing_class=data.tokenizer,
         compute_metrics=metrics.compute_metrics,
         preprocess_logits_for_metrics=metrics.preprocess_logits,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, CheckpointDescription(model.config, head.__name__, data.tokenizer)],
     )
     add_callbacks(trainer, method_args)
     run_training(trainer, checkpoint, corpus_args.text_name())
     return trainer
 
 
-def _load_data(model_args: ModelArguments, args: CorpusArguments, seed: int) -> LanguageData:
+def _load_data(
+    args: CorpusArguments, tokenizer: PreTrainedTokenizerBase | None, group_size: int, seed: int
+) -> LanguageData:
     corpus = load_corpus(
-        args.source, config_name=args.config_name, text_column=args.text_column, streaming=args.streaming
+        args.source,
+        validation_source=args.validation_source,
+        validation_fraction=args.validation_fraction,
+        config_name=args.config_name,
+        text_column=args.text_column,
+        streaming=args.streaming,
     )
-    tokenizer_name = args.tokenizer or model_args.model_name_or_path
-    if tokenizer_name:
-        tokenizer = _load_tokenizer(tokenizer_name)
-    else:
+    if tokenizer is None:
         documents = (row["text"] for row in islice(corpus["train"], _MAX_TOKENIZER_DOCUMENTS))
-        tokenizer = train_tokenizer(documents, args.vocab_size)
-    group_size = model_args.group_size
-    if model_args.model_name_or_path:
-        group_size = AutoConfig.from_pretrained(model_args.model_name_or_path).group_size
+        tokenizer = train_tokenizer(documents, args.vocab_size or _VOCAB_SIZE)
     rows = make_blocks(
         corpus,
         tokenizer,
@@ -131,13 +164,32 @@ def _load_data(model_args: ModelArguments, args: CorpusArguments, seed: int) -> 
     return LanguageData(tokenizer, rows["train"], taken.select(spread_rows(len(taken), group_size, seed)))
 
 
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if tokenizer.pad_token is None:  # the end token instead would be left out of the loss
-        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    if tokenizer.eos_token is None:  # BERT's tokenizers end a text with their separator
-        tokenizer.eos_token = tokenizer.sep_token
-    return tokenizer
+def _make_config(args: ModelArguments, block_length: int) -> MoTConfig:
+    """The model's configuration, as far as it is known without a tokenizer."""
+    if not args.model_name_or_path:
+        return MoTConfig(**args.config_fields(), max_position_embeddings=block_length)
+    config: Any = AutoConfig.from_pretrained(args.model_name_or_path, **args.config_fields())
+    if config.model_type != MoTConfig.model_type:
+        raise ValueError(
+            f"`model_name_or_path={args.model_name_or_path!r}` is a model of type {config.model_type!r} and no MoT "
+            "model: `mot upcycle` makes one of a dense Qwen3."
+        )
+    args.check_checkpoint(config)
+    if block_length > config.max_position_embeddings:
+        logger.warning(
+            "Rows of `block_length=%d` tokens are longer than what `model_name_or_path=%r` was trained for: give "
+            "--block_length %d or less.",
+            block_length,
+            args.model_name_or_path,
+            config.max_position_embeddings,
+        )
+    return config
+
+
+def _set_vocabulary(config: MoTConfig, tokenizer: PreTrainedTokenizerBase, *, is_new: bool) -> None:
+    num_tokens = count_tokens(tokenizer)
+    config.vocab_size = num_tokens if is_new else max(num_tokens, config.vocab_size)
+    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
 
 
 def _make_metrics(tokenizer: PreTrainedTokenizerBase, masked: bool) -> LanguageModelMetrics:
@@ -158,16 +210,14 @@ def _check_evaluation(args: TrainingArguments, corpus_args: CorpusArguments, num
 
 
 def _make_model(
-    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_length: int, masked: bool
+    head: type[MoTForCausalLM] | type[MoTForMaskedLM],
+    args: ModelArguments,
+    config: MoTConfig,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> MoTForCausalLM | MoTForMaskedLM:
-    head = MoTForMaskedLM if masked else MoTForCausalLM
     if args.model_name_or_path:
-        return head.from_pretrained(args.model_name_or_path, **args.config_fields())
-    config = MoTConfig(
-        **args.config_fields(),
-        vocab_size=len(tokenizer),
-        max_position_embeddings=block_length,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+        model = head.from_pretrained(args.model_name_or_path, **args.config_fields())
+        enlarge_embeddings(model, tokenizer)
+        return model
+    _set_vocabulary(config, tokenizer, is_new=True)
     return head(config)

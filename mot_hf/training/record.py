@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import Trainer
 
+from mot_hf.plain_files import read_object
+
 RECORD_NAME = "training.json"
 
 _HYPERPARAMETERS = (
@@ -27,6 +29,15 @@ _HYPERPARAMETERS = (
     "fp16",
     "seed",
 )
+
+
+_KINDS = {
+    "text_name": str | None,
+    "base_model": str | None,
+    "num_processes": int,
+    "hyperparameters": dict,
+    "best_step": int | None,
+}
 
 
 @dataclass(frozen=True)
@@ -49,12 +60,13 @@ class TrainingRecord:
     best_step: int | None = None
 
 
-def write_record(trainer: Trainer, text_name: str | None) -> None:
-    """Writes the record of a run into its folder.
+def write_record(trainer: Trainer, text_name: str | None, folder: str | os.PathLike[str]) -> None:
+    """Writes the record of a run.
 
     Args:
         trainer (`Trainer`): The trainer, after training.
         text_name (`str`, *optional*): What the training text is called.
+        folder (`str` or `os.PathLike`): Where it is written.
 
     Raises:
         OSError: The file cannot be written.
@@ -68,7 +80,7 @@ def write_record(trainer: Trainer, text_name: str | None) -> None:
         hyperparameters={name: settings[name] for name in _HYPERPARAMETERS},
         best_step=trainer.state.best_global_step if args.load_best_model_at_end else None,
     )
-    path = Path(args.output_dir) / RECORD_NAME
+    path = Path(folder) / RECORD_NAME
     path.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
 
 
@@ -88,9 +100,19 @@ def read_record(folder: str | os.PathLike[str]) -> TrainingRecord | None:
     if not path.is_file():
         return None
     try:
-        return TrainingRecord(**json.loads(path.read_text(encoding="utf-8")))
+        record = TrainingRecord(**read_object(path))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error}): delete it, and the model card does without.") from error
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"{str(path)!r} is damaged ({reason}): delete it, and the model card does without."
+        ) from error
+    for name, kind in _KINDS.items():
+        value = getattr(record, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(
+                f"{str(path)!r} is damaged (`{name}` is {value!r}): delete it, and the model card does without."
+            )
+    return record
 
 
 def _name_base_model(name_or_path: str) -> str | None:

@@ -2,19 +2,27 @@
 
 import errno
 import shutil
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from aiohttp import ClientError
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
-from mot_hf.training.checkpoints import find_last_checkpoint
+from mot_hf.training.checkpoints import find_last_checkpoint, list_checkpoints
+
+# Functions, of the `Trainer` and here, in which files of a run are written; and those in which they are uploaded.
+_SAVING = frozenset({"save_model", "save_run", "_save_checkpoint"})
+_PUSHING = frozenset({"push_to_hub", "_push_from_checkpoint"})
 
 
 class FiniteCheck(TrainerCallback):
@@ -53,26 +61,34 @@ class FiniteCheck(TrainerCallback):
 
 
 class DiskSpaceCheck(TrainerCallback):
-    """Refuses to start a run whose first checkpoint would not fit on the disk.
+    """Refuses to start a run whose first checkpoint cannot fit on the disk.
+
+    Counted is what it takes at least: the weights that are saved, which are the trained ones if there are adapters,
+    and Adam's two moments of those that are trained.
 
     Raises:
-        OSError: Less is free than the parameters and the optimizer's two moments take; says how much.
+        OSError: Less is free; says how much.
     """
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Compare the sizes."""
-        if args.save_strategy == SaveStrategy.NO or not args.should_save:
+        if args.save_strategy == SaveStrategy.NO or not args.should_save or state.global_step >= state.max_steps:
             return
-        copies = 1 if args.save_only_model else 3
-        needed = copies * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        free = shutil.disk_usage(_existing(Path(args.output_dir))).free
+        needed = _count_bytes_saved(model, None if args.save_only_model else optimizer)
+        free = shutil.disk_usage(_existing(Path(args.output_dir))).free + _count_unfinished(args.output_dir)
         if free < needed:
             raise OSError(
                 errno.ENOSPC,
-                f"A checkpoint takes about {needed / 1e9:.2f} GB and `output_dir` has {free / 1e9:.2f} GB free: free "
-                "some space, choose another folder, or set save_only_model",
+                f"A checkpoint takes at least {needed / 1e9:.3f} GB and `output_dir` has {free / 1e9:.3f} GB free: "
+                "free some space, choose another folder, or set save_only_model",
                 args.output_dir,
             )
 
@@ -90,33 +106,66 @@ def explain_failures(args: TrainingArguments) -> Iterator[None]:
     """
     try:
         yield
-    except (ConnectionError, ClientError) as error:
-        raise OSError(
-            f"Reading the text was interrupted ({error}). The last good checkpoint is "
-            f"{find_last_checkpoint(args.output_dir) or 'none'}: go on with --resume_from_checkpoint true."
-        ) from error
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (Exception, CheckpointException) as error:
+        if isinstance(error, ConnectionError | ClientError) and not _passed_through(error, _SAVING | _PUSHING):
+            raise OSError(
+                f"Reading the text was interrupted ({error}). The last good checkpoint is "
+                f"{find_last_checkpoint(args.output_dir) or 'none'}: go on with --resume_from_checkpoint true."
+            ) from error
         if not _is_failed_write(error):
             raise
         last = find_last_checkpoint(args.output_dir)
         free = shutil.disk_usage(_existing(Path(args.output_dir))).free
         raise OSError(
-            errno.ENOSPC,
-            f"A checkpoint could not be written ({error}); {free / 1e9:.2f} GB are free. The last good checkpoint is "
-            f"{last or 'none'}: free some space and go on with --resume_from_checkpoint true",
+            getattr(error, "errno", None) or errno.ENOSPC,
+            f"A file of the run could not be written ({error}); {free / 1e9:.3f} GB are free. The last good "
+            f"checkpoint is {last or 'none'}: free some space and go on with --resume_from_checkpoint true",
             args.output_dir,
         ) from error
 
 
+def _is_failed_write(error: BaseException) -> bool:
+    """Whether the system refused to write; libraries tell it by errors of their own, in their own words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return not _passed_through(error, {"on_train_begin"})  # `DiskSpaceCheck` has explained it
+    if not _passed_through(error, _SAVING) or _passed_through(error, _PUSHING):
+        return False
+    if isinstance(error, RuntimeError):  # torch's own writer
+        return not isinstance(error, torch.OutOfMemoryError) and _passed_through(error, {"_save", "save"}, "torch")
+    # Tokenizers raise a bare `Exception`.
+    return isinstance(error, OSError | SafetensorError | CheckpointException) or (
+        type(error) is Exception and "os error" in str(error)
+    )
+
+
+def _passed_through(error: BaseException, functions: Iterable[str], package: str | None = None) -> bool:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name in functions]
+    modules = [str(frame.f_globals.get("__name__")) for frame in frames]
+    return any(package is None or module.partition(".")[0] == package for module in modules)
+
+
+def _count_bytes_saved(model: nn.Module, optimizer: Any) -> int:
+    """Bytes of a checkpoint, as far as they are certain."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    has_adapters = hasattr(model, "peft_config")
+    weights = sum(_local(parameter).nbytes for parameter in (trained if has_adapters else model.parameters()))
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    num_moments = 2 if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) else 0
+    return weights + num_moments * sum(_local(parameter).nbytes for parameter in trained)
+
+
+def _count_unfinished(output_dir: str) -> int:
+    """Bytes of half-written checkpoints, which the run writes over."""
+    unfinished = [path for path in list_checkpoints(output_dir) if not (path / TRAINER_STATE_NAME).is_file()]
+    return sum(path.stat().st_size for folder in unfinished for path in folder.rglob("*") if path.is_file())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 def _is_finite(tensor: Tensor) -> bool:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-    return bool(local.isfinite().all())
-
-
-def _is_failed_write(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-    return any(words in str(error) for words in ("PytorchStreamWriter", "os error"))
+    return bool(_local(tensor).isfinite().all())
 
 
 def _existing(path: Path) -> Path:

@@ -16,7 +16,7 @@ from tests.scripts.running import REPOSITORY, environment_of, run_script, write_
 
 RECIPE = str(REPOSITORY / "scripts" / "recipes" / "small_clm.yaml")
 TINY = ["--hidden_size", "32", "--num_attention_heads", "2", "--intermediate_size", "64", "--num_hidden_layers", "2"]
-SHORT = ["--max_steps", "8", "--warmup_steps", "1", "--vocab_size", "300", "--block_length", "16"]
+SHORT = ["--max_steps", "8", "--warmup_steps", "1", "--block_length", "16"]
 SAVING = ["--save_steps", "2", "--save_only_model", "false", "--logging_steps", "1", "--eval_strategy", "no"]
 
 pytestmark = pytest.mark.slow
@@ -32,9 +32,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arguments(run: str, streaming: str) -> list[str]:
+def arguments(run: str, streaming: str, tokenizer: tuple[str, str] = ("--vocab_size", "300")) -> list[str]:
     stream = ["--streaming", streaming, "--buffer_size", "500"]
-    return [RECIPE, "--output_dir", run, "--source", "texts", *stream, *TINY, *SHORT, *SAVING]
+    return [RECIPE, "--output_dir", run, "--source", "texts", *stream, *TINY, *SHORT, *SAVING, *tokenizer]
 
 
 def losses(run: Path) -> list[float]:
@@ -115,9 +115,9 @@ def test_an_interrupted_download_is_explained(folder: Path, url: str, streaming:
     # datasets tries again for 100 seconds; here, not so long.
     patch = "import datasets, runpy, sys; datasets.config.STREAMING_READ_RETRY_INTERVAL = 0; sys.argv = sys.argv[1:]; "
     command = [sys.executable, "-c", patch + "runpy.run_path(sys.argv[0], run_name='__main__')", script]
-    command += arguments(f"download_{streaming}", streaming)
+    command += arguments(f"download_{streaming}", streaming, ("--tokenizer", "whole_true"))
     command += ["--source", url, "--max_steps", "4000", "--save_total_limit", "2", "--buffer_size", "100"]
-    command += ["--tokenizer", "whole_true", "--per_device_train_batch_size", "256", "--save_steps", "5"]
+    command += ["--per_device_train_batch_size", "256", "--save_steps", "5"]
     # Offline, datasets would refuse this address too; and it would fetch the whole file as one block.
     environment = environment_of(folder) | {"HF_HUB_OFFLINE": "0", "FSSPEC_HTTP": '{"block_size": 65536}'}
     broken = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

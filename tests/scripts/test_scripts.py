@@ -79,10 +79,8 @@ def test_a_tokenizer_that_is_not_byte_level_serves_too(folder: Path) -> None:
     words.train([str(REPOSITORY / "README.md")], vocab_size=400, show_progress=False)
     BertTokenizerFast(tokenizer_object=words._tokenizer).save_pretrained(folder / "wordpiece")
     arguments = ["--tokenizer", "wordpiece", "--source", REPOSITORY / "mot_hf", "--output_dir", "wordpiece_mlm"]
-    small = ["--per_device_eval_batch_size", "32"]
-    run_script(
-        folder, "train_mlm.py", RECIPES / "small_mlm.yaml", *arguments, *TINY, *SHORT, "--eval_steps", "4", *small
-    )
+    small = ["--max_steps", "4", "--max_eval_rows", "128", "--per_device_eval_batch_size", "32", "--eval_steps", "4"]
+    run_script(folder, "train_mlm.py", RECIPES / "small_mlm.yaml", *arguments, *TINY, *small)
     history = json.loads((folder / "wordpiece_mlm" / "trainer_state.json").read_text())["log_history"]
     (evaluation,) = [entry for entry in history if "eval_loss" in entry]
     assert evaluation["eval_token_loss"] > 0

@@ -52,10 +52,25 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
+def write(text: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(text)
+
+
 DAMAGE = [
     ("trainer_state.json", Path.unlink, "half-written, trainer_state.json is missing"),
     ("trainer_state.json", truncate, "trainer_state.json is damaged"),
     ("trainer_state.json", empty, "trainer_state.json is damaged"),
+    ("trainer_state.json", write("[]"), "trainer_state.json is damaged"),
+    ("trainer_state.json", write('{"global_step": null}'), "trainer_state.json is damaged"),
+    ("trainer_state.json", write('{"steps": 3}'), "trainer_state.json is damaged"),
+    ("trainer_state.json", write('{"log_history": [{"loss": 1}]}'), "trainer_state.json is damaged"),
+    ("trainer_state.json", write("[" * 100_000), "trainer_state.json is damaged"),
+    ("config.json", truncate, "config.json is damaged"),
+    ("config.json", write("[]"), "config.json is damaged"),
+    ("model.safetensors.index.json", write('{"weight_map": []}'), "model.safetensors.index.json is damaged"),
+    ("model.safetensors.index.json", write('{"weight_map": {"a": "../b"}}'), "index.json is damaged"),
+    ("model.safetensors.index.json", write('{"weight_map": {"a": 5}}'), "model.safetensors.index.json is damaged"),
+    ("model.safetensors.index.json", write("5"), "model.safetensors.index.json is damaged"),
     ("model.safetensors", Path.unlink, "no weights"),
     ("model.safetensors", truncate, "model.safetensors is damaged"),
     ("model.safetensors", empty, "model.safetensors is damaged"),
@@ -74,14 +89,15 @@ def test_the_last_of_several_good_checkpoints_is_found_by_its_number(run: Path) 
 
 @pytest.mark.parametrize(("name", "harm", "problem"), DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_skipped_for_the_one_before(
-    run: Path, name: str, harm: Callable[[Path], None], problem: str, caplog: pytest.LogCaptureFixture
+    run: Path, name: str, harm: Callable[[Path], object], problem: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     harm(run / "checkpoint-10" / name)
     with caplog.at_level(logging.WARNING, logger="mot_hf"):
         assert find_checkpoint(arguments(run, "true")) == str(run / "checkpoint-4")
-    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("mot_hf")]
-    assert str(run / "checkpoint-10") in message
-    assert problem in message
+    skipped, begun = [record.getMessage() for record in caplog.records if record.name.startswith("mot_hf")]
+    assert str(run / "checkpoint-10") in skipped
+    assert problem in skipped
+    assert begun == f"The run goes on from {run / 'checkpoint-4'}, step 4."
     with pytest.raises(ValueError, match=f"cannot be resumed from: .*{problem}"):
         find_checkpoint(arguments(run, str(run / "checkpoint-10")))
 
@@ -98,10 +114,72 @@ def test_a_missing_shard_is_found(run: Path) -> None:
     assert find_damage(folder) == f"{shards[0].name} is missing"
 
 
-def test_random_states_of_all_processes_are_wanted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    shutil.copy(run / "checkpoint-10" / "rng_state.pth", run / "checkpoint-10" / "rng_state_0.pth")
-    assert find_damage(run / "checkpoint-10") == "rng_state_1.pth is missing"
+def save_random_states(checkpoint: Path, *ranks: int) -> None:
+    """Replace the random state of one process by those of several."""
+    state = (checkpoint / "rng_state.pth").read_bytes()
+    (checkpoint / "rng_state.pth").unlink()
+    for rank in ranks:
+        (checkpoint / f"rng_state_{rank}.pth").write_bytes(state)
+
+
+@pytest.mark.parametrize(("ranks", "missing"), [((0,), 1), ((1,), 0), ((0, 1, 3), 2)])
+def test_random_states_that_were_not_written_are_missed(run: Path, ranks: tuple[int, ...], missing: int) -> None:
+    save_random_states(run / "checkpoint-10", *ranks)
+    assert find_damage(run / "checkpoint-10") == f"rng_state_{missing}.pth is missing"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "num_processes", "message"),
+    [
+        ((), 2, "The number of processes has changed from 1 to 2: "),
+        ((0, 1), 1, "The number of processes has changed from 2 to 1: "),
+        ((0, 1), 4, "The number of processes has changed from 2 to 4: "),
+        ((0, 1, 2, 3), 2, "The number of processes has changed from 4 to 2: "),
+        ((0, 1), 2, None),
+        ((), 1, None),
+    ],
+)
+def test_another_number_of_processes_is_named_and_no_damage(
+    run: Path,
+    ranks: tuple[int, ...],
+    num_processes: int,
+    message: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if ranks:
+        save_random_states(run / "checkpoint-10", *ranks)
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: num_processes))
+    with caplog.at_level(logging.WARNING, logger="mot_hf"):
+        assert find_checkpoint(arguments(run, "true")) == str(run / "checkpoint-10")
+    begun, *warnings = [record.getMessage() for record in caplog.records if record.name.startswith("mot_hf")]
+    assert begun.endswith("checkpoint-10, step 10.")
+    assert len(warnings) == (message is not None)
+    assert all(str(message) in each and "not bit for bit" in each for each in warnings)
+
+
+def test_a_run_of_two_processes_goes_on_as_one(run: Path) -> None:
+    (run / "checkpoint-10" / "trainer_state.json").unlink()
+    save_random_states(run / "checkpoint-4", 0, 1)
+    trainer = make_trainer(MoTForCausalLM(tiny_config()), run, max_steps=6)
+    trainer.train(resume_from_checkpoint=find_last_checkpoint(run))
+    assert trainer.state.global_step == 6
+
+
+def test_other_processes_say_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "process_index", property(lambda self: 1))
+    with caplog.at_level(logging.WARNING, logger="mot_hf"):
+        find_checkpoint(arguments(run, "true"))
+    assert not [record for record in caplog.records if record.name.startswith("mot_hf")]
+
+
+def test_where_there_is_nothing_to_go_on_from_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="mot_hf"):
+        assert find_checkpoint(arguments(tmp_path / "new", "true")) is None
+    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("mot_hf")]
+    assert message == f"There is no checkpoint in {tmp_path / 'new'} to go on from: the run starts from scratch."
 
 
 def test_checkpoints_that_a_new_run_would_mix_up_are_not_ignored(run: Path, tmp_path: Path) -> None:

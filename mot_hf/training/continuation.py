@@ -1,0 +1,178 @@
+"""A run that was interrupted ends as if nothing had happened: also one that was already at its end."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import IntervalStrategy
+
+from mot_hf.modeling import MoTConfig, MoTPreTrainedModel
+from mot_hf.training.checkpoints import read_state
+
+logger = logging.getLogger(__name__)
+
+
+class LogBeforeSaving(TrainerCallback):
+    """Logs the training loss wherever a checkpoint may be written, and at the end.
+
+    The `Trainer` forgets what it has added up since its last log when it is resumed. So every step is in some log.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log before what is to come."""
+        is_stop = control.should_save or control.should_evaluate or control.should_training_stop
+        if is_stop and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log before what is to come."""
+        self.on_step_end(args, state, control)
+
+
+def continue_run(trainer: Trainer, checkpoint: str | None) -> TrainerState:
+    """Prepares a trainer to end as it would have without an interruption.
+
+    A run that is complete is not trained further: `trainer.train` then only loads the model that it ended with. The
+    patience of early stopping goes on from where it was, and `train_loss` is the mean over all steps.
+
+    Args:
+        trainer (`Trainer`): The trainer, with all its callbacks.
+        checkpoint (`str`, *optional*): Folder of the checkpoint to go on from.
+
+    Returns:
+        `TrainerState`: Where the run begins.
+
+    Raises:
+        ValueError: The checkpoint is damaged.
+        OSError: The checkpoint cannot be read.
+    """
+    trainer.add_callback(LogBeforeSaving())
+    start = read_state(checkpoint) if checkpoint else TrainerState()
+    _log_whole_loss(trainer, start)
+    if checkpoint:
+        _restore_patience(trainer, start)
+        _train_nothing_if_complete(trainer, start, checkpoint)
+    return start
+
+
+def settle_run(trainer: Trainer, start: TrainerState, checkpoint: str | None) -> None:
+    """Lets a run in which nothing was left to train have the log that it had, and its model the right mixing modes.
+
+    Transition tuning changes the modes in the course of a run. Where the weights are those of a checkpoint, the best
+    one or the last one, the modes have to be too.
+
+    Args:
+        trainer (`Trainer`): The trainer, after training.
+        start (`TrainerState`): What [`continue_run`] returned.
+        checkpoint (`str`, *optional*): Folder of the checkpoint that the run went on from.
+    """
+    state, origin = trainer.state, None
+    if checkpoint and start.global_step == state.global_step:
+        origin, state.num_train_epochs = checkpoint, start.num_train_epochs
+        state.log_history = _read_final_log(trainer.args.output_dir, state) or state.log_history
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        origin = state.best_model_checkpoint
+    models = [module for module in trainer.model.modules() if isinstance(module, MoTPreTrainedModel)]
+    if origin and models and (Path(origin) / "config.json").is_file():
+        saved = MoTConfig.from_pretrained(origin)
+        for model in models:
+            model.config.mixing, model.config.inference_mixing = saved.mixing, saved.inference_mixing
+
+
+def mean_loss(log_history: Sequence[Mapping[str, Any]], num_steps: int) -> float | None:
+    """Computes the mean training loss of a run from its log.
+
+    Args:
+        log_history (`Sequence[Mapping[str, Any]]`): Entries of the log. A `loss` is the mean since the one before.
+        num_steps (`int`): Steps of the run.
+
+    Returns:
+        `float` or `None`: Mean over the steps, in nats per token; `None` if the log does not reach to the last one.
+    """
+    total, last = 0.0, 0
+    for entry in log_history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last)
+            last = entry["step"]
+    return total / num_steps if last == num_steps > 0 else None
+
+
+def _read_final_log(output_dir: str, state: TrainerState) -> list[dict[str, float]] | None:
+    """The log that a complete run has left, with the time that it took."""
+    try:
+        final = read_state(output_dir)
+    except (ValueError, OSError):
+        return None
+    is_final = final.global_step == state.global_step and any("train_loss" in entry for entry in final.log_history)
+    return final.log_history if is_final else None
+
+
+def _log_whole_loss(trainer: Trainer, start: TrainerState) -> None:
+    """Correct `train_loss`, which the `Trainer` takes over the steps since the run was resumed."""
+    log = trainer.log
+    is_whole = start.global_step == 0 or mean_loss(start.log_history, start.global_step) is not None
+
+    def log_whole_loss(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "train_loss" in logs:
+            loss = mean_loss(trainer.state.log_history, trainer.state.global_step) if is_whole else None
+            if loss is not None:
+                logs["train_loss"] = loss
+            elif start.global_step:  # nobody knows it
+                del logs["train_loss"]
+        log(logs, *args, **kwargs)
+
+    trainer.log = log_whole_loss
+
+
+def _restore_patience(trainer: Trainer, start: TrainerState) -> None:
+    saved = start.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+    counts = [state["attributes"] for state in (saved if isinstance(saved, list) else [saved]) if state]
+    callbacks = [each for each in trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+    for callback, attributes in zip(callbacks, counts, strict=False):
+        callback.early_stopping_patience_counter = attributes["early_stopping_patience_counter"]
+
+
+def _train_nothing_if_complete(trainer: Trainer, start: TrainerState, checkpoint: str) -> None:
+    """Let the `Trainer` plan no epoch where there is none left: it looks for the end only after a step."""
+    plan = trainer.set_initial_training_values
+
+    def plan_the_rest(args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
+        values = plan(args, dataloader)
+        max_steps = values[-1]
+        reason = _find_end(trainer, start, max_steps)
+        if reason is None:
+            return values
+        if trainer.is_world_process_zero():
+            logger.warning(
+                "This run is complete: %s has %s. Nothing is trained, its model is saved again.", checkpoint, reason
+            )
+        return (0, *values[1:-1], max(max_steps, start.global_step))
+
+    trainer.set_initial_training_values = plan_the_rest
+
+
+def _find_end(trainer: Trainer, start: TrainerState, max_steps: int) -> str | None:
+    """What a run has reached that ends it; `None` if there is something left to train."""
+    args = trainer.args
+    if start.global_step >= max_steps:
+        return f"{start.global_step} of {max_steps} steps"
+    if args.max_steps <= 0 and (start.epoch or 0) >= args.num_train_epochs - 1e-9:
+        return f"all {args.num_train_epochs:g} epochs"
+    callbacks = [each for each in trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+    if any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in callbacks):
+        return f"stopped early at step {start.global_step}"
+    return None

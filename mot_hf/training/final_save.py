@@ -1,0 +1,118 @@
+"""A run's model under its final name: complete, or the one before it, or none; never a part of one."""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from mot_hf.training.record import write_record
+
+logger = logging.getLogger(__name__)
+
+# The `Trainer` uploads nothing whose name begins with an underscore.
+UNFINISHED = "_unfinished"
+
+# What a loader opens: the weights, else the index of several files of weights.
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+
+
+def remove_unfinished(args: TrainingArguments) -> None:
+    """Removes what is left of a save that was interrupted.
+
+    Args:
+        args (`TrainingArguments`): Arguments of the `Trainer`.
+    """
+    folder = Path(args.output_dir) / UNFINISHED
+    if folder.exists():
+        logger.warning("%s is what an interrupted run had saved of its model: it is removed.", folder)
+        shutil.rmtree(folder)
+
+
+def save_whole(trainer: Trainer) -> None:
+    """Lets a trainer's `save_model` and `push_to_hub` replace a model only by one that is written to its end.
+
+    Args:
+        trainer (`Trainer`): The trainer. Its checkpoints are saved as before.
+    """
+    save, home = trainer.save_model, Path(trainer.args.output_dir)
+
+    def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if output_dir is not None and Path(output_dir).resolve() != home.resolve():
+            save(output_dir, _internal_call)
+            return
+        with _replacing(trainer) as folder:
+            save(str(folder), _internal_call=True)
+        if trainer.args.push_to_hub and not _internal_call:
+            trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+
+    trainer.save_model = save_model
+
+
+def save_run(trainer: Trainer, text_name: str | None) -> None:
+    """Saves the model with its tokenizer, and the log and the record of the run, together.
+
+    Args:
+        trainer (`Trainer`): The trainer, after training.
+        text_name (`str`, *optional*): What the training text is called.
+    """
+    with _replacing(trainer) as folder:
+        trainer.save_model(str(folder), _internal_call=True)
+        if trainer.is_world_process_zero():
+            trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            write_record(trainer, text_name, folder)
+
+
+@contextmanager
+def _replacing(trainer: Trainer) -> Iterator[Path]:
+    """A folder to write to, whose files then take the place of those in the run's folder."""
+    home = Path(trainer.args.output_dir)
+    folder = home / UNFINISHED
+    if trainer.args.should_save:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        if hasattr(trainer.model, "peft_config") and (home / "README.md").is_file():  # PEFT adds to it
+            shutil.copy(home / "README.md", folder)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        yield folder
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            _move_files(folder, home)
+    finally:
+        if trainer.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Move a model's files over those of another one.
+
+    One file of weights takes the place of another in one operation. Of several, some would be old and some new in
+    between: then there is no model at all until the last one, the index, is there.
+    """
+    names = sorted(path.name for path in source.iterdir())
+    shards = [name for name in names if _SHARD.fullmatch(name)]
+    entries = [name for name in names if name in (_WEIGHTS, _INDEX)]
+    if shards:
+        for name in (_WEIGHTS, _INDEX):
+            (target / name).unlink(missing_ok=True)
+    others = [name for name in names if name not in (*shards, *entries)]
+    for name in (*others, *shards, *entries):
+        _move(source / name, target / name)
+    if entries:
+        stale = [path for path in target.iterdir() if path.name == _INDEX or _SHARD.fullmatch(path.name)]
+        for path in stale:
+            if path.name not in names:
+                path.unlink()
+
+
+def _move(source: Path, target: Path) -> None:
+    if source.is_dir() and target.is_dir():
+        shutil.rmtree(target)
+    os.replace(source, target)

@@ -1,0 +1,193 @@
+"""What the pickles of a checkpoint hold, found out without running any of it.
+
+A pickle names functions, and whoever loads it calls them. The `Trainer` loads its own files by torch's weights-only
+loader, which calls none but torch's. FSDP's sharded checkpoints and DeepSpeed's are loaded without it, by torch and
+DeepSpeed themselves: what those name is compared here with what they have when they were written by a run.
+"""
+
+import io
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint
+
+# The weights-only loader decides about these itself; optimizers and random states are made of them.
+_TENSOR_LIBRARIES = frozenset({"torch", "torchao", "numpy", "_codecs"})
+
+_OF_DEEPSPEED = frozenset(
+    {
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.utils.tensor_fragment.fragment_address",
+    }
+)
+
+_STORAGE = "torch.distributed.checkpoint"
+_OF_AN_INDEX = frozenset(
+    {
+        "pathlib.PosixPath",
+        "pathlib._local.PosixPath",
+        "torch.Size",
+        "torch.serialization._get_layout",
+        f"{_STORAGE}.filesystem._StorageInfo",
+        *(f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+        *(
+            f"{_STORAGE}.metadata.{name}"
+            for name in (
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "Metadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "TensorProperties",
+                "TensorStorageMetadata",
+                "_MEM_FORMAT_ENCODING",
+            )
+        ),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a distributed checkpoint.
+
+    Args:
+        file (`str`): The file that it lies in, from the index's folder.
+        offset (`int`): Where it begins, in bytes.
+        length (`int`): Its bytes.
+        is_tensor (`bool`): Whether it is a tensor, which torch loads by its weights-only loader, or anything else.
+    """
+
+    file: str
+    offset: int
+    length: int
+    is_tensor: bool
+
+
+def find_file_problem(path: Path) -> str | None:
+    """Tells what keeps a file of `torch.save` from being loaded as a part of a checkpoint.
+
+    Args:
+        path (`Path`): A file that the `Trainer` or DeepSpeed would load.
+
+    Returns:
+        `str` or `None`: That it is damaged, by its checksums, or that it holds code; `None` if there is nothing.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                return "is damaged"
+    except (zipfile.BadZipFile, OSError):
+        return "is damaged"
+    names = _list_globals(path)
+    if path.parent.name.startswith("global_step"):  # DeepSpeed's
+        foreign = [name for name in names if name not in _OF_DEEPSPEED]
+    else:
+        foreign = [name for name in names if name.partition(".")[0] not in _TENSOR_LIBRARIES]
+    return _say_code(foreign)
+
+
+def find_folder_problem(folder: Path) -> str | None:
+    """Tells what keeps a distributed checkpoint of torch from being loaded.
+
+    Args:
+        folder (`Path`): Folder with an index, `.metadata`, and the files that it names.
+
+    Returns:
+        `str` or `None`: That it is damaged or incomplete, or that it holds code; `None` if there is nothing.
+    """
+    try:
+        read_index(folder / ".metadata")
+        # Where torch cannot read this index, it loads another one.
+        parts = [part for index in sorted(folder.glob("*.metadata")) for part in read_index(index)]
+        if any(part.offset + part.length > (folder / part.file).stat().st_size for part in parts):
+            return "is damaged"
+        return _say_code([name for part in parts if not part.is_tensor for name in _list_globals(_read(folder, part))])
+    except ForeignGlobalError as error:
+        return _say_code([str(error)])
+    except Exception:  # noqa: BLE001, reading a damaged pickle may raise anything
+        return "is damaged"
+
+
+def _read(folder: Path, part: Part) -> io.BytesIO:
+    with (folder / part.file).open("rb") as file:
+        file.seek(part.offset)
+        return io.BytesIO(file.read(part.length))
+
+
+def _say_code(names: list[str]) -> str | None:
+    return f"holds code that no run has put there ({', '.join(dict.fromkeys(names))})" if names else None
+
+
+class ForeignGlobalError(pickle.UnpicklingError):
+    """A pickle names a function or class that has no place in it."""
+
+
+class _Inert:
+    """Stands for an object of a pickle: keeps what it is made of, and does nothing."""
+
+    state: Any = None
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Makes inert objects only, and those only for classes that an index is made of."""
+
+    def find_class(self, module_name: str, global_name: str) -> type[_Inert]:
+        """Make a class that stands for the one that is named."""
+        name = f"{module_name}.{global_name}"
+        if name not in _OF_AN_INDEX:
+            raise ForeignGlobalError(name)
+        return type(global_name, (_Inert,), {})
+
+
+def read_index(path: Path) -> list[Part]:
+    """Reads the index of a distributed checkpoint.
+
+    Args:
+        path (`Path`): The index, `.metadata`.
+
+    Returns:
+        `list[Part]`: The checkpoint's parts.
+
+    Raises:
+        ForeignGlobalError: The index names a function that has no place in it.
+        Exception: It is damaged; anything may be raised.
+    """
+    with path.open("rb") as file:
+        index = _InertUnpickler(file).load().state
+    kinds = {name: type(value).__name__ for name, value in index["state_dict_metadata"].items()}
+    return [
+        Part(
+            file=_inside(part.state["relative_path"]),
+            offset=part.state["offset"],
+            length=part.state["length"],
+            is_tensor=kinds[key.state["fqn"]] == "TensorStorageMetadata",
+        )
+        for key, part in index["storage_data"].items()
+    ]
+
+
+def _inside(name: str) -> str:
+    if Path(name).name != name:
+        raise ValueError(f"{name!r} is no file of the folder")
+    return name
+
+
+def _list_globals(file: Path | BinaryIO) -> list[str]:
+    """Names in a file of `torch.save` that torch's weights-only loader does not know."""
+    try:
+        return sorted(get_unsafe_globals_in_checkpoint(file))
+    except Exception as error:  # noqa: BLE001, a damaged file may raise anything
+        return [f"a pickle that cannot be read ({error})"]

@@ -1,0 +1,158 @@
+"""What a resumed run must have in common with the run that it goes on from."""
+
+import inspect
+import json
+import logging
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import SaveStrategy
+
+from mot_hf.conversion.tokenizers import has_tokenizer
+from mot_hf.training.vocabulary import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+# Where a checkpoint without these files of its own has its configuration and tokenizer.
+_DESCRIPTION = "description"
+# The `Trainer` sets these itself.
+_OF_THE_TRAINER = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
+# What transition tuning changes in the course of a run.
+TRANSITION_FIELDS = frozenset({"mixing", "inference_mixing", "output_router_logits"})
+
+
+class ResumeCheck(TrainerCallback):
+    """Says when a run starts that its checkpoints cannot be resumed from, rather than after the work is done."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at what is saved."""
+        if args.save_only_model and args.save_strategy != SaveStrategy.NO and state.is_world_process_zero:
+            logger.warning(
+                "The checkpoints of this run hold no optimizer state (save_only_model=True): after an interruption it "
+                "cannot go on from them. Set save_only_model to False, unless they are only to be compared."
+            )
+
+
+class CheckpointDescription(TrainerCallback):
+    """Adds to each checkpoint what a resumed run is compared with, where the `Trainer` has not saved it.
+
+    Sharded checkpoints have neither configuration nor tokenizer, and adapters no configuration. They get a folder with
+    both; beside the weights of adapters a configuration would pass for a whole model.
+
+    Args:
+        config (`PreTrainedConfig`): Configuration of the trained model.
+        architecture (`str`): Name of its class.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+    """
+
+    def __init__(self, config: PreTrainedConfig, architecture: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.config, self.architecture, self.tokenizer = config, architecture, tokenizer
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write what is missing, whole or not at all."""
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not args.should_save or not checkpoint.is_dir() or _is_described(checkpoint):
+            return
+        with TemporaryDirectory(dir=checkpoint) as folder:
+            path = Path(folder) / _DESCRIPTION
+            self.tokenizer.save_pretrained(path)
+            config = self.config.to_dict() | {"architectures": [self.architecture]}
+            (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            os.replace(path, checkpoint / _DESCRIPTION)
+
+
+def load_checkpoint_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase | None:
+    """Loads the tokenizer that a checkpoint was trained with.
+
+    Args:
+        checkpoint (`str`): Folder of the checkpoint.
+
+    Returns:
+        `PreTrainedTokenizerBase` or `None`: The tokenizer; `None` if the checkpoint has none.
+    """
+    return load_tokenizer(str(_description_of(Path(checkpoint))))
+
+
+def check_settings(
+    config: PreTrainedConfig, architecture: str, checkpoint: str, *, changing: Collection[str] = ()
+) -> None:
+    """Refuses to go on with a model of other settings than those of the checkpoint; all are named with both values.
+
+    Args:
+        config (`PreTrainedConfig`): Configuration of the model that the run would train.
+        architecture (`str`): Name of its class.
+        checkpoint (`str`): Folder of the checkpoint. One that has no configuration passes.
+        changing (`Collection[str]`, *optional*): Fields that change during training.
+
+    Raises:
+        ValueError: A setting differs.
+        OSError: The checkpoint's configuration cannot be read.
+    """
+    path = _description_of(Path(checkpoint)) / "config.json"
+    if not path.is_file():
+        return
+    saved = AutoConfig.from_pretrained(path)
+    names = (inspect.get_annotations(type(config)).keys() | {"id2label"}) - _OF_THE_TRAINER - set(changing)
+    settings = {name: (getattr(saved, name, None), getattr(config, name, None)) for name in sorted(names)}
+    if saved.architectures:
+        settings = {"architecture": (saved.architectures[0], architecture)} | settings
+    _refuse_differences(settings, checkpoint)
+
+
+def check_adapters(rank: int, alpha: int, checkpoint: str) -> None:
+    """Refuses to go on with other LoRA adapters than those of the checkpoint.
+
+    Args:
+        rank (`int`): Rank of the run's adapters; 0 for none.
+        alpha (`int`): Their scale.
+        checkpoint (`str`): Folder of the checkpoint.
+
+    Raises:
+        ValueError: Rank or scale differ.
+    """
+    adapters = Path(checkpoint) / "adapter_config.json"
+    if adapters.is_file():
+        saved = json.loads(adapters.read_text(encoding="utf-8"))
+        settings = {"lora_rank": (saved["r"], rank), "lora_alpha": (saved["lora_alpha"], alpha if rank else None)}
+        _refuse_differences(settings, checkpoint)
+    elif (Path(checkpoint) / "config.json").is_file():  # a whole model
+        _refuse_differences({"lora_rank": (0, rank)}, checkpoint)
+
+
+def _refuse_differences(settings: Mapping[str, tuple[Any, Any]], checkpoint: str) -> None:
+    differences = [_describe(name, *both) for name, both in settings.items() if both[0] != both[1]]
+    if differences:
+        raise ValueError(
+            f"The checkpoint {checkpoint!r} was trained with other settings: {'; '.join(differences)}. Resume with "
+            "those of the checkpoint, or start a new run in another folder."
+        )
+
+
+def _describe(name: str, saved: Any, asked: Any) -> str:
+    if isinstance(saved, dict) and isinstance(asked, dict):
+        changed = [key for key in saved | asked if saved.get(key) != asked.get(key)]
+        saved, asked = ({key: each[key] for key in changed if key in each} for each in (saved, asked))
+    return f"{name}={saved!r} there and {asked!r} here"
+
+
+def _is_described(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and has_tokenizer(folder)
+
+
+def _description_of(checkpoint: Path) -> Path:
+    described = checkpoint / _DESCRIPTION
+    return described if described.is_dir() else checkpoint

@@ -1,0 +1,100 @@
+"""Which tokenizer a run of language modeling takes."""
+
+import logging
+
+from transformers import PreTrainedTokenizerBase
+
+from mot_hf.modeling import MoTConfig
+from mot_hf.training.arguments import CorpusArguments, ModelArguments
+from mot_hf.training.resuming import load_checkpoint_tokenizer
+from mot_hf.training.vocabulary import check_meanings, complete_tokenizer, count_tokens, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def find_tokenizer(
+    model_args: ModelArguments, args: CorpusArguments, config: MoTConfig, checkpoint: str | None, masked: bool
+) -> PreTrainedTokenizerBase | None:
+    """Finds the tokenizer of a run: that of the checkpoint to resume from, else the one asked for, else the model's.
+
+    Args:
+        model_args ([`ModelArguments`]): Which model is trained further, if any.
+        args ([`CorpusArguments`]): Which tokenizer is asked for, if any.
+        config ([`MoTConfig`]): Configuration of the model.
+        checkpoint (`str`, *optional*): Folder of the checkpoint to resume from.
+        masked (`bool`): Whether a masked language model is trained.
+
+    Returns:
+        `PreTrainedTokenizerBase` or `None`: The tokenizer, with the special tokens that training needs; `None` if one
+        is to be trained on the text.
+
+    Raises:
+        ValueError: The tokenizer asked for is not that of the checkpoint or the model, `vocab_size` is not its size,
+            or the checkpoint to resume from has none.
+        OSError: There is no tokenizer under the name.
+    """
+    if checkpoint and (saved := load_checkpoint_tokenizer(checkpoint)):
+        return _resume_tokenizer(args, saved, checkpoint, masked)
+    name = args.tokenizer or model_args.model_name_or_path
+    if not name:
+        if checkpoint:
+            raise ValueError(
+                f"The checkpoint {checkpoint!r} holds no tokenizer, and one trained on the text anew may give the ids "
+                "other meanings: give --tokenizer, for example another checkpoint of the run that holds it."
+            )
+        return None
+    if checkpoint:
+        logger.warning("The checkpoint %r holds no tokenizer to compare that of %r with.", checkpoint, name)
+    tokenizer = _load_tokenizer(name)
+    if args.tokenizer and model_args.model_name_or_path:
+        _compare_with_model(tokenizer, args.tokenizer, model_args.model_name_or_path)
+    tokenizer = complete_tokenizer(tokenizer, masked)
+    num_tokens = count_tokens(tokenizer)
+    known = {num_tokens, config.vocab_size} if model_args.model_name_or_path else {num_tokens}
+    if args.is_meant("vocab_size") and args.vocab_size not in known:
+        raise ValueError(
+            f"`vocab_size={args.vocab_size}` is for a tokenizer that is trained on the text, and that of {name!r} has "
+            f"{num_tokens} tokens: leave vocab_size out."
+        )
+    return tokenizer
+
+
+def _resume_tokenizer(
+    args: CorpusArguments, saved: PreTrainedTokenizerBase, checkpoint: str, masked: bool
+) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer; a text that has changed would give another one, and ids other meanings."""
+    if args.tokenizer:
+        asked = complete_tokenizer(_load_tokenizer(args.tokenizer), masked)
+        check_meanings(asked, saved, name=f"`tokenizer={args.tokenizer!r}`", own_name=f"the checkpoint {checkpoint!r}")
+        if len(asked) != len(saved):
+            raise ValueError(
+                f"`tokenizer={args.tokenizer!r}` has {len(asked)} tokens and that of the checkpoint {checkpoint!r} "
+                f"{len(saved)}: leave --tokenizer out."
+            )
+        return saved
+    if args.is_meant("vocab_size") and (args.vocab_size or 0) < count_tokens(saved):  # a short text gives fewer
+        raise ValueError(
+            f"`vocab_size={args.vocab_size}` is less than the {count_tokens(saved)} tokens of the checkpoint "
+            f"{checkpoint!r}: give that of the checkpoint, or start a new run in another folder."
+        )
+    logger.warning("The tokenizer is that of the checkpoint %r, of %d tokens.", checkpoint, len(saved))
+    return saved
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    if (tokenizer := load_tokenizer(name)) is None:
+        raise OSError(f"{name!r} holds no tokenizer: name one with --tokenizer.")
+    return tokenizer
+
+
+def _compare_with_model(tokenizer: PreTrainedTokenizerBase, name: str, model_name: str) -> None:
+    own = load_tokenizer(model_name)
+    if own is None:
+        logger.warning(
+            "`model_name_or_path=%r` holds no tokenizer to compare `tokenizer=%r` with: it must be the one that the "
+            "model was trained with.",
+            model_name,
+            name,
+        )
+    else:
+        check_meanings(tokenizer, own, name=f"`tokenizer={name!r}`", own_name=f"`model_name_or_path={model_name!r}`")

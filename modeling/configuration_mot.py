@@ -387,7 +387,8 @@ class MoTConfig(PreTrainedConfig):
 
     def validate_dtype(self) -> None:
         """Check that parameters can be of this type."""
-        if self.dtype is not None and not _is_floating_point(self.dtype):
+        # Servers ask `from_pretrained` for a configuration with "auto", and find out themselves.
+        if self.dtype not in (None, "auto") and not _is_floating_point(self.dtype):
             raise ValueError(f"`dtype` must be a floating point type such as 'float32', got {self.dtype!r}.")
 
     def validate_hidden_act(self) -> None:

@@ -287,6 +287,12 @@ def test_values_that_would_trip_others_up_are_refused_at_once(overrides: dict[st
     assert [word for word in words if word not in str(raised.value)] == []
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", torch.float16, None])
+def test_a_configuration_is_loaded_with_the_dtypes_that_models_are(tmp_path: Path, dtype: Any) -> None:
+    tiny_config().save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path, dtype=dtype).hidden_size == 32
+
+
 def test_a_configuration_file_of_endless_layers_is_refused_at_once(tmp_path: Path) -> None:
     tiny_config().save_pretrained(tmp_path)
     path = tmp_path / "config.json"

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from huggingface_hub.errors import StrictDataclassError
 
+from mot_hf.terminal import clean, clean_messages, one_line
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
@@ -26,7 +28,7 @@ def main() -> None:
 @app.command()
 def calibrate(
     model_dir: Annotated[Path, typer.Argument(help="Folder of a MoT model and its tokenizer.")],
-    output_dir: Annotated[Path | None, typer.Option(help="Where to save; by default in MODEL_DIR itself.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="New folder for a copy; by default MODEL_DIR.")] = None,
     source: Annotated[
         str | None, typer.Option(help="Text file, folder, glob or data set; by default Python's standard library.")
     ] = None,
@@ -35,15 +37,15 @@ def calibrate(
 ) -> None:
     """Replace a model's statistics of the typical group by exact ones over some text."""
     # Imported here so that `mot --help` is quick and needs no extra.
-    from mot_hf import calibration
+    from mot_hf.conversion.statistics import calibrate_folder
 
-    model, tokenizer = _load_model(model_dir)
-    calibration.calibrate(model, _load_groups(model, tokenizer, source, "train", block_length, num_batches))
-
-    output_dir = output_dir or model_dir
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
-    typer.echo(f"calibrated model saved in {output_dir}")
+    num_left_out = calibrate_folder(
+        model_dir,
+        lambda model, tokenizer: _load_groups(model, tokenizer, source, "train", block_length, num_batches),
+        output_dir=output_dir,
+    )
+    left_out = f", without {num_left_out} batches whose statistics are not finite" if num_left_out else ""
+    _say(f"calibrated model saved in {output_dir or model_dir}{left_out}")
 
 
 @app.command()
@@ -61,15 +63,16 @@ def report(
     """Write one HTML page about a training run: its losses, how its experts mix, and what each mixing mode costs."""
     from mot_hf.reporting.page import write_report
     from mot_hf.reporting.run_log import find_run
+    from mot_hf.saved_model import open_model
     from mot_hf.sources import name_source
 
     run = find_run(run_dir)
-    model, tokenizer = _load_model(run.model_dir)
+    model, tokenizer = open_model(run.model_dir)
     block_length = block_length or min(128, model.config.max_position_embeddings)
     batches = _load_groups(model, tokenizer, source, "validation", block_length, num_batches)
     output = output or run_dir / "report.html"
     write_report(run, model, tokenizer, list(batches), output, text_name=name_source(source))
-    typer.echo(f"report written to {output}")
+    _say(f"report written to {output}")
 
 
 @app.command()
@@ -87,7 +90,7 @@ def card(
     from mot_hf.reporting.card import write_card
 
     facts = {"text_name": text_name, "license": license, "base_model": base_model}
-    typer.echo(f"model card written to {write_card(model_dir, output=output, force=force, **facts)}")
+    _say(f"model card written to {write_card(model_dir, output=output, force=force, **facts)}")
 
 
 @app.command()
@@ -102,7 +105,7 @@ def push(
     from mot_hf.hub import push_model
 
     address = push_model(model_dir, repo_id, private=private, revision=revision, message=message)
-    typer.echo(f"model uploaded to {address}")
+    _say(f"model uploaded to {address}")
 
 
 @app.command()
@@ -118,23 +121,24 @@ def export(
     ] = None,
 ) -> None:
     """Make a model that was tuned in mode `moe` a plain Qwen3-MoE checkpoint, which needs only transformers."""
-    from mot_hf.conversion.export import NotTunedError, export_qwen3_moe, find_llama_cpp_limits
+    from mot_hf.conversion.export import NotTunedError, export_qwen3_moe, find_limits
 
     try:
         config = export_qwen3_moe(model_dir, output_dir, force=force, allow_untuned=force)
     except NotTunedError as error:
         raise ValueError(f"{error} {_describe_losses(model_dir, source)} --force exports it as it is.") from None
-    typer.echo(f"{to} model saved in {output_dir}")
-    for limit in find_llama_cpp_limits(config):
-        typer.echo(f"warning: {limit}", err=True)
+    _say(f"{to} model saved in {output_dir}")
+    for limit in find_limits(config):
+        _say(f"warning: {limit}", err=True)
 
 
 def _describe_losses(model_dir: Path, source: str | None) -> str:
     """What the loss of a model that was not tuned is, in the mode that it was trained for and in mode `moe`."""
     from mot_hf.reporting.mixing_probe import measure_losses
+    from mot_hf.saved_model import open_model
 
     try:
-        model, tokenizer = _load_model(model_dir)
+        model, tokenizer = open_model(model_dir)
     except ValueError as error:
         return f"Its loss cannot be measured: {error}"
     block_length = min(128, model.config.max_position_embeddings)
@@ -188,36 +192,20 @@ def upcycle(
         seed=seed,
         force=force,
     )
-    typer.echo(f"{receipt}\nMoT model saved in {output_dir}; train it further before you use it")
+    _say(f"{receipt}\nMoT model saved in {output_dir}; train it further before you use it")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def serve(context: typer.Context) -> None:
     """Serve models by `transformers serve`, with its arguments: `mot serve MODEL_DIR --continuous-batching`."""
     from mot_hf import modeling
+    from mot_hf.serving import guard_server
 
     transformers_app = importlib.import_module("transformers.cli.transformers").app
     # The server looks classes up by name in transformers itself, which its models' import replaces by a new module.
     sys.modules["transformers"].MoTForCausalLM = modeling.MoTForCausalLM
+    guard_server()
     transformers_app(["serve", *context.args], prog_name="mot")
-
-
-def _load_model(model_dir: Path) -> tuple["MoTPreTrainedModel", "PreTrainedTokenizerFast"]:
-    from transformers import AutoConfig, AutoTokenizer
-
-    from mot_hf import modeling
-
-    config = AutoConfig.from_pretrained(model_dir)
-    if config.model_type != modeling.MoTConfig.model_type:
-        raise ValueError(f"{str(model_dir)!r} holds a model of type {config.model_type!r}, not 'mot'.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{str(model_dir)!r} holds no tokenizer: save it there (`tokenizer.save_pretrained`), and give it to the "
-            "Trainer as `processing_class`, which saves it with every checkpoint."
-        ) from error
-    return getattr(modeling, (config.architectures or ["MoTModel"])[0]).from_pretrained(model_dir), tokenizer
 
 
 def _load_groups(
@@ -242,13 +230,20 @@ def _load_groups(
     )
 
 
+def _say(text: str, *, err: bool = False) -> None:
+    """Print text in which there may be something of files of others."""
+    typer.echo(clean(text), err=err)
+
+
 def run() -> None:
-    """Run the command; what the user can mend is reported without a traceback."""
+    """Run the command; what the user can mend is reported in one line, without a traceback."""
     try:
-        app()
-    except (OSError, ValueError, StrictDataclassError) as error:
+        with clean_messages():
+            app()
+    # A module that is not found belongs to an extra.
+    except (OSError, ValueError, ModuleNotFoundError, StrictDataclassError) as error:
         reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
-        typer.echo(f"error: {reason or error}", err=True)
+        typer.echo(f"error: {one_line(str(reason or error))}", err=True)
         raise SystemExit(1) from None
 
 

@@ -1,8 +1,9 @@
-"""Reading files of others: whatever lies under a name is checked before it is opened."""
+"""Plain files: those of others are checked before they are opened, and our own are written whole or not at all."""
 
 import json
 import os
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 _LARGEST = 16 * 2**20  # bytes of a JSON file; indices of thousands of experts come nearest
@@ -85,6 +86,24 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} is damaged, it holds no JSON object: fetch or save it again.")
     return content
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file, so that whatever ends the process it is complete or what it was.
+
+    Args:
+        path (`Path`): The file.
+        text (`str`): What it shall hold.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    unfinished = path.with_name(f".{path.name}.{token_hex(4)}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _is_deep(content: Any) -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
 
 from mot_hf import MoTForCausalLM
-from mot_hf.conversion.export import export_qwen3_moe, find_llama_cpp_limits
+from mot_hf.conversion.export import export_qwen3_moe, find_limits
 from mot_hf.corpus import default_corpus_info, load_corpus, make_blocks
 
 Logits = Callable[[Tensor], Tensor]  # [B, T] to [B, T, V]
@@ -142,7 +142,7 @@ def compare(args: Arguments, model_dir: str, folder: Path) -> dict[str, Any]:
     rows = load_rows(args, model_dir)
     expected = logits_of(MoTForCausalLM.from_pretrained(model_dir), mixing="moe")
     actual = logits_of(AutoModelForCausalLM.from_pretrained(folder / "exported"))
-    limits = find_llama_cpp_limits(config)
+    limits = find_limits(config)
     result = {
         "model": Path(model_dir).name,
         "num_experts": config.num_experts,

@@ -8,15 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import GenerationConfig, Qwen3MoeConfig
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import Qwen3MoeConfig
 
 from mot_hf.conversion.checkpoint_files import CheckpointReader
 from mot_hf.conversion.checkpoint_writer import DEFAULT_SHARD_SIZE, CheckpointWriter
-from mot_hf.conversion.tokenizers import load_tokenizer
-from mot_hf.modeling import MoTConfig, MoTForCausalLM
+from mot_hf.modeling import MoTConfig, MoTForCausalLM, MoTForMaskedLM
+from mot_hf.saved_model import find_class_name, read_model
 
 _COMPANIONS = ".mlp.companions."
 _GATE_UP = ".mlp.experts.gate_up_proj"  # [E, 2F, D]
@@ -57,13 +55,19 @@ def export_qwen3_moe(
         ValueError: The model is no causal MoT model, its files are damaged or do not fit each other, or it was not
             tuned ([`NotTunedError`]).
     """
-    reader = CheckpointReader(model_dir)
-    config = _read_config(reader)
-    reader.require(_shapes(config))
-    tokenizer = load_tokenizer(reader.folder, config.vocab_size)
-    generation_config = _load_generation_config(reader.folder)
+    _refuse_other_heads(CheckpointReader(model_dir))
+    saved = read_model(model_dir)
+    reader, config = saved.reader, saved.model.config
     exported_config = make_qwen3_moe_config(config)
-    writer = CheckpointWriter(output_dir, source=reader.folder, force=force, max_shard_size=max_shard_size)
+    is_tied = config.tie_word_embeddings
+    names = [name for name in reader.names if not (_COMPANIONS in name or (is_tied and name == "lm_head.weight"))]
+    writer = CheckpointWriter(
+        output_dir,
+        source=reader.folder,
+        force=force,
+        max_shard_size=max_shard_size,
+        min_size=reader.count_bytes(names),
+    )
     if not allow_untuned and config.mixing != "moe" and "sparse" in config.mlp_layer_types:
         raise NotTunedError(
             f"{str(model_dir)!r} was not tuned in mode 'moe', in which a Qwen3-MoE model answers (`mixing` is "
@@ -71,13 +75,12 @@ def export_qwen3_moe(
         )
     with writer:
         exported_config.save_pretrained(writer.folder)
-        for part in (tokenizer, generation_config):
+        for part in (saved.tokenizer, saved.generation_config):
             if part is not None:
                 part.save_pretrained(writer.folder)
-        for name in reader.names:
-            if _COMPANIONS not in name:
-                for new_name, tensor in _split_experts(name, reader.load(name)):
-                    writer.add(new_name, tensor)
+        for name in names:
+            for new_name, tensor in _split_experts(name, reader.load(name)):
+                writer.add(new_name, tensor)
     return exported_config
 
 
@@ -105,8 +108,8 @@ def make_qwen3_moe_config(config: MoTConfig) -> Qwen3MoeConfig:
     )
 
 
-def find_llama_cpp_limits(config: Qwen3MoeConfig) -> list[str]:
-    """Tells what llama.cpp will not do with a Qwen3-MoE model that transformers runs.
+def find_limits(config: Qwen3MoeConfig) -> list[str]:
+    """Tells what transformers and llama.cpp will not do with a Qwen3-MoE model.
 
     Args:
         config ([`Qwen3MoeConfig`]): Configuration of the model.
@@ -128,43 +131,32 @@ def find_llama_cpp_limits(config: Qwen3MoeConfig) -> list[str]:
     rope_type = config.rope_parameters.get("rope_type")
     if rope_type not in ("default", "linear", "yarn"):
         limits.append(f"answers differently: it has plain rotary embeddings (`rope_type` is {rope_type!r})")
-    return [f"llama.cpp {limit}." for limit in limits]
+    limits = [f"llama.cpp {limit}." for limit in limits]
+    row_bytes = [
+        width * (config.dtype or torch.float32).itemsize
+        for width in (config.hidden_size, config.moe_intermediate_size)
+    ]
+    if any(size % 16 for size in row_bytes):
+        limits.insert(
+            0,
+            f"transformers runs experts of these widths (`hidden_size` {config.hidden_size}, `moe_intermediate_size` "
+            f"{config.moe_intermediate_size}) by from_pretrained(..., experts_implementation='eager') alone.",
+        )
+    return limits
 
 
-def _read_config(reader: CheckpointReader) -> MoTConfig:
-    """The configuration of a causal MoT model; any other model is refused."""
-    folder, model_type = str(reader.folder), reader.config.get("model_type")
-    if model_type != MoTConfig.model_type:
-        raise ValueError(f"{folder!r} holds a model of type {model_type!r}, not 'mot'.")
-    heads = reader.config.get("architectures") or [None]
-    if heads == ["MoTForMaskedLM"]:
+def _refuse_other_heads(reader: CheckpointReader) -> None:
+    folder, head = str(reader.folder), find_class_name(reader)
+    if head == MoTForMaskedLM.__name__:
         raise ValueError(
             f"{folder!r} holds a masked language model, which attends to both sides: there is no bidirectional "
             "Qwen3-MoE that it could become."
         )
-    if heads != ["MoTForCausalLM"]:
+    if head != MoTForCausalLM.__name__:
         raise ValueError(
-            f"{folder!r} holds a {heads[0]}, not a MoTForCausalLM: only causal language models are exported. Export "
+            f"{folder!r} holds a {head!r}, not a MoTForCausalLM: only causal language models are exported. Export "
             "the language model, and fine-tune that."
         )
-    try:
-        return MoTConfig.from_dict(reader.config)
-    except StrictDataclassError as error:
-        raise ValueError(f"{str(reader.folder / 'config.json')!r} is not valid: {error.__cause__ or error}") from error
-
-
-def _shapes(config: MoTConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all the tensors that the model's checkpoint holds."""
-    with torch.device("meta"):
-        model = MoTForCausalLM(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    return shapes
-
-
-def _load_generation_config(folder: Path) -> GenerationConfig | None:
-    return GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).is_file() else None
 
 
 def _split_experts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from math import prod
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -64,7 +63,7 @@ def calibrate_folder(
     if output_dir is not None and Path(output_dir).resolve() != reader.folder.resolve():
         return _calibrate_copy(reader, Path(output_dir), load_batches)
     settle_leftovers(reader.folder.resolve())
-    refuse_full_disk(reader.folder, _count_bytes(reader))
+    refuse_full_disk(reader.folder, reader.count_bytes(reader.names))
     with lock_folder(reader.folder):
         model, tokenizer = open_model(reader.folder)
         num_left_out = calibrate(model, load_batches(model, tokenizer))
@@ -73,7 +72,9 @@ def calibrate_folder(
 
 
 def _calibrate_copy(reader: CheckpointReader, output_dir: Path, load_batches: Loader) -> int:
-    with CheckpointWriter(output_dir, source=reader.folder, force=False, min_size=_count_bytes(reader)) as writer:
+    with CheckpointWriter(
+        output_dir, source=reader.folder, force=False, min_size=reader.count_bytes(reader.names)
+    ) as writer:
         model, tokenizer = open_model(reader.folder)
         num_left_out = calibrate(model, load_batches(model, tokenizer))
         statistics = _list_statistics(model)
@@ -85,10 +86,6 @@ def _calibrate_copy(reader: CheckpointReader, output_dir: Path, load_batches: Lo
             elif is_model_file(path.name) and not is_weight_file(path.name):
                 shutil.copyfile(path, writer.folder / path.name)
     return num_left_out
-
-
-def _count_bytes(reader: CheckpointReader) -> int:
-    return sum(prod(reader.shape(name)) * reader.dtype(name).itemsize for name in reader.names)
 
 
 def _list_statistics(model: MoTPreTrainedModel) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from mot_hf.calibration import calibrate
+from mot_hf.conversion import model_checks
 from mot_hf.conversion.checkpoint_files import CheckpointReader
 from mot_hf.conversion.checkpoint_writer import CheckpointWriter
 from mot_hf.conversion.receipt import RECEIPT_NAME, UpcyclingReceipt, compare_predictions, compare_sizes
@@ -71,8 +72,11 @@ def upcycle(
     reader, dense_config = CheckpointReader(dense_dir), load_dense_config(dense_dir)
     config = make_config(dense_config, group_size=group_size, num_experts=num_experts, dense_layers=dense_layers)
     tokenizer = load_dense_tokenizer(reader.folder)
-    _check_tensors(reader, dense_config)
-    writer = CheckpointWriter(output_dir, source=reader.folder, force=force)
+    model_checks.load_generation_config(reader)
+    model_checks.make_empty_model(reader, Qwen3ForCausalLM, dense_config)
+    # The experts hold all neurons of the dense layers, and more than once.
+    kept = (name for name in reader.names if not (config.tie_word_embeddings and name == "lm_head.weight"))
+    writer = CheckpointWriter(output_dir, source=reader.folder, force=force, min_size=reader.count_bytes(kept))
     calibration_batches, validation_batches = list(calibration_batches), list(validation_batches)
 
     with writer:
@@ -86,7 +90,7 @@ def upcycle(
         for name, statistic in _companions(model).items():
             writer.add(name, statistic)
 
-        dense = Qwen3ForCausalLM.from_pretrained(reader.folder)
+        dense = Qwen3ForCausalLM.from_pretrained(reader.folder, config=dense_config)
         receipt = UpcyclingReceipt(
             source=reader.folder.resolve().name,
             group_size=group_size,
@@ -120,11 +124,12 @@ def load_dense_config(dense_dir: str | Path) -> Qwen3Config:
     reader = CheckpointReader(dense_dir)
     model_type, architectures = reader.config.get("model_type"), reader.config.get("architectures")
     if model_type != Qwen3Config.model_type or architectures not in (None, ["Qwen3ForCausalLM"]):
+        what = repr(architectures) if architectures else "a model"
         raise ValueError(
-            f"{str(dense_dir)!r} holds {architectures or 'a model'} of type {model_type!r}; only dense Qwen3 "
-            "causal language models (type 'qwen3', Qwen3ForCausalLM) become MoT models."
+            f"{str(dense_dir)!r} holds {what} of type {model_type!r}; only dense Qwen3 causal language models (type "
+            "'qwen3', Qwen3ForCausalLM) become MoT models."
         )
-    config = Qwen3Config.from_pretrained(reader.folder)
+    config = model_checks.make_config(reader, Qwen3Config)
     if any(kind != "full_attention" for kind in config.layer_types):
         raise ValueError(
             f"`use_sliding_window` is set in the configuration of {str(dense_dir)!r}: MoT has full attention only."
@@ -222,14 +227,6 @@ def convert_tensors(
         controller = torch.randn(config.num_experts, config.hidden_size, generator=generator)  # [E, D]
         # Of a normed token without its scale, every feature has about unit variance.
         yield f"{prefix}gate.weight", (controller * logit_std / norm.float().norm()).to(norm.dtype)
-
-
-def _check_tensors(reader: CheckpointReader, config: Qwen3Config) -> None:
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in Qwen3ForCausalLM(config).state_dict().items()}
-    if config.tie_word_embeddings and "lm_head.weight" not in reader.names:
-        del shapes["lm_head.weight"]
-    reader.require(shapes)
 
 
 def _assemble(config: MoTConfig, tensors: Mapping[str, Tensor]) -> MoTForCausalLM:

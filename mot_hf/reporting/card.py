@@ -5,20 +5,19 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from mot_hf import modeling
 from mot_hf.conversion.checkpoint_files import CheckpointReader
 from mot_hf.conversion.receipt import RECEIPT_NAME
-from mot_hf.conversion.tokenizers import has_tokenizer
-from mot_hf.modeling import MoTConfig, MoTForCausalLM, MoTForMaskedLM, MoTPreTrainedModel
+from mot_hf.modeling import MoTForCausalLM, MoTForMaskedLM, MoTPreTrainedModel
+from mot_hf.plain_files import read_object, write_whole
 from mot_hf.reporting.run_log import LogHistory, find_run
 from mot_hf.reporting.sizes import count_flops, count_parameters
+from mot_hf.saved_model import SavedModel, read_model
+from mot_hf.terminal import one_line
 from mot_hf.training.record import TrainingRecord, read_record
 
 CARD_NAME = "README.md"
@@ -67,65 +66,6 @@ _METRICS = {
 }
 
 
-@dataclass(frozen=True)
-class SavedModel:
-    """A complete MoT model in a folder, without its weights in memory.
-
-    Args:
-        reader ([`CheckpointReader`]): Its tensors.
-        model ([`MoTPreTrainedModel`]): The model, on the meta device.
-        has_tokenizer (`bool`): Whether there is a tokenizer too.
-    """
-
-    reader: CheckpointReader
-    model: MoTPreTrainedModel
-    has_tokenizer: bool
-
-    @property
-    def head(self) -> Head:
-        """What the model is for."""
-        return _HEADS[type(self.model).__name__]
-
-
-def read_model(model_dir: str | os.PathLike[str]) -> SavedModel:
-    """Checks that a folder holds a MoT model that can be loaded, without loading it.
-
-    Args:
-        model_dir (`str` or `os.PathLike`): Folder of the model.
-
-    Returns:
-        [`SavedModel`]: The model.
-
-    Raises:
-        OSError: The folder, its configuration, or a file of its weights is missing.
-        ValueError: It is no MoT model, a file is damaged, or weights are missing.
-    """
-    reader = CheckpointReader(Path(model_dir))
-    model_type = reader.config.get("model_type")
-    if model_type != MoTConfig.model_type:
-        raise ValueError(f"{str(model_dir)!r} holds a model of type {model_type!r}, not 'mot'.")
-    class_name = (reader.config.get("architectures") or ["MoTModel"])[0]
-    if class_name not in _HEADS:
-        raise ValueError(
-            f"config.json in {str(model_dir)!r} names the class {class_name!r}, which is none of {', '.join(_HEADS)}."
-        )
-    with torch.device("meta"):
-        model = getattr(modeling, class_name)(MoTConfig.from_pretrained(model_dir)).eval()
-    _check_weights(reader, model)
-    return SavedModel(reader, model, has_tokenizer(reader.folder))
-
-
-def _check_weights(reader: CheckpointReader, model: MoTPreTrainedModel) -> None:
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    unfit = [name for name, shape in shapes.items() if name not in reader.names or reader.shape(name) != shape]
-    if unfit:
-        raise ValueError(
-            f"The weights in {str(reader.folder)!r} are not those that config.json describes: {len(unfit)} of "
-            f"{len(shapes)} tensors are missing or of another shape, {unfit[0]} for one. Save the model again "
-            "(`model.save_pretrained`)."
-        )
-
-
 def write_card(
     model_dir: str | os.PathLike[str],
     *,
@@ -157,7 +97,9 @@ def write_card(
             written.
     """
     path = Path(output or Path(model_dir) / CARD_NAME)
-    if path.exists() and not force and not is_generated(path.read_text(encoding="utf-8")):
+    if path.exists() and not path.is_file():
+        raise OSError(f"{str(path)!r} is no file: remove it, or choose another one.")
+    if path.exists() and not force and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
         raise ValueError(f"{str(path)!r} was written or changed by someone and is kept: --force replaces it.")
     saved = read_model(model_dir)
     record = read_record(model_dir) or TrainingRecord()
@@ -169,7 +111,7 @@ def write_card(
         license_name=license,
         base_model=base_model or record.base_model or _find_upcycled(Path(model_dir)),
     )
-    path.write_text(_sign(text), encoding="utf-8")
+    write_whole(path, _sign(text))
     return path
 
 
@@ -216,7 +158,7 @@ def _render(
     license_name: str | None,
     base_model: str | None,
 ) -> str:
-    config, head, name = saved.model.config, saved.head, Path(model_id).resolve().name
+    config, head, name = saved.model.config, _HEADS[type(saved.model).__name__], Path(model_id).resolve().name
     run = find_run(saved.reader.folder)
     evaluation = _find_evaluation(run.log_history, record.best_step)
     size = count_parameters(saved.model)
@@ -298,7 +240,12 @@ def _count_batches(reader: CheckpointReader) -> int:
 
 def _find_upcycled(folder: Path) -> str | None:
     receipt = folder / RECEIPT_NAME
-    return json.loads(receipt.read_text(encoding="utf-8"))["source"] if receipt.is_file() else None
+    if not receipt.is_file():
+        return None
+    source = read_object(receipt).get("source")
+    if not isinstance(source, str):
+        raise ValueError(f"{str(receipt)!r} names no `source`: delete it, and the model card does without.")
+    return source
 
 
 def _find_evaluation(log_history: LogHistory, best_step: int | None) -> Mapping[str, Any]:
@@ -339,4 +286,4 @@ def _list_settings(record: TrainingRecord, num_steps: int) -> dict[str, str]:
     if record.num_processes > 1:
         settings["processes"] = record.num_processes
     settings |= record.hyperparameters
-    return {name: str(value) for name, value in settings.items()}
+    return {one_line(name): one_line(str(value)) for name, value in settings.items()}

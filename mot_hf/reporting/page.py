@@ -17,6 +17,7 @@ from mot_hf.corpus import token_byte_counts
 from mot_hf.metrics import perplexity
 from mot_hf.modeling import MoTForCausalLM, MoTForMaskedLM, MoTPreTrainedModel
 from mot_hf.modeling.mixing_mot import MIXING_MODES
+from mot_hf.plain_files import write_whole
 from mot_hf.reporting.figures import draw_by_layer, draw_experts, draw_mode_losses, draw_training_curve, to_data_uri
 from mot_hf.reporting.mixing_probe import Batches, LayerMixing, measure_experts, measure_losses
 from mot_hf.reporting.passages import Passage, find_passage, show_invisible
@@ -79,7 +80,7 @@ def write_report(
             versions=f"mot_hf {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
         )
     )
-    Path(path).write_text(page, encoding="utf-8")
+    write_whole(Path(path), page)
 
 
 def _environment() -> Environment:

@@ -1,19 +1,32 @@
 """The folder of a training run: where its newest model is, and what the `Trainer` logged."""
 
-import json
 import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from mot_hf.plain_files import read_json
 from mot_hf.training.checkpoints import list_checkpoints
 
 logger = logging.getLogger(__name__)
 
 LogHistory = Sequence[Mapping[str, Any]]
+
+
+_LARGEST_STATE = 2**28  # bytes of a trainer_state.json: some 100 000 entries of everything that can be logged
+_LARGEST_NUMBER = 2**53
+
+
+class _State(NamedTuple):
+    """Of a `trainer_state.json`: see [`Run`]."""
+
+    log_history: list[dict[str, Any]]
+    num_steps: int
+    max_steps: int
 
 
 @dataclass(frozen=True)
@@ -59,28 +72,53 @@ def find_run(folder: str | os.PathLike[str]) -> Run:
             "*.safetensors. Give the `output_dir` of a training run, or the folder of a saved model."
         )
     states = [state for path in candidates if (state := _read_state(path / "trainer_state.json"))]
-    newest = max(states, key=lambda state: (state["global_step"], len(state["log_history"])), default=None)
-    if newest is None:
-        return Run(folder, model_dir)
-    return Run(folder, model_dir, newest["log_history"], newest["global_step"], newest.get("max_steps", 0))
+    newest = max(states, key=lambda state: (state.num_steps, len(state.log_history)), default=None)
+    return Run(folder, model_dir) if newest is None else Run(folder, model_dir, *newest)
 
 
 def _holds_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-def _read_state(path: Path) -> dict[str, Any] | None:
+def _read_state(path: Path) -> _State | None:
     """A `Trainer`'s state; `None` if there is none or it is not readable, being written just now, say."""
     if not path.is_file():
         return None
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(state["log_history"], list) and isinstance(state["global_step"], int):
-            return state
-    except (OSError, ValueError, KeyError, TypeError):
+        state = read_json(path, largest=_LARGEST_STATE)
+        entries, num_steps, max_steps = state["log_history"], state["global_step"], state.get("max_steps", 0)
+        if isinstance(entries, list) and _is_step(num_steps) and _is_step(max_steps):
+            kept = [cleaned for entry in entries if (cleaned := _clean_entry(entry))]
+            if len(kept) < len(entries):
+                logger.warning(
+                    "%d of %d entries of the log in %s are none and are left out.",
+                    *(len(entries) - len(kept), len(entries), path),
+                )
+            return _State(kept, num_steps, max_steps)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
     logger.warning("%s is not readable as the state of a Trainer and is left out.", path)
     return None
+
+
+def _clean_entry(entry: Any) -> dict[str, Any] | None:
+    """What of an entry can be drawn; `None` if it has no step, or a loss that is no number."""
+    if not (isinstance(entry, dict) and _is_step(entry.get("step"))):
+        return None
+    if any(name.endswith("loss") and not _is_number(value) for name, value in entry.items()):
+        return None
+    return {name: value for name, value in entry.items() if _is_number(value)}
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < _LARGEST_NUMBER
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a picture has room for the value; NaN and infinity are left for it to show."""
+    return isinstance(value, int | float) and (
+        abs(value) < _LARGEST_NUMBER or (isinstance(value, float) and not isfinite(value))
+    )
 
 
 def series(log_history: LogHistory, key: str) -> tuple[list[int], list[float]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from mot_hf.modeling import MoTPreTrainedModel
 from mot_hf.training.record import write_record
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,9 @@ def save_run(trainer: Trainer, text_name: str | None) -> None:
         trainer.save_model(str(folder), _internal_call=True)
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-            write_record(trainer, text_name, folder)
+            # Adapters have a card of their own.
+            if isinstance(trainer.accelerator.unwrap_model(trainer.model), MoTPreTrainedModel):
+                write_record(trainer, text_name, folder)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from mot_hf import MoTForCausalLM
 from mot_hf.cli import app
-from mot_hf.conversion.export import export_qwen3_moe, find_llama_cpp_limits
+from mot_hf.conversion.export import export_qwen3_moe, find_limits
 from mot_hf.corpus import default_corpus_files, make_blocks, train_tokenizer
 from mot_hf.training import TransitionTuning
 from tests.models import EOS, PAD, random_ids, tiny_config, trained
@@ -154,7 +154,7 @@ def test_what_is_said_of_llama_cpp_is_so(overrides: dict[str, Any], kind: str | 
     model = trained(MoTForCausalLM(tiny_config(mixing="moe", max_position_embeddings=16, vocab_size=300, **overrides)))
     model.save_pretrained(tmp_path / "mot")
     train_tokenizer(PROMPTS, vocab_size=300).save_pretrained(tmp_path / "mot")
-    limits = find_llama_cpp_limits(export_qwen3_moe(tmp_path / "mot", tmp_path / "moe"))
+    limits = find_limits(export_qwen3_moe(tmp_path / "mot", tmp_path / "moe"))
     assert [limit.partition(":")[0] for limit in limits] == ([] if kind is None else [f"llama.cpp {kind}"])
     completed = run_converter(tmp_path / "moe")
     if kind == "cannot take it" and completed.returncode != 0:

@@ -2,7 +2,9 @@
 
 import copy
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,6 +143,59 @@ def test_an_interrupted_pass_changes_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in companions_of(model).items())
 
 
+def spoil(model: MoTForCausalLM, token: int) -> None:
+    """Give one token an embedding of NaN, as an overflow would."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.nan
+
+
+def test_batches_that_are_not_finite_are_left_out_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = trained(MoTForCausalLM(tiny_config()))
+    batches = make_batches(4, 4, 8)
+    for batch in batches:
+        batch["input_ids"].clamp_(max=90)
+    expected = copy.deepcopy(model)
+    assert calibrate(expected, batches, show_progress=False) == 0
+    spoil(model, 95)
+    bad = {"input_ids": batches[0]["input_ids"].clone()}
+    bad["input_ids"][2, 3] = 95
+    with caplog.at_level(logging.WARNING, logger="mot_hf.calibration"):
+        assert calibrate(model, [batches[0], bad, *batches[1:], bad], show_progress=False) == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 of 5 batches were left out: their statistics are NaN or infinite."
+    ]
+    torch.testing.assert_close(companions_of(model), companions_of(expected), atol=0, rtol=0)
+
+
+def test_no_finite_batch_is_refused_and_changes_nothing() -> None:
+    model = trained(MoTForCausalLM(tiny_config())).train()
+    before = companions_of(model)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[0, 0] = torch.nan
+    padding = make_batches(4)[0]
+    padding["attention_mask"].zero_()
+    with pytest.raises(ValueError, match="The statistics of all 2 `batches` with tokens are NaN or infinite"):
+        calibrate(model, [*make_batches(4, 4), padding], show_progress=False)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in companions_of(model).items())
+
+
+def test_an_interruption_while_the_layers_are_written_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(MoTForCausalLM(tiny_config()))
+    before, replace, calls = companions_of(model), MoTCompanions.replace, []
+
+    def interrupt(companions: MoTCompanions, *arguments: Any) -> None:
+        replace(companions, *arguments)
+        calls.append(companions)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(MoTCompanions, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, make_batches(4), show_progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in companions_of(model).items())
+
+
 def test_rarely_full_groups_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     model = trained(MoTForCausalLM(tiny_config()))
     with caplog.at_level(logging.WARNING, logger="mot_hf.calibration"):
@@ -171,6 +226,14 @@ def test_a_model_without_statistics_says_so_once(head: type[MoTForCausalLM], mon
 NUM_ROWS = {0: (4, 8, 4), 1: (8,)}
 
 
+def raised_by(function: Callable[..., object], *args: Any, **kwargs: Any) -> type[BaseException] | None:
+    try:
+        function(*args, **kwargs)
+    except ValueError as error:
+        return type(error)
+    return None
+
+
 def calibrate_in_process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = distributed.FileStore(str(folder / "store"), 2)
@@ -178,8 +241,13 @@ def calibrate_in_process(rank: int, folder: Path) -> None:
     torch.manual_seed(0)
     model = trained(MoTForCausalLM(tiny_config()))
     all_batches = make_batches(*NUM_ROWS[0], *NUM_ROWS[1])
-    batches = all_batches[:3] if rank == 0 else all_batches[3:]
-    calibrate(DistributedDataParallel(model), batches, show_progress=False)
+    for batch in all_batches:
+        batch["input_ids"].clamp_(max=90)
+    spoil(model, 96)
+    bad = {"input_ids": torch.full((4, 6), 96)}
+    batches = [*all_batches[:3], bad] if rank == 0 else [bad, *all_batches[3:], bad]
+    assert calibrate(DistributedDataParallel(model), batches, show_progress=False) == 3
+    assert ValueError is raised_by(calibrate, DistributedDataParallel(model), [bad] * rank, show_progress=False)
     torch.save(companions_of(model), folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -189,6 +257,9 @@ def test_two_processes_end_with_the_statistics_of_one(tmp_path: Path) -> None:
     multiprocessing.spawn(calibrate_in_process, args=(tmp_path,), nprocs=2)
     torch.manual_seed(0)
     model = trained(MoTForCausalLM(tiny_config()))
-    calibrate(model, make_batches(*NUM_ROWS[0], *NUM_ROWS[1]), show_progress=False)
+    batches = make_batches(*NUM_ROWS[0], *NUM_ROWS[1])
+    for batch in batches:
+        batch["input_ids"].clamp_(max=90)
+    calibrate(model, batches, show_progress=False)
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), companions_of(model))

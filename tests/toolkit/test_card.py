@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast, Qwen3Config
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from mot_hf import MoTForCausalLM, MoTModel, MoTPreTrainedModel
@@ -18,9 +18,11 @@ from mot_hf.cli import app
 from mot_hf.corpus import train_tokenizer
 from mot_hf.registration import AUTO_CLASSES
 from mot_hf.reporting import count_parameters
-from mot_hf.reporting.card import is_generated, read_model, write_card
+from mot_hf.reporting.card import is_generated, write_card
 from mot_hf.reporting.sizes import count_flops
+from mot_hf.saved_model import read_model
 from mot_hf.training import add_lora, run_training
+from mot_hf.training.record import read_record
 from tests.elsewhere import run_elsewhere
 from tests.models import tiny_config, trained
 from tests.toolkit.training import make_trainer
@@ -222,30 +224,56 @@ def test_what_a_model_was_made_from_is_named(tmp_path: Path) -> None:
     assert "It was made from `dense`." in card.read_text()
 
 
-def test_what_is_no_complete_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="absent' is no folder"):
-        read_model(tmp_path / "absent")
-    Qwen3Config(vocab_size=97).save_pretrained(tmp_path / "dense")
-    save_file({"x": torch.zeros(1)}, tmp_path / "dense" / "model.safetensors")
-    with pytest.raises(ValueError, match="holds a model of type 'qwen3', not 'mot'"):
-        read_model(tmp_path / "dense")
-    model = MoTForCausalLM(tiny_config())
-    model.config.save_pretrained(tmp_path / "config")
-    with pytest.raises(OSError, match=r"holds no model.safetensors"):
-        read_model(tmp_path / "config")
-    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
-    next((tmp_path / "shards").glob("model-00002-*")).unlink()
-    with pytest.raises(OSError, match=r"lacks model-00002-of-\d+.safetensors"):
-        read_model(tmp_path / "shards")
-    model.save_pretrained(tmp_path / "partial")
-    tensors = load_file(tmp_path / "partial" / "model.safetensors")
+def test_what_is_no_complete_model_gets_no_card(tmp_path: Path) -> None:
+    save(MoTForCausalLM, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.3.mlp.experts.down_proj"]
-    save_file(tensors, tmp_path / "partial" / "model.safetensors")
-    with pytest.raises(ValueError, match=r"1 of \d+ tensors are missing.*layers.3.mlp.experts.down_proj"):
-        read_model(tmp_path / "partial")
-    with pytest.raises(ValueError, match="tensors are missing"):
-        write_card(tmp_path / "partial")
-    assert not (tmp_path / "partial" / "README.md").exists()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks model\.layers\.3\.mlp\.experts\.down_proj"):
+        write_card(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_look_at_the_positions_cost_what_plain_ones_cost(kind: str, tmp_path: Path) -> None:
+    pairs = tiny_config().head_dim // 2
+    parameters = {"rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 32}
+    if kind == "longrope":
+        parameters |= {"short_factor": [1.0] * pairs, "long_factor": [2.0] * pairs}
+    text = []
+    for name, more in (("plain", {}), (kind, {"rope_parameters": {"rope_type": kind, **parameters}})):
+        MoTForCausalLM(tiny_config(**more)).save_pretrained(tmp_path / name)
+        text.append(write_card(tmp_path / name, model_id="x").read_text().partition("| FLOPs |")[2].split("|")[0])
+    assert text[0] == text[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"hyperparameters": []}', "`hyperparameters` is \\[\\]"),
+        ('{"num_processes": "2"}', "`num_processes` is '2'"),
+        ('{"num_processes": true}', "`num_processes` is True"),
+        ('{"text_name": 5}', "`text_name` is 5"),
+        ('{"best_step": 1.5}', "`best_step` is 1.5"),
+        ('{"base_model": {}}', "`base_model` is {}"),
+        ('{"more": 1}', "unexpected keyword argument 'more'"),
+        ("[]", "holds no JSON object"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_a_record_that_is_none_is_named(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "training.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"training\.json' is damaged \(.*{message}.*\): delete it"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"source": 5}', '{"source": null}', "{"])
+def test_a_receipt_that_is_none_is_named(content: str, tmp_path: Path) -> None:
+    save(MoTForCausalLM, tmp_path)
+    (tmp_path / "upcycling.json").write_text(content)
+    with pytest.raises(ValueError, match=r"upcycling\.json"):
+        write_card(tmp_path)
+    assert "dense" in write_card(tmp_path, base_model="dense").read_text()
 
 
 def test_statistics_may_be_missing_and_embeddings_tied(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """The `mot` command."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import Qwen3Config
 from typer.testing import CliRunner
 
@@ -98,7 +100,7 @@ def test_what_the_user_can_mend_is_reported_without_a_traceback(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Qwen3Config(vocab_size=97).save_pretrained(tmp_path / "dense")
-    (tmp_path / "dense" / "model.safetensors").touch()
+    save_file({"x": torch.zeros(1)}, tmp_path / "dense" / "model.safetensors")
     MoTForCausalLM(tiny_config()).save_pretrained(tmp_path / "untold")
     (tmp_path / "empty").mkdir()
     for folder, message in (
@@ -117,6 +119,29 @@ def test_a_folder_that_is_no_run_is_reported(
 ) -> None:
     assert "is no training run" in fail(["report", str(tmp_path)], monkeypatch, capsys)
     assert "absent' is no folder" in fail(["report", str(tmp_path / "absent")], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("command", ["report", "card", "calibrate", "export", "push"])
+def test_an_error_is_one_line_without_control_characters(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a\x1b]0;owned\x07\nb"
+    MoTForCausalLM(tiny_config()).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["\x1b[31m\n\x9b2J"]}))
+    error = fail([command, str(folder), *{"export": ["x"], "push": ["a/b"]}.get(command, [])], monkeypatch, capsys)
+    assert error.count("\n") == 1
+    assert error.strip().isprintable()
+    assert r"\x1b[31m\n\x9b2J" in error
+
+
+def test_a_missing_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("mot_hf.reporting")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "matplotlib" in fail(["report", str(tmp_path)], monkeypatch, capsys)
 
 
 def test_help_names_the_commands() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from mot_hf import (
     MoTPreTrainedModel,
 )
 from mot_hf.cli import app
-from mot_hf.conversion.export import NotTunedError, export_qwen3_moe, find_llama_cpp_limits
+from mot_hf.conversion.export import NotTunedError, export_qwen3_moe, find_limits
 from mot_hf.corpus import load_corpus, make_blocks, train_tokenizer
 from tests.models import PAD, random_ids, tiny_config, trained
 from tests.scripts.running import PEAK_MEMORY
@@ -208,9 +209,9 @@ def refuse(folder: Path, match: str, error: type[Exception] = ValueError) -> Non
     ("head", "message"),
     [
         (MoTForMaskedLM, "attends to both sides: there is no bidirectional Qwen3-MoE"),
-        (MoTForSequenceClassification, "MoTForSequenceClassification, not a MoTForCausalLM: only causal language"),
-        (MoTForTokenClassification, "MoTForTokenClassification, not a MoTForCausalLM: only causal language models"),
-        (MoTModel, "holds a MoTModel, not a MoTForCausalLM"),
+        (MoTForSequenceClassification, "'MoTForSequenceClassification', not a MoTForCausalLM: only causal language"),
+        (MoTForTokenClassification, "'MoTForTokenClassification', not a MoTForCausalLM: only causal language models"),
+        (MoTModel, "holds a 'MoTModel', not a MoTForCausalLM"),
     ],
 )
 def test_other_heads_are_refused(head: type[MoTPreTrainedModel], message: str, tmp_path: Path) -> None:
@@ -273,7 +274,7 @@ def cut_tokenizer(folder: Path) -> None:
     [
         (save_dense_config, "holds a model of type 'qwen3', not 'mot'"),
         (drop_architectures, "holds a None, not a MoTForCausalLM"),
-        (spoil_config, r"config\.json' is not valid: .*num_experts_per_tok"),
+        (spoil_config, r"config\.json in .*mot' is not valid: .*num_experts_per_tok"),
         (resize, r"another shape model\.embed_tokens\.weight \[97, 32\] instead of \[98, 32\], lm_head\.weight"),
         (untie, r"has in excess lm_head\.weight"),
         (drop_tensor, r"lacks model\.layers\.2\.mlp\.gate\.weight"),
@@ -352,7 +353,15 @@ def test_force_replaces_an_earlier_export(tmp_path: Path) -> None:
     assert load_exported(tmp_path / "moe").config.num_experts_per_tok == 2
 
 
-def test_what_llama_cpp_will_not_do_is_told(tmp_path: Path) -> None:
+def test_a_full_disk_is_told_before_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tuned(tmp_path / "mot")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(OSError, match=r"has 0\.0 MB free, but the model needs 0\.\d MB"):
+        export_qwen3_moe(tmp_path / "mot", tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
+
+
+def test_what_others_will_not_do_is_told(tmp_path: Path) -> None:
     sparse = {"mlp_layer_types": [SPARSE] * 4}
     for number, (overrides, limits) in enumerate(
         [
@@ -366,9 +375,10 @@ def test_what_llama_cpp_will_not_do_is_told(tmp_path: Path) -> None:
             ),
             (sparse | {"hidden_act": "gelu"}, ["differently: it uses silu"]),
             (sparse | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["has plain rotary embeddings"]),
+            (sparse | {"moe_intermediate_size": 6}, ["transformers runs experts of these widths .* 6.*'eager'"]),
         ]
     ):
         save_tuned(tmp_path / f"mot{number}", **overrides)
-        found = find_llama_cpp_limits(export_qwen3_moe(tmp_path / f"mot{number}", tmp_path / f"moe{number}"))
+        found = find_limits(export_qwen3_moe(tmp_path / f"mot{number}", tmp_path / f"moe{number}"))
         assert len(found) == len(limits)
         assert all(re.search(limit, sentence) for limit, sentence in zip(limits, found, strict=True))

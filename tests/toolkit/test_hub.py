@@ -22,6 +22,7 @@ from mot_hf.corpus import train_tokenizer
 from mot_hf.hub import push_model
 from mot_hf.registration import AUTO_CLASSES
 from mot_hf.reporting.card import is_generated, write_card
+from mot_hf.version import __version__
 from tests import stranger
 from tests.elsewhere import run_elsewhere
 from tests.hub import HubServer
@@ -103,15 +104,149 @@ def test_a_model_is_pushed_with_code_card_and_tokenizer_in_one_commit(hub: HubSe
     assert not hub.repositories["tester/small"].is_private
 
 
-def test_what_training_leaves_is_not_pushed(hub: HubServer, model_dir: Path) -> None:
-    debris = ["checkpoint-4/model.safetensors", "runs/Jan1/events.out.tfevents.1", "optimizer.pt", "rng_state_0.pth"]
-    debris += ["training_args.bin", "trainer_state.json", "training.json", ".cache/x", "__pycache__/heads_mot.pyc"]
-    kept = ["images/curve.png", "report.html", "additional_chat_templates/tools.jinja"]
-    for name in debris + kept:
-        (model_dir / name).parent.mkdir(parents=True, exist_ok=True)
-        (model_dir / name).write_text("{}" if name.endswith("json") else name)
+def add_files(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}" if name.endswith("json") else name)
+
+
+OTHERS = (
+    *("checkpoint-4/model.safetensors", "runs/Jan1/events.out.tfevents.1", "optimizer.pt", "rng_state_0.pth"),
+    *(
+        "training_args.bin",
+        "trainer_state.json",
+        "training.json",
+        ".cache/x",
+        "__pycache__/heads_mot.pyc",
+        ".git/HEAD",
+    ),
+    *(
+        "wandb/run-1/files/config.yaml",
+        "pytorch_model_fsdp_0/__0_0.distcp",
+        "model.safetensors.bak",
+        ".env",
+        "notes.md",
+    ),
+    *("model-00001-of-00002.safetensors", "model.safetensors.index.json", "secret.py", "texts/mine.txt", "tmpab12cd"),
+    *(
+        "additional_chat_templates/tools.py",
+        "images/private.png",
+        "pytorch_model.bin",
+        "model.calibrated-0a1b2c3d.safetensors",
+    ),
+)
+
+
+def test_only_what_belongs_to_a_model_is_pushed_and_the_rest_is_named(
+    hub: HubServer, model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = ["images/a curve.png", "docs/more.md", "report.html", "additional_chat_templates/tools.jinja", "LICENSE"]
+    kept += [
+        "NOTICE.txt",
+        "upcycling.json",
+        "chat_template.jinja",
+        ".eval_results/lambada.yaml",
+        "logo.svg",
+        "vocab.json",
+    ]
+    add_files(model_dir, *OTHERS, *kept)
+    card = (
+        "# Mine\n![curve](./images/a%20curve.png) [more](docs/more.md#part) <img src='logo.svg'> [no](../outside.md) "
+        "[no](https://example.org/notes.md) [no](/etc/hosts.md) [no](.env.md) [no](secret.py) [gone](absent.md)\n"
+    )
+    (model_dir / "README.md").write_text(card)
+    add_files(model_dir.parent, "outside.md", "model/.env.md")
     push_model(model_dir, "tester/small")
     assert hub.files["tester/small"].keys() == MODEL | TOKENIZER | {"model.safetensors", *kept}
+    (told,) = [record.getMessage() for record in caplog.records if "Not uploaded" in record.getMessage()]
+    assert told.endswith(": .cache/, .env, .env.md, .git/, __pycache__/, ... (25 in all).")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE", "README.md", "heads_mot.py", "logo.svg", "docs/a.md"])
+def test_no_link_out_of_the_folder_is_followed(name: str, hub: HubServer, model_dir: Path) -> None:
+    (model_dir / "README.md").write_text("# Mine\n![logo](logo.svg) [more](docs/a.md)\n")
+    secret = model_dir.parent / "outside" / Path(name).name
+    secret.parent.mkdir()
+    secret.write_bytes((model_dir / name).read_bytes() if (model_dir / name).exists() else b"a secret")
+    (model_dir / name.split("/")[0]).unlink(missing_ok=True)
+    (model_dir / name.split("/")[0]).symlink_to(secret.parent if "/" in name else secret)
+    with pytest.raises(ValueError, match=r"is a link out of its folder, to .*: put a copy in its place"):
+        push_model(model_dir, "tester/small")
+    assert not hub.requests
+
+
+def test_a_link_that_belongs_to_no_model_is_left(hub: HubServer, model_dir: Path) -> None:
+    (model_dir / "link.txt").symlink_to("/etc/passwd")
+    (model_dir / "images").symlink_to("/etc")
+    push_model(model_dir, "tester/small")
+    assert hub.files["tester/small"].keys() == MODEL | TOKENIZER | {"model.safetensors"}
+
+
+def test_a_snapshot_in_the_cache_of_the_hub_is_pushed(hub: HubServer, model_dir: Path, tmp_path: Path) -> None:
+    push_model(model_dir, "tester/small")
+    snapshot = HfApi().snapshot_download("tester/small", cache_dir=tmp_path / "cache")
+    assert (Path(snapshot) / "model.safetensors").is_symlink()
+    push_model(snapshot, "tester/again")
+    assert hub.files["tester/again"].keys() == hub.files["tester/small"].keys()
+    assert hub.files["tester/again"]["model.safetensors"] == hub.files["tester/small"]["model.safetensors"]
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("auto_map", {"AutoModelForCausalLM": "evil/repo--heads_mot.MoTForCausalLM"}),
+        (
+            "auto_map",
+            {"AutoModel": "modeling_mot.MoTModel", "AutoTokenizer": [None, "evil/repo--heads_mot.Tokenizer"]},
+        ),
+        ("auto_map", {"AutoModel": "other.MoTModel"}),
+        ("auto_map", {"AutoModel": "../heads_mot.MoTModel"}),
+        ("auto_map", {"AutoModel": 5}),
+        ("auto_map", ["evil/repo--heads_mot.MoTForCausalLM", None]),
+        ("custom_pipelines", {"evil": {"impl": "evil/repo--pipeline.Evil", "pt": ["AutoModel"]}}),
+    ],
+)
+def test_code_of_others_is_refused(file: str, field: str, value: object, hub: HubServer, model_dir: Path) -> None:
+    config = json.loads((model_dir / file).read_text())
+    (model_dir / file).write_text(json.dumps(config | {field: value}))
+    with pytest.raises(ValueError, match=rf"{file}' names .* in `{field}`, which is not this model's code, .*Remove"):
+        push_model(model_dir, "tester/small")
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    "auto_map", [{"AutoModelForCausalLM": "heads_mot.MoTForCausalLM"}, ["heads_mot.MoTForMaskedLM"]]
+)
+def test_an_incomplete_auto_map_is_completed(auto_map: object, hub: HubServer, model_dir: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    (model_dir / "heads_mot.py").write_text((model_dir / "heads_mot.py").read_text() + "# changed\n")
+    push_model(model_dir, "tester/small")
+    assert json.loads(hub.files["tester/small"]["config.json"]) == config
+    assert hub.files["tester/small"]["heads_mot.py"].endswith(b"# changed\n")
+
+
+def test_changed_code_is_pushed_with_what_it_imports_and_that_is_said(
+    hub: HubServer, model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    code = "from .extra import something\n" + (model_dir / "heads_mot.py").read_text()
+    (model_dir / "heads_mot.py").write_text(code)
+    add_files(model_dir, "extra.py", "unused_mot.py")
+    push_model(model_dir, "tester/small")
+    assert hub.files["tester/small"]["heads_mot.py"] == code.encode()
+    assert "extra.py" in hub.files["tester/small"]
+    assert "unused_mot.py" not in hub.files["tester/small"]
+    assert f"is not that of mot_hf {__version__} (extra.py, heads_mot.py), and is uploaded as it is" in caplog.text
+
+    (model_dir / "experts_mot.py").unlink()  # then the code is not complete, and nobody could load the model by it
+    push_model(model_dir, "tester/small")
+    source = Path(sys.modules[MoTConfig.__module__].__file__ or "").parent
+    assert hub.files["tester/small"]["heads_mot.py"] == (source / "heads_mot.py").read_bytes()
+
+    (model_dir / "experts_mot.py").write_text("from ..secret import key\n")
+    with pytest.raises(ValueError, match=r"imports '\.secret', which is no file beside it"):
+        push_model(model_dir, "tester/small")
 
 
 def test_an_old_checkpoint_gets_the_code(hub: HubServer, model_dir: Path) -> None:
@@ -181,10 +316,10 @@ def test_weights_of_an_earlier_model_do_not_stay(hub: HubServer, model_dir: Path
 
 def test_what_has_not_changed_is_not_sent_again(hub: HubServer, model_dir: Path) -> None:
     push_model(model_dir, "tester/small")
-    (model_dir / "notes.md").write_text("new")
+    (model_dir / "LICENSE").write_text("new")
     push_model(model_dir, "tester/small")
     assert len(hub.uploads()) == 1
-    assert [changed for _, changed in hub.commits][1] == ["notes.md"]
+    assert [changed for _, changed in hub.commits][1] == ["LICENSE"]
 
 
 def test_an_upload_that_fails_shows_nothing_and_goes_on_where_it_stopped(hub: HubServer, model_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""What lies under a name is looked at before it is read."""
+"""What lies under a name is looked at before it is read, and replaced only as a whole."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mot_hf.plain_files import find_file, read_json, read_object
+from mot_hf.plain_files import find_file, read_json, read_object, write_whole
 
 
 def test_a_file_is_found_where_it_is(tmp_path: Path) -> None:
@@ -113,3 +113,21 @@ def test_objects_are_told_from_other_values(tmp_path: Path) -> None:
         path.write_text(other)
         with pytest.raises(ValueError, match="holds no JSON object"):
             read_object(path)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "README.md"
+    write_whole(path, "old")
+
+    def fail(self: Path, text: str, encoding: str) -> None:
+        self.write_bytes(text.encode()[:2])
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fail)
+        with pytest.raises(OSError, match="No space"):
+            write_whole(path, "new text")
+    assert path.read_text() == "old"
+    write_whole(path, "new text")
+    assert path.read_text() == "new text"
+    assert list(tmp_path.iterdir()) == [path]

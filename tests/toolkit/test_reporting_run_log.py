@@ -51,6 +51,47 @@ def test_a_log_that_is_not_readable_is_left_out(
     assert str(torn) in caplog.text
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"loss": 1.0},
+        {"step": "3", "loss": 1.0},
+        {"step": -1, "loss": 1.0},
+        {"step": 10**30, "loss": 1.0},
+        {"step": 3, "loss": None},
+        {"step": 3, "eval_loss": "1.0"},
+        {"step": 3, "loss": 10**400},
+        {"step": 3, "loss": [1.0]},
+        None,
+        5,
+        [],
+    ],
+    ids=lambda entry: str(entry)[:30],
+)
+def test_entries_that_are_none_are_left_out_with_their_count(
+    entry: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = make_checkpoint(tmp_path, 8) / "trainer_state.json"
+    good = {"step": 8, "loss": 1.0, "grad_norm": float("nan")}
+    history = [good, entry, good | {"note": "text", "list": [], "mixing/entropy/layers_2": 0.5}]
+    state.write_text(json.dumps({"global_step": 8, "log_history": history}))
+    with caplog.at_level(logging.WARNING, logger="mot_hf.reporting.run_log"):
+        run = find_run(tmp_path)
+    first, second = run.log_history
+    assert first.keys() == good.keys()
+    assert second.keys() == good.keys() | {"mixing/entropy/layers_2"}
+    assert "1 of 3 entries of the log in" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content", ["5", "null", '{"global_step": 8, "max_steps": "9", "log_history": []}', "[" * 10**5]
+)
+def test_other_odd_logs_are_left_out(content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (make_checkpoint(tmp_path) / "trainer_state.json").write_text(content)
+    assert find_run(tmp_path).log_history == []
+    assert "is not readable as the state of a Trainer" in caplog.text
+
+
 def test_a_run_that_has_not_ended_has_the_model_of_its_newest_checkpoint(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "checkpoint-100", 100)
     make_checkpoint(tmp_path / "checkpoint-200", 200)

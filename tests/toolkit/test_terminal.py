@@ -1,0 +1,60 @@
+"""What comes from files of others and is shown does nothing to the terminal."""
+
+import io
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+
+from mot_hf.terminal import clean, clean_messages, one_line
+
+EVIL = "\x1b]0;owned\x07\x9b2J\x7f\u202e"
+SHOWN = r"\x1b]0;owned\x07\x9b2J\x7f\u202e"
+
+
+def test_only_what_has_a_shape_is_left() -> None:
+    assert clean(EVIL) == SHOWN
+    assert clean("a\r\nb\tc") == "a\\r\nb\tc"
+    assert clean("Füße, 日本 \N{SNOWMAN} 'x'") == "Füße, 日本 \N{SNOWMAN} 'x'"
+    assert clean("\udcff") == r"\udcff"  # of a file name that is not UTF-8
+    assert all(clean(chr(code)).isprintable() for code in range(0x110000) if chr(code) not in "\n\t")
+
+
+def test_a_message_is_one_line() -> None:
+    assert one_line(f"a\n  b\n\n{EVIL}\tc\r\n") == f"a b {SHOWN} c"
+    assert one_line("") == ""
+    assert len(one_line("x" * 10**6)) < 2100
+
+
+@pytest.mark.parametrize("name", ["mot_hf.reporting", "transformers.models"])
+def test_log_messages_are_cleaned(name: str) -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    try:
+        with clean_messages():
+            logger.warning("%s is %d %r of %s: " + EVIL, Path(EVIL), 3, EVIL, ValueError(EVIL))
+            logger.warning("%(a)s", {"a": EVIL})
+            logger.error(EVIL)
+        logger.error("afterwards \x07")
+    finally:
+        logger.removeHandler(handler)
+    first, *others = stream.getvalue().splitlines()
+    assert first == f"{SHOWN} is 3 {SHOWN!r} of {SHOWN}: {SHOWN}"
+    assert others == [SHOWN, SHOWN, "afterwards \x07"]
+
+
+def test_records_keep_arguments_that_a_formatter_wants() -> None:
+    record = logging.getLogRecordFactory()
+    with clean_messages():
+        record = logging.getLogger("a").makeRecord("a", 1, "f", 1, "%s %d", ("GET", 200), None)
+    assert record.args == ("GET", 200)
+
+
+def test_warnings_are_cleaned() -> None:
+    with clean_messages():
+        text = warnings.formatwarning(EVIL, UserWarning, EVIL, 1, EVIL)
+    assert text == f"{SHOWN}:1: UserWarning: {SHOWN}\n  {SHOWN}\n"
+    assert EVIL in warnings.formatwarning(EVIL, UserWarning, "x", 1)

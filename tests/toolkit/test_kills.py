@@ -1,6 +1,7 @@
 """Commands that write a model where there is one, killed at random moments: nothing is lost.
 
-Moments that are rarely met are looked for step by step in the tests of what the commands are made of.
+`MOT_HF_KILLS=12 MOT_HF_KILL_SEED=7 pytest tests/toolkit/test_kills.py` tries other moments, and more of them. Moments
+that are rarely met are looked for step by step in the tests of what the commands are made of.
 """
 
 import logging
@@ -28,7 +29,8 @@ from tests.toolkit.test_upcycle import convert, make_batches, save_dense
 
 logger = logging.getLogger(__name__)
 
-NUM_KILLS = 12
+NUM_KILLS = int(os.environ.get("MOT_HF_KILLS", "3"))
+SEED = int(os.environ.get("MOT_HF_KILL_SEED", "0"))
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +125,7 @@ def test_a_command_that_is_killed_loses_nothing(
     models = {"old": load(old_dir), "new": load(done)}
     assert not is_same(models["old"], models["new"])
 
-    chance, found, num_killed, num_leftovers = random.Random(0), [], 0, 0
+    chance, found, num_killed, num_leftovers = random.Random(SEED), [], 0, 0
     for trial in range(8 * NUM_KILLS):
         output = tmp_path / str(trial) / "output"
         shutil.copytree(old_dir, output, symlinks=True)

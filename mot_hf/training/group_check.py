@@ -1,6 +1,7 @@
 """Whether the batches that a `Trainer` really uses fill the groups that a model mixes, and are meant to be mixed."""
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -121,8 +122,18 @@ class _Watch:
             self._dataloader.collate_fn = self._collate
 
     def watch_passes(self) -> None:
-        # A hook of all modules: the copy of the model that a trainer takes as reference is nowhere to be found.
-        self._hook = self._hook or register_module_forward_hook(self._see_pass, with_kwargs=True)
+        if self._hook is not None:
+            return
+        see_pass = weakref.WeakMethod(self._see_pass)
+
+        def see(*passed: Any) -> None:
+            if method := see_pass():
+                method(*passed)
+
+        # A hook of all modules: the copy of the model that a trainer takes as reference is nowhere to be found. Of a
+        # run that fails meanwhile it goes with the trainer.
+        self._hook = register_module_forward_hook(see, with_kwargs=True)
+        weakref.finalize(self, self._hook.remove)
 
     def _see_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling() or not isinstance(module, MoTModel):

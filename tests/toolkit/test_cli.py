@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import Qwen3Config
 from typer.testing import CliRunner
 
+import mot_hf.reporting
 from mot_hf import MoTForCausalLM, MoTForMaskedLM
 from mot_hf.calibration import calibrate
 from mot_hf.cli import app, run
@@ -138,6 +139,7 @@ def test_an_error_is_one_line_without_control_characters(
 def test_a_missing_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(mot_hf, "reporting", mot_hf.reporting)  # so that the one of now is put back
     for name in [name for name in sys.modules if name.startswith("mot_hf.reporting")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

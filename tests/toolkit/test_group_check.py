@@ -1,5 +1,6 @@
 """What is said about batches that do not fill the groups of a model."""
 
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
 from mot_hf import MoTForCausalLM
 from mot_hf.training import GroupSizeCheck
@@ -208,6 +209,7 @@ def test_the_rows_of_a_compiled_model_are_those_of_the_batch(
     monkeypatch: pytest.MonkeyPatch,
     recwarn: pytest.WarningsRecorder,
 ) -> None:
+    gc.collect()  # runs of other tests that failed have hooks too
     config = {"num_hidden_layers": 2}
     if by == "launcher":
         monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
@@ -281,3 +283,19 @@ def test_flattened_rows_are_refused_with_the_reason(tmp_path: Path) -> None:
         trainer.train()
     model.set_mixing("per_sequence")
     assert trainer.train().global_step == 1
+
+
+def test_a_run_that_fails_leaves_no_hook(tmp_path: Path) -> None:
+    class Failure(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    gc.collect()
+    hooks = dict(torch.nn.modules.module._global_forward_hooks)
+    trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path, [GroupSizeCheck(), Failure()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert torch.nn.modules.module._global_forward_hooks.keys() > hooks.keys()
+    del trainer
+    gc.collect()
+    assert torch.nn.modules.module._global_forward_hooks == hooks

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,14 @@ class Limit(TrainerCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-@pytest.fixture(autouse=True)
+@contextmanager
 def files_of_any_size() -> Iterator[None]:
+    """Ends a limit with the test, before pytest writes again: its output may be a file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def limit_before(monkeypatch: pytest.MonkeyPatch, owner: Any, function: str, number: int) -> None:
@@ -123,6 +127,7 @@ WRITERS = [
 
 
 @pytest.mark.parametrize(("owner", "function", "number"), WRITERS)
+@files_of_any_size()
 def test_a_checkpoint_that_cannot_be_written_is_explained_and_the_last_good_one_untouched(
     owner: Any, function: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +148,7 @@ def test_a_checkpoint_that_cannot_be_written_is_explained_and_the_last_good_one_
     assert digest(tmp_path / "checkpoint-2") == before[0]
 
 
+@files_of_any_size()
 def test_a_model_that_cannot_be_saved_at_the_end_leaves_the_one_that_was_there(tmp_path: Path) -> None:
     MoTForCausalLM(tiny_config()).save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()

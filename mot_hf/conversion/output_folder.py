@@ -2,7 +2,6 @@
 
 import ctypes
 import glob
-import json
 import logging
 import os
 import shutil
@@ -17,6 +16,7 @@ from typing import Self
 from mot_hf.conversion.checkpoint_files import name_some
 from mot_hf.conversion.model_files import CHAT_TEMPLATES, is_model_file
 from mot_hf.locking import LOCK_NAME, lock_folder
+from mot_hf.plain_files import read_object
 
 logger = logging.getLogger(__name__)
 
@@ -317,10 +317,9 @@ def _refuse_to_replace(folder: Path, names: list[str]) -> None:
 
 def _holds_model(folder: Path) -> bool:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return "model_type" in read_object(folder / "config.json")
+    except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and "model_type" in config
 
 
 def _is_mount_point(folder: Path) -> bool:

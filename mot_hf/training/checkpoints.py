@@ -1,17 +1,17 @@
 """Which checkpoint a run can go on from, after whatever stopped it."""
 
-import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from mot_hf.plain_files import read_json, read_object
 from mot_hf.training.pickles import find_file_problem, find_folder_problem
 
 logger = logging.getLogger(__name__)
@@ -138,10 +138,10 @@ def read_state(checkpoint: str | os.PathLike[str]) -> TrainerState:
     """
     path = Path(checkpoint) / TRAINER_STATE_NAME
     try:
-        state = TrainerState(**_read_json(path))
+        state = TrainerState(**read_json(path, largest=sys.maxsize))  # a log may have any length
         if not isinstance(state.global_step, int) or not all("step" in entry for entry in state.log_history):
             raise ValueError("steps are missing")
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is damaged ({error}).") from error
     return state
 
@@ -212,10 +212,6 @@ def _list_ranks(checkpoint: Path) -> set[int]:
     return {int(name[1]) for name in names if name}
 
 
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def _is_readable(checkpoint: Path) -> bool:
     try:
         read_state(checkpoint)
@@ -226,16 +222,17 @@ def _is_readable(checkpoint: Path) -> bool:
 
 def _is_object(path: Path) -> bool:
     try:
-        return isinstance(_read_json(path), dict)
-    except (ValueError, OSError, RecursionError):
+        read_object(path)
+    except (ValueError, OSError):
         return False
+    return True
 
 
 def _list_shards(index: Path) -> set[str] | None:
     """Names of the files that an index names; `None` if it is no index of files beside it."""
     try:
-        names = set(_read_json(index)["weight_map"].values())
-    except (ValueError, OSError, TypeError, KeyError, AttributeError, RecursionError):
+        names = set(read_object(index)["weight_map"].values())
+    except (ValueError, OSError, TypeError, KeyError, AttributeError):
         return None
     return names if all(isinstance(name, str) and Path(name).name == name for name in names) else None
 

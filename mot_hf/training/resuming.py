@@ -21,6 +21,7 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy
 
 from mot_hf.conversion.tokenizers import has_tokenizer
+from mot_hf.plain_files import read_object
 from mot_hf.training.vocabulary import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ def check_adapters(rank: int, alpha: int, checkpoint: str) -> None:
     """
     adapters = Path(checkpoint) / "adapter_config.json"
     if adapters.is_file():
-        saved = json.loads(adapters.read_text(encoding="utf-8"))
+        saved = read_object(adapters)
         settings = {"lora_rank": (saved["r"], rank), "lora_alpha": (saved["lora_alpha"], alpha if rank else None)}
         _refuse_differences(settings, checkpoint)
     elif (Path(checkpoint) / "config.json").is_file():  # a whole model

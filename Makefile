@@ -63,30 +63,30 @@ constraints: newest  ## pin the newest versions that setup.py admits
 	$(FREEZE_NEWEST) | cat $(NEWEST)/header.txt - > constraints.txt
 
 bench: $(VENV)/.dev  ## measure speed and memory on this CPU; an hour, close other programs
-	$(VENV)/bin/python scripts/bench_layer.py --hidden_sizes 256 512 --num_rounds 5 \
-		--output_dir results/bench_layer/cpu
-	$(VENV)/bin/python scripts/bench_train.py --hidden_sizes 256 --num_rounds 5 \
-		--output_dir results/bench_train/cpu
-	$(VENV)/bin/python scripts/bench_optimizer.py --output_dir results/bench_optimizer/cpu
+	$(VENV)/bin/python -m scripts.benchmarks.layer.run --hidden_sizes 256 512 --num_rounds 5 \
+		--output_dir scripts/benchmarks/layer/results/cpu
+	$(VENV)/bin/python -m scripts.benchmarks.train_step.run --hidden_sizes 256 --num_rounds 5 \
+		--output_dir scripts/benchmarks/train_step/results/cpu
+	$(VENV)/bin/python -m scripts.benchmarks.optimizer.run --output_dir scripts/benchmarks/optimizer/results/cpu
 
-bench-gpu: $(VENV)/.dev  ## the same on a GPU, and the comparisons of results/headline and results/precision
-	$(VENV)/bin/python scripts/bench_layer.py $(ON_GPU) --num_tokens 16384 65536 \
-		--output_dir results/bench_layer/gpu_eager
-	$(VENV)/bin/python scripts/bench_layer.py $(ON_GPU) --num_tokens 16384 65536 --torch_compile true \
-		--output_dir results/bench_layer/gpu_compiled
-	$(VENV)/bin/python scripts/bench_train.py $(ON_GPU) --num_rows 256 --hidden_sizes 512 1024 \
-		--output_dir results/bench_train/gpu_eager_bfloat16
-	$(VENV)/bin/python scripts/bench_train.py $(ON_GPU) --num_rows 256 --hidden_sizes 512 1024 \
-		--torch_compile true --output_dir results/bench_train/gpu_compiled_bfloat16
-	$(VENV)/bin/python scripts/bench_optimizer.py --device cuda --bf16 true --hidden_size 1024 \
-		--intermediate_size 2816 --num_rows 128 --step_rows 128 512 2048 --output_dir results/bench_optimizer/gpu
-	$(VENV)/bin/python scripts/reproduce_headline.py scripts/recipes/headline/gpu.yaml
-	$(VENV)/bin/python scripts/compare_precision.py scripts/recipes/headline/gpu.yaml --max_steps 1500 \
-		--output_dir results/precision/gpu --architectures dense mot qwen3_moe --learning_rates 4e-3 4e-3 4e-3
+bench-gpu: $(VENV)/.dev  ## the same on a GPU, and the comparisons of scripts/benchmarks/headline/results and scripts/benchmarks/precision/results
+	$(VENV)/bin/python -m scripts.benchmarks.layer.run $(ON_GPU) --num_tokens 16384 65536 \
+		--output_dir scripts/benchmarks/layer/results/gpu_eager
+	$(VENV)/bin/python -m scripts.benchmarks.layer.run $(ON_GPU) --num_tokens 16384 65536 --torch_compile true \
+		--output_dir scripts/benchmarks/layer/results/gpu_compiled
+	$(VENV)/bin/python -m scripts.benchmarks.train_step.run $(ON_GPU) --num_rows 256 --hidden_sizes 512 1024 \
+		--output_dir scripts/benchmarks/train_step/results/gpu_eager_bfloat16
+	$(VENV)/bin/python -m scripts.benchmarks.train_step.run $(ON_GPU) --num_rows 256 --hidden_sizes 512 1024 \
+		--torch_compile true --output_dir scripts/benchmarks/train_step/results/gpu_compiled_bfloat16
+	$(VENV)/bin/python -m scripts.benchmarks.optimizer.run --device cuda --bf16 true --hidden_size 1024 \
+		--intermediate_size 2816 --num_rows 128 --step_rows 128 512 2048 --output_dir scripts/benchmarks/optimizer/results/gpu
+	$(VENV)/bin/python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/gpu.yaml
+	$(VENV)/bin/python -m scripts.benchmarks.precision.run scripts/benchmarks/headline/recipes/gpu.yaml --max_steps 1500 \
+		--output_dir scripts/benchmarks/precision/results/gpu --architectures dense mot qwen3_moe --learning_rates 4e-3 4e-3 4e-3
 
 # With the Python that is there, and no network: WHEELS names a folder with what that Python lacks.
 gpu-check:  ## check and measure on one GPU in eight minutes (WHEELS=folder ARGS="...")
-	$(PYTHON) scripts/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
+	$(PYTHON) scripts/benchmarks/gpu/run.py $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 quality: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 quality: $(VENV)/.dev .typings/mot_hf/modeling  ## lint, check the format and the types

@@ -61,10 +61,10 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML page about a training run: its losses, how its experts mix, and what each mixing mode costs."""
+    from mot_hf.data.sources import name_source
     from mot_hf.reporting.page import write_report
-    from mot_hf.reporting.run_log import find_run
-    from mot_hf.saved_model import open_model
-    from mot_hf.sources import name_source
+    from mot_hf.storage.run_log import find_run
+    from mot_hf.storage.saved_model import open_model
 
     run = find_run(run_dir)
     model, tokenizer = open_model(run.model_dir)
@@ -135,7 +135,7 @@ def export(
 def _describe_losses(model_dir: Path, source: str | None) -> str:
     """What the loss of a model that was not tuned is, in the mode that it was trained for and in mode `moe`."""
     from mot_hf.reporting.mixing_probe import measure_losses
-    from mot_hf.saved_model import open_model
+    from mot_hf.storage.saved_model import open_model
 
     try:
         model, tokenizer = open_model(model_dir)
@@ -176,7 +176,7 @@ def upcycle(
     from functools import partial
 
     from mot_hf.conversion import upcycle as conversion
-    from mot_hf.corpus import load_groups
+    from mot_hf.data.corpus import load_groups
 
     tokenizer, dense_config = conversion.load_dense_tokenizer(dense_dir), conversion.load_dense_config(dense_dir)
     block_length = block_length or min(128, dense_config.max_position_embeddings)
@@ -217,7 +217,7 @@ def _load_groups(
     num_groups: int,
 ) -> "Iterator[dict[str, Tensor]]":
     """Groups of rows for a language model; a masked one meets its text masked."""
-    from mot_hf.corpus import load_groups
+    from mot_hf.data.corpus import load_groups
 
     return load_groups(
         tokenizer,

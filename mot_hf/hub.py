@@ -11,12 +11,12 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from mot_hf.conversion.checkpoint_files import name_some
-from mot_hf.conversion.model_files import CODE_FILES
 from mot_hf.hub_files import find_changed_code, find_code, list_files, list_others
 from mot_hf.modeling.heads_mot import AUTO_MAP
 from mot_hf.reporting.card import CARD_NAME, address_card, is_generated, write_card
-from mot_hf.saved_model import SavedModel, read_model
+from mot_hf.storage.checkpoint_files import name_some
+from mot_hf.storage.model_files import CODE_FILES
+from mot_hf.storage.saved_model import SavedModel, read_model
 from mot_hf.version import __version__
 
 logger = logging.getLogger(__name__)

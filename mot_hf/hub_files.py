@@ -10,12 +10,12 @@ from urllib.parse import unquote
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from mot_hf.conversion.model_files import CHAT_TEMPLATES, CODE_FILES, CODE_FOLDER, is_model_file, is_weight_file
-from mot_hf.locking import LOCK_NAME
 from mot_hf.modeling.heads_mot import AUTO_MAP
-from mot_hf.plain_files import find_file, read_object
 from mot_hf.reporting.card import CARD_NAME
-from mot_hf.saved_model import SavedModel
+from mot_hf.storage.locking import LOCK_NAME
+from mot_hf.storage.model_files import CHAT_TEMPLATES, CODE_FILES, CODE_FOLDER, is_model_file, is_weight_file
+from mot_hf.storage.plain_files import find_file, read_object
+from mot_hf.storage.saved_model import SavedModel
 
 _MAIN_CODE = frozenset(f"{name.split('.')[0]}.py" for name in AUTO_MAP.values())
 _DOCUMENTS = re.compile(

@@ -4,8 +4,8 @@ r"""Convert an exported model to GGUF with llama.cpp's own converter, from a fol
     python scripts/convert_gguf.py --llama_cpp llama.cpp --model_dir runs/qwen3_moe --output runs/moe.gguf
 
 The converter asks by which rule a tokenizer cuts a text into words, and answers that itself from the ids that it gives
-to a test text, so only for published tokenizers. Those of mot_hf.corpus cut by GPT-2's rule, and this script says so;
-all else is the converter's.
+to a test text, so only for published tokenizers. Those of mot_hf.data.tokenizer cut by GPT-2's rule, and this script
+says so; all else is the converter's.
 """
 
 import json

@@ -28,10 +28,13 @@ from transformers import (
 )
 
 from mot_hf import MoTConfig, MoTForCausalLM
-from mot_hf.corpus import default_corpus_info, load_corpus, make_blocks, token_byte_counts, train_tokenizer
+from mot_hf.data.blocks import make_blocks
+from mot_hf.data.corpus import load_corpus
+from mot_hf.data.default_corpus import default_corpus_info
+from mot_hf.data.tokenizer import token_byte_counts, train_tokenizer
 from mot_hf.metrics import bits_per_byte, perplexity
-from mot_hf.reporting import count_parameters
 from mot_hf.reporting.figures import plot_training_curve
+from mot_hf.sizes import count_parameters
 
 MODES = ("cross_example", "per_sequence", "moe")
 PROMPTS = ("def __init__(self,", "import os\nimport sys\n\n", "    for key, value in")

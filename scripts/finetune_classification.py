@@ -18,9 +18,9 @@ lists of words and of their labels. `accelerate launch` in place of `python` use
 
 from transformers import TrainingArguments
 
+from mot_hf.data.classification import ClassificationArguments, load_classification_data
 from mot_hf.training import MethodArguments, end_processes, parse_arguments
 from mot_hf.training.classification import finetune_classification
-from mot_hf.training.classification_data import ClassificationArguments, load_classification_data
 
 
 def main(args: ClassificationArguments, training_args: TrainingArguments, method_args: MethodArguments) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig
 
-from mot_hf.conversion.checkpoint_files import CheckpointReader
-from mot_hf.conversion.checkpoint_writer import DEFAULT_SHARD_SIZE, CheckpointWriter
 from mot_hf.modeling import MoTConfig, MoTForCausalLM, MoTForMaskedLM
-from mot_hf.saved_model import find_class_name, read_model
+from mot_hf.storage.checkpoint_files import CheckpointReader
+from mot_hf.storage.checkpoint_writer import DEFAULT_SHARD_SIZE, CheckpointWriter
+from mot_hf.storage.saved_model import find_class_name, read_model
 
 _COMPANIONS = ".mlp.companions."
 _GATE_UP = ".mlp.experts.gate_up_proj"  # [E, 2F, D]

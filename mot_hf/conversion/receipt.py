@@ -9,9 +9,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mot_hf.modeling import MoTConfig, MoTForCausalLM
-from mot_hf.reporting.sizes import count_flops, count_parameters
-
-RECEIPT_NAME = "upcycling.json"
+from mot_hf.sizes import count_flops, count_parameters
 
 _NUM_COLUMNS = 128  # of the rows for which FLOPs are counted
 

@@ -17,13 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mot_hf.calibration import calibrate
-from mot_hf.conversion.checkpoint_files import CheckpointReader
-from mot_hf.conversion.checkpoint_writer import CheckpointWriter
-from mot_hf.conversion.model_files import CHAT_TEMPLATES, is_model_file, is_weight_file
-from mot_hf.conversion.output_folder import refuse_full_disk, settle_leftovers, sync
-from mot_hf.locking import lock_folder
 from mot_hf.modeling import MoTPreTrainedModel
-from mot_hf.saved_model import open_model
+from mot_hf.storage.checkpoint_files import CheckpointReader
+from mot_hf.storage.checkpoint_writer import CheckpointWriter
+from mot_hf.storage.locking import lock_folder
+from mot_hf.storage.model_files import CHAT_TEMPLATES, is_model_file, is_weight_file
+from mot_hf.storage.output_folder import refuse_full_disk, settle_leftovers, sync
+from mot_hf.storage.saved_model import open_model
 
 logger = logging.getLogger(__name__)
 

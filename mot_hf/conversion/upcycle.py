@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from mot_hf.calibration import calibrate
-from mot_hf.conversion import model_checks
-from mot_hf.conversion.checkpoint_files import CheckpointReader
-from mot_hf.conversion.checkpoint_writer import CheckpointWriter
-from mot_hf.conversion.receipt import RECEIPT_NAME, UpcyclingReceipt, compare_predictions, compare_sizes
-from mot_hf.conversion.tokenizers import load_tokenizer
+from mot_hf.conversion.receipt import UpcyclingReceipt, compare_predictions, compare_sizes
 from mot_hf.modeling import MoTConfig, MoTForCausalLM
+from mot_hf.storage import model_checks
+from mot_hf.storage.checkpoint_files import CheckpointReader
+from mot_hf.storage.checkpoint_writer import CheckpointWriter
+from mot_hf.storage.model_files import RECEIPT_NAME
+from mot_hf.storage.tokenizers import load_tokenizer
 
 
 def upcycle(

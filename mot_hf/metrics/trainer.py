@@ -117,8 +117,8 @@ class LanguageModelMetrics:
 
 
 def _byte_counts(tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    # mot_hf.corpus needs `datasets`, which is not installed everywhere
-    from mot_hf.corpus import token_byte_counts
+    # mot_hf.data.corpus needs `datasets`, which is not installed everywhere
+    from mot_hf.data.tokenizer import token_byte_counts
 
     return token_byte_counts(tokenizer)
 

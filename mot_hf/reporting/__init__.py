@@ -1,5 +1,1 @@
-"""Pictures and tables of a model and its training."""
-
-from mot_hf.reporting.sizes import ModelSize, count_parameters
-
-__all__ = ["ModelSize", "count_parameters"]
+"""The report page, the model card and the figures of a run."""

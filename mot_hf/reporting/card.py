@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from mot_hf.conversion.checkpoint_files import CheckpointReader
-from mot_hf.conversion.receipt import RECEIPT_NAME
 from mot_hf.modeling import MoTForCausalLM, MoTForMaskedLM, MoTPreTrainedModel
-from mot_hf.plain_files import read_object, write_whole
-from mot_hf.reporting.run_log import LogHistory, find_run
-from mot_hf.reporting.sizes import count_flops, count_parameters
-from mot_hf.saved_model import SavedModel, read_model
+from mot_hf.sizes import count_flops, count_parameters
+from mot_hf.storage.checkpoint_files import CheckpointReader
+from mot_hf.storage.model_files import RECEIPT_NAME
+from mot_hf.storage.plain_files import read_object, write_whole
+from mot_hf.storage.record import TrainingRecord, read_record
+from mot_hf.storage.run_log import LogHistory, find_run
+from mot_hf.storage.saved_model import SavedModel, read_model
 from mot_hf.terminal import one_line
-from mot_hf.training.record import TrainingRecord, read_record
 
 CARD_NAME = "README.md"
 

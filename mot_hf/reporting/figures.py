@@ -15,7 +15,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mot_hf.reporting.run_log import LogHistory, series
+from mot_hf.storage.run_log import LogHistory, series
 
 _SVG_LIMIT = 100_000  # bytes; beyond it a PNG is smaller
 

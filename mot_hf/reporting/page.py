@@ -13,16 +13,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mot_hf.corpus import token_byte_counts
+from mot_hf.data.tokenizer import token_byte_counts
 from mot_hf.metrics import perplexity
 from mot_hf.modeling import MoTForCausalLM, MoTForMaskedLM, MoTPreTrainedModel
 from mot_hf.modeling.mixing_mot import MIXING_MODES
-from mot_hf.plain_files import write_whole
 from mot_hf.reporting.figures import draw_by_layer, draw_experts, draw_mode_losses, draw_training_curve, to_data_uri
 from mot_hf.reporting.mixing_probe import Batches, LayerMixing, measure_experts, measure_losses
 from mot_hf.reporting.passages import Passage, find_passage, show_invisible
-from mot_hf.reporting.run_log import LogHistory, Run, layer_series, series
-from mot_hf.reporting.sizes import count_parameters
+from mot_hf.sizes import count_parameters
+from mot_hf.storage.plain_files import write_whole
+from mot_hf.storage.run_log import LogHistory, Run, layer_series, series
 from mot_hf.version import __version__
 
 NUM_SHOWN_EXPERTS = 3  # of a layer, those whose tokens are shown

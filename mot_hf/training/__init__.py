@@ -1,7 +1,7 @@
 """Training of MoT models with the stock `Trainer`."""
 
+from mot_hf.storage.checkpoints import find_checkpoint, find_damage, find_last_checkpoint
 from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArguments, parse_arguments
-from mot_hf.training.checkpoints import find_checkpoint, find_damage, find_last_checkpoint
 from mot_hf.training.classification import finetune_classification
 from mot_hf.training.group_check import GroupSizeCheck
 from mot_hf.training.language_modeling import train_language_model

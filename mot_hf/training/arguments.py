@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from mot_hf.data.sources import name_source
 from mot_hf.modeling import MoTConfig
-from mot_hf.sources import name_source
 
 logger = logging.getLogger(__name__)
 

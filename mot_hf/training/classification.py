@@ -20,9 +20,9 @@ from transformers import (
     set_seed,
 )
 
+from mot_hf.data.classification import IGNORED, encode
+from mot_hf.storage.checkpoints import find_checkpoint
 from mot_hf.training.arguments import MethodArguments
-from mot_hf.training.checkpoints import find_checkpoint
-from mot_hf.training.classification_data import IGNORED, encode
 from mot_hf.training.lora import add_lora
 from mot_hf.training.resuming import (
     CheckpointDescription,

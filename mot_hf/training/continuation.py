@@ -17,7 +17,7 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 
 from mot_hf.modeling import MoTConfig, MoTPreTrainedModel
-from mot_hf.training.checkpoints import read_state
+from mot_hf.storage.checkpoints import read_state
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
 from mot_hf.modeling import MoTPreTrainedModel
-from mot_hf.training.record import write_record
+from mot_hf.storage.checkpoints import TRAINER_STATE_NAME
+from mot_hf.storage.record import TrainingRecord, write_record
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,24 @@ UNFINISHED = "_unfinished"
 # What a loader opens: the weights, else the index of several files of weights.
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+
+# Those that the record of a run, and so its model card, tells.
+_HYPERPARAMETERS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "weight_decay",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "fp16",
+    "seed",
+)
 
 
 def remove_unfinished(args: TrainingArguments) -> None:
@@ -69,7 +87,24 @@ def save_run(trainer: Trainer, text_name: str | None) -> None:
             trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
             # Adapters have a card of their own.
             if isinstance(trainer.accelerator.unwrap_model(trainer.model), MoTPreTrainedModel):
-                write_record(trainer, text_name, folder)
+                write_record(_make_record(trainer, text_name), folder)
+
+
+def _make_record(trainer: Trainer, text_name: str | None) -> TrainingRecord:
+    settings = trainer.args.to_dict()
+    return TrainingRecord(
+        text_name=text_name,
+        base_model=_name_base_model(trainer.model.config.name_or_path),
+        num_processes=trainer.args.world_size,
+        hyperparameters={name: settings[name] for name in _HYPERPARAMETERS},
+        best_step=trainer.state.best_global_step if trainer.args.load_best_model_at_end else None,
+    )
+
+
+def _name_base_model(name_or_path: str) -> str | None:
+    if not name_or_path:
+        return None
+    return Path(name_or_path).resolve().name if Path(name_or_path).is_dir() else name_or_path
 
 
 @contextmanager

@@ -18,11 +18,13 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy
 
-from mot_hf.corpus import load_corpus, make_blocks, spread_rows, train_tokenizer
+from mot_hf.data.blocks import make_blocks, spread_rows
+from mot_hf.data.corpus import load_corpus
+from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.metrics import LanguageModelMetrics
 from mot_hf.modeling import MoTConfig, MoTForCausalLM, MoTForMaskedLM
+from mot_hf.storage.checkpoints import find_checkpoint
 from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArguments
-from mot_hf.training.checkpoints import find_checkpoint
 from mot_hf.training.lora import add_lora
 from mot_hf.training.resuming import (
     TRANSITION_FIELDS,

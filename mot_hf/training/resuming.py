@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy
 
-from mot_hf.conversion.tokenizers import has_tokenizer
-from mot_hf.plain_files import read_object
+from mot_hf.storage.plain_files import read_object
+from mot_hf.storage.tokenizers import has_tokenizer
 from mot_hf.training.vocabulary import load_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
-from mot_hf.locking import lock_folder
 from mot_hf.modeling import MoTPreTrainedModel
+from mot_hf.storage.locking import lock_folder
 from mot_hf.training.arguments import MethodArguments
 from mot_hf.training.continuation import continue_run, settle_run
 from mot_hf.training.final_save import remove_unfinished, save_run, save_whole

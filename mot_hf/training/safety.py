@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
-from mot_hf.training.checkpoints import find_last_checkpoint, list_checkpoints
+from mot_hf.storage.checkpoints import TRAINER_STATE_NAME, find_last_checkpoint, list_checkpoints
 
 # Functions, of the `Trainer` and here, in which files of a run are written; and those in which they are uploaded.
 _SAVING = frozenset({"save_model", "save_run", "_save_checkpoint"})

@@ -15,8 +15,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from mot_hf.conversion.tokenizers import has_tokenizer
-from mot_hf.corpus import MASK_TOKEN, PAD_TOKEN
+from mot_hf.data.tokenizer import MASK_TOKEN, PAD_TOKEN
+from mot_hf.storage.tokenizers import has_tokenizer
 
 logger = logging.getLogger(__name__)
 

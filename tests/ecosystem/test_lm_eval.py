@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from mot_hf import MoTForCausalLM
-from mot_hf.corpus import train_tokenizer
+from mot_hf.data.tokenizer import train_tokenizer
 from tests.models import tiny_config, trained
 
 lm_eval = pytest.importorskip("lm_eval")

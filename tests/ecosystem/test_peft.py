@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mot_hf import MoTForCausalLM
-from mot_hf.corpus import train_tokenizer
+from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.training import MethodArguments, add_lora, finetune_classification
 from tests.models import MODES, companions_of, random_ids, tiny_config, trained
-from tests.toolkit.training import losses_of, make_trainer, same_tensors
+from tests.training.trainers import losses_of, make_trainer, same_tensors
 
 peft = pytest.importorskip("peft")
 

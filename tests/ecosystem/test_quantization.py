@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from mot_hf import MoTForCausalLM
-from mot_hf.corpus import train_tokenizer
+from mot_hf.data.tokenizer import train_tokenizer
 from tests.models import PAD, companions_of, random_ids, tiny_config, trained
 from tests.scripts.running import REPOSITORY, run_script
 
@@ -162,7 +162,7 @@ def test_measure_quantization_weighs_every_way_of_storing_a_model(tmp_path: Path
     model = trained(MoTForCausalLM(tiny_config(hidden_size=64, vocab_size=320)))
     model.save_pretrained(tmp_path / "small")
     arguments = ["--models", "small", "--source", REPOSITORY / "mot_hf", "--block_length", "16", "--max_rows", "8"]
-    printed = run_script(tmp_path, "measure_quantization.py", *arguments)
+    printed = run_script(tmp_path, "quantization", *arguments)
     assert printed.strip().endswith((tmp_path / "runs" / "quantization" / "quantization.md").read_text().strip())
     (result,) = json.loads((tmp_path / "runs" / "quantization" / "quantization.json").read_text())["results"]
     sizes = {name: way["bytes"] for name, way in result["ways"].items()}

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from mot_hf import MoTForCausalLM
-from mot_hf.corpus import train_tokenizer
+from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.serving import MAX_BODY_BYTES
 from tests.models import MODES, tiny_config, trained
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Trainer
 
 from mot_hf import MoTForCausalLM, MoTForSequenceClassification, MoTPreTrainedModel
-from mot_hf.corpus import train_tokenizer
+from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.training import GroupSizeCheck
 from tests.models import companions_of, tiny_config, trained
-from tests.toolkit.training import losses_of
+from tests.training.trainers import losses_of
 
 trl = pytest.importorskip("trl")
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from mot_hf import MoTForSequenceClassification, MoTForTokenClassification
 from tests.models import tiny_config
-from tests.toolkit.training import ROWS, losses_of, make_trainer
+from tests.training.trainers import ROWS, losses_of, make_trainer
 
 
 @pytest.mark.parametrize("head", [MoTForSequenceClassification, MoTForTokenClassification])

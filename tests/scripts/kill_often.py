@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, Trainer
 
 import mot_hf.reporting.card  # imported by the first run otherwise, in each of them
 import mot_hf.training.run
+from mot_hf.storage.checkpoints import list_checkpoints
 from mot_hf.training import find_damage, find_last_checkpoint
-from mot_hf.training.checkpoints import list_checkpoints
 from tests.scripts.running import REPOSITORY
 
 TINY = ["--hidden_size", "32", "--num_attention_heads", "2", "--intermediate_size", "64", "--num_hidden_layers", "2"]

@@ -1,9 +1,13 @@
-"""Running a script in a process of its own, without a network."""
+"""Running a script here or Python in a process of its own, without a network."""
 
+import io
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -46,5 +50,12 @@ def run_python(folder: Path, *arguments: str | Path, environment: dict[str, str]
 
 
 def run_script(folder: Path, name: str, *arguments: str | Path) -> str:
-    """Run a script of the repository."""
-    return run_python(folder, REPOSITORY / "scripts" / name, *arguments)
+    """Run a script of the repository in a folder, in this process; returns what was printed.
+
+    A name such as `train_clm.py` is that of a file, one without an ending that of a benchmark's topic.
+    """
+    path = REPOSITORY / "scripts" / (name if name.endswith(".py") else f"benchmarks/{name}/run.py")
+    printed = io.StringIO()
+    with chdir(folder), redirect_stdout(printed), patch.object(sys, "argv", [str(path), *map(str, arguments)]):
+        runpy.run_path(str(path), run_name="__main__")
+    return printed.getvalue()

@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from mot_hf import MoTForCausalLM
-from mot_hf.corpus import train_tokenizer
+from mot_hf.data.classification import ClassificationArguments
+from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.training import parse_arguments
-from mot_hf.training.classification_data import ClassificationArguments
 from tests.models import tiny_config
 from tests.scripts.running import REPOSITORY, run_script
 
@@ -53,7 +53,7 @@ def test_packages_of_functions(folder: Path) -> None:
 def test_texts_of_ones_own_and_the_comparison(folder: Path) -> None:
     arguments = ["--models", "mot", "dense", "--recipes", write_rows(folder), "--max_steps", "2"]
     arguments += ["--learning_rates", "1e-2", "1e-3", "--seeds", "0", "1", "--output_dir", "compared"]
-    printed = run_script(folder, "compare_finetuning.py", *arguments)
+    printed = run_script(folder, "finetuning", *arguments)
     assert (folder / "compared" / "finetuning.md").read_text().strip() in printed
     mot, dense = json.loads((folder / "compared" / "finetuning.json").read_text())
     assert list(mot["grid"]) == ["0.01", "0.001"]

@@ -40,7 +40,7 @@ def test_training_leaves_checkpoints_with_statistics_and_tokenizer(folder: Path,
 
 def test_evaluate_modes_measures_every_number_of_experts(folder: Path) -> None:
     arguments = ["--runs", "clm", "mlm", "--steps", "2", "4", "--max_rows", "128", "--calibration_batches", "2"]
-    printed = run_script(folder, "evaluate_modes.py", *arguments)
+    printed = run_script(folder, "modes", *arguments)
     assert printed.strip().endswith((folder / "runs" / "modes" / "modes.md").read_text().strip())
     assert (folder / "runs" / "modes" / "modes.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((folder / "runs" / "modes" / "modes.json").read_text())["results"]
@@ -56,7 +56,7 @@ def test_evaluate_modes_measures_every_number_of_experts(folder: Path) -> None:
 
 def test_compare_momenta_evaluates_each_set_of_statistics(folder: Path) -> None:
     arguments = ["--output_dir", "momenta", "--momenta", "1.0", "0.001", "--calibration_batches", "2", *TINY, *SHORT]
-    run_script(folder, "compare_momenta.py", RECIPES / "small_clm.yaml", *arguments, "--learning_rate", "0.03")
+    run_script(folder, "momenta", RECIPES / "small_clm.yaml", *arguments, "--learning_rate", "0.03")
     losses = json.loads((folder / "momenta" / "momenta.json").read_text())
     assert list(losses) == ["cross_example", "momentum 1", "momentum 0.001", "calibrated"]
     assert len(set(losses.values())) == 4
@@ -65,8 +65,8 @@ def test_compare_momenta_evaluates_each_set_of_statistics(folder: Path) -> None:
 def test_bench_generate_compares_all_models(folder: Path) -> None:
     arguments = ["--hidden_size", "64", "--intermediate_size", "64", "--num_hidden_layers", "2", "--num_experts", "64"]
     arguments += ["--batch_sizes", "1", "2", "--prompt_length", "8", "--num_new_tokens", "2", "--num_rounds", "2"]
-    printed = run_script(folder, "bench_generate.py", *arguments)
-    results = json.loads((folder / "runs" / "bench_generate" / "generate.json").read_text())["results"]
+    printed = run_script(folder, "generation", *arguments)
+    results = json.loads((folder / "runs" / "generation" / "generate.json").read_text())["results"]
     models = ["Qwen3-MoE", "MoT, per_sequence", "MoT, moe", "Qwen3, dense"]
     assert [result["model"] for result in results] == models * 4
     assert all(model in printed for model in models)
@@ -93,7 +93,7 @@ def test_compare_transition_measures_the_recovery(folder: Path) -> None:
     untuned = ["--eval_strategy", "steps", "--eval_steps", "4", "--output_dir", "untuned"]
     run_script(folder, "train_clm.py", RECIPES / "small_clm.yaml", *TINY, *SHORT, *untuned, "--num_experts", "64")
     arguments = ["--runs", "untuned:tuned:clm", "--num_batches", "2", "--share", "0.5"]
-    printed = run_script(folder, "compare_transition.py", *arguments)
+    printed = run_script(folder, "transition", *arguments)
     (result,) = json.loads((folder / "runs" / "transition" / "transition.json").read_text())["results"]
     assert result["recovery"]["switch"] == 2
     assert result["tuned"]["curves"]["moe"][0] == [1, 2, 2, 3, 4]  # at the switch and at every evaluation
@@ -106,10 +106,10 @@ def test_compare_transition_measures_the_recovery(folder: Path) -> None:
 def test_compare_upcycling_trains_from_every_start(folder: Path) -> None:
     dense = ["--output_dir", "dense", "--mlp_layer_types", "dense", "dense", *TINY, *SHORT]
     run_script(folder, "train_clm.py", RECIPES / "small_clm.yaml", *dense)
-    run_script(folder, "save_dense.py", "--model_dir", "dense", "--output_dir", "qwen3")
+    run_script(folder, "benchmarks/upcycling/save_dense.py", "--model_dir", "dense", "--output_dir", "qwen3")
     arguments = ["--model_dir", "qwen3", "--output_dir", "upcycling", "--starts", "dense", "slices", "last_layer"]
     arguments += ["--num_eval_rows", "64", "--num_calibration_batches", "2", "--max_steps", "4", "--eval_steps", "2"]
-    printed = run_script(folder, "compare_upcycling.py", *arguments, "--warmup_steps", "1")
+    printed = run_script(folder, "upcycling", *arguments, "--warmup_steps", "1")
     assert printed.strip().endswith((folder / "upcycling" / "upcycling.md").read_text().strip())
     dense, slices, last = json.loads((folder / "upcycling" / "upcycling.json").read_text())["results"]
     assert dense["steps"] == slices["steps"] == last["steps"] == [0, 2, 4]

@@ -14,7 +14,9 @@ import mot_hf.reporting
 from mot_hf import MoTForCausalLM, MoTForMaskedLM
 from mot_hf.calibration import calibrate
 from mot_hf.cli import app, run
-from mot_hf.corpus import load_corpus, make_blocks, train_tokenizer
+from mot_hf.data.blocks import make_blocks
+from mot_hf.data.corpus import load_corpus
+from mot_hf.data.tokenizer import train_tokenizer
 from tests.models import companions_of, tiny_config, trained
 
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b\n" * 10 for i in range(60)]

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from mot_hf import MoTConfig, MoTForCausalLM
 from mot_hf.cli import app
-from mot_hf.corpus import train_tokenizer
+from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.hub import push_model
 from mot_hf.registration import AUTO_CLASSES
 from mot_hf.reporting.card import is_generated, write_card

@@ -6,7 +6,6 @@ from pathlib import Path
 import mot_hf
 import mot_hf.metrics
 import mot_hf.modeling
-import mot_hf.reporting
 import mot_hf.training
 from tests.scripts.running import run_python
 
@@ -27,7 +26,6 @@ def test_names() -> None:
     assert sorted(mot_hf.modeling.__all__) == ["MixingMode", *MODELS]
     metrics = ["METRICS", "LanguageModelMetrics", "TokenTotals", "bits_per_byte", "load_metric", "perplexity"]
     assert mot_hf.metrics.__all__ == metrics
-    assert mot_hf.reporting.__all__ == ["ModelSize", "count_parameters"]
     assert mot_hf.training.__all__ == [
         "CompanionSynchronization",
         "CorpusArguments",
@@ -51,7 +49,7 @@ def test_names() -> None:
         "run_training",
         "train_language_model",
     ]
-    for module in (mot_hf, mot_hf.modeling, mot_hf.metrics, mot_hf.reporting, mot_hf.training):
+    for module in (mot_hf, mot_hf.modeling, mot_hf.metrics, mot_hf.training):
         assert all(hasattr(module, name) for name in module.__all__)
 
 

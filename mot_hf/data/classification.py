@@ -1,0 +1,385 @@
+"""Texts with labels, of a user's own or from the code of the standard library, and their encoding for a model."""
+
+import itertools
+import logging
+import re
+from bisect import bisect_right
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, LargeList, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from mot_hf.data.code_tasks import package_task, role_task
+from mot_hf.data.documents import describe_losses, find_threshold
+from mot_hf.data.rows import ROW_KINDS, check_columns, read_rows, row_kind
+from mot_hf.data.sources import SourceFile, count, find_files, find_place, is_data_set, load_data_set, name_source
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # label of a token that counts neither in the loss nor in metrics
+
+_VALIDATION_FRACTION = 0.1
+_INTEGER = re.compile(r"[+-]?\d+")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf(inity)?)", re.IGNORECASE)
+# Types of columns as `datasets` calls them.
+_TEXT_TYPES = "(large_)?string|string_view"
+_CLASS_TYPES = f"class|bool|u?int\\d+|{_TEXT_TYPES}"
+
+
+@dataclass
+class ClassificationArguments:
+    """What is fine-tuned, and on what."""
+
+    model_name_or_path: str = field(metadata={"help": "pretrained model: a folder or a name"})
+    task: str = field(default="sequence", metadata={"help": "what has a label: 'sequence' or 'tokens'"})
+    source: str | None = field(
+        default=None,
+        metadata={
+            "help": "file of rows (.jsonl, .json, .csv, .tsv, .parquet), folder or glob of these, or data set's name; "
+            "by default code of Python's library: which package a function comes from, or the role of every token"
+        },
+    )
+    validation_source: str | None = field(
+        default=None,
+        metadata={"help": "texts to evaluate on, of the same kinds; by default a part of source is held out"},
+    )
+    validation_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "share of source that is held out where it has no validation split of its own; 0.1 by default"
+        },
+    )
+    config_name: str | None = field(default=None, metadata={"help": "configuration of a data set loaded by name"})
+    text_column: str = field(default="text", metadata={"help": "column of texts; of lists of words for task tokens"})
+    label_column: str = field(default="label", metadata={"help": "column of labels; of lists of them for task tokens"})
+
+    def text_name(self) -> str:
+        """What the texts are called in a model card."""
+        return name_source(self.source)
+
+    def columns(self) -> dict[str, str]:
+        """The columns that are read, by the arguments that name them."""
+        return {"text_column": self.text_column, "label_column": self.label_column}
+
+
+def load_classification_data(args: ClassificationArguments) -> DatasetDict:
+    """Loads labelled texts.
+
+    A data set, or a folder of files named so, is trained on by its split `"train"` and validated by `"validation"`,
+    else by `"test"`, else by a tenth of the texts, chosen by a stable hash, and at least one. Empty texts are left
+    out, and so are words without a label. Labels that are all integers are numbered in their order.
+
+    Args:
+        args ([`ClassificationArguments`]): Task and source.
+
+    Returns:
+        `DatasetDict`: Splits `"train"` and `"validation"`. Their columns are `"text"` and `"label"` (a `ClassLabel`);
+        for task `"tokens"` they are `"text"`, `"starts"` and `"ends"` (of words, in characters) and `"labels"` (a list
+        of `ClassLabel`).
+
+    Raises:
+        ValueError: If the task is unknown, a file is damaged, a column is missing or of the wrong kind, a split is
+            empty, or a label is missing, no class or does not occur in training.
+        OSError: If a source does not exist.
+    """
+    if args.task not in ("sequence", "tokens"):
+        raise ValueError(f"`task={args.task!r}` must be 'sequence' or 'tokens'.")
+    if args.validation_fraction is not None and not 0 < args.validation_fraction < 1:
+        raise ValueError(f"`validation_fraction={args.validation_fraction}` must lie between 0 and 1: 0.1 is usual.")
+    if args.source is None:
+        return _load_code_task(args)
+    splits = _split({name: _leave_out_empty(split, args) for name, split in _load_splits(args).items()}, args)
+    classes = _find_classes(splits, args)
+    if args.task == "sequence":
+        convert, labels = _number_texts, {"label": ClassLabel(names=classes)}
+    else:
+        positions = List(Value("int32"))
+        convert = _join_words
+        labels = {"starts": positions, "ends": positions, "labels": List(ClassLabel(names=classes))}
+    ids = {name: number for number, name in enumerate(classes)}
+    return DatasetDict(
+        {
+            str(name): split.map(
+                convert,
+                input_columns=list(args.columns().values()),
+                remove_columns=split.column_names,
+                features=Features({"text": Value("string"), **labels}),
+                fn_kwargs={"ids": ids, "names": getattr(_label_feature(split, args), "names", None)},
+            )
+            for name, split in splits.items()
+        }
+    )
+
+
+def _load_code_task(args: ClassificationArguments) -> DatasetDict:
+    if args.validation_source is not None:
+        raise ValueError(f"`validation_source={args.validation_source!r}` needs a `source` to train on: give both.")
+    make_task = package_task if args.task == "sequence" else role_task
+    return make_task() if args.validation_fraction is None else make_task(validation_fraction=args.validation_fraction)
+
+
+def _load_splits(args: ClassificationArguments) -> dict[str, Dataset]:
+    """The training split, and what is held out already."""
+    held_out, paths = {}, []
+    if args.validation_source is not None:
+        held_out, paths = _read_source(args.validation_source, "validation_source", args)
+    splits, _ = _read_source(args.source, "source", args, leave_out=paths)
+    if "train" not in splits:
+        raise ValueError(f"`source` has the splits {list(splits)} and needs one called 'train': rename one of them.")
+    found = [named[name] for named in (held_out, splits) for name in ("validation", "test") if name in named]
+    found = [held_out["train"]] if held_out and list(held_out) == ["train"] else found
+    return {"train": splits["train"], **({"validation": found[0]} if found else {})}
+
+
+def _read_source(
+    source: str, argument: str, args: ClassificationArguments, leave_out: Collection[str] = ()
+) -> tuple[dict[str, Dataset], list[str]]:
+    """Read the splits of a source, and say which files it has."""
+    config_name = args.config_name if argument == "source" else None
+    if is_data_set(source, config_name) or _has_no_rows(source):
+        loaded = load_data_set(source, config_name, argument=argument)
+        splits: Any = {"train": loaded} if isinstance(loaded, Dataset) else loaded
+        for split in splits.values():
+            check_columns(args.columns(), split.column_names)
+            _check_features(split.features, args)
+        return {str(name): split.select_columns(list(args.columns().values())) for name, split in splits.items()}, []
+    files = find_files(source, argument, leave_out)
+    paths = [file.path for split in files.values() for file in split]
+    return {name: _read_files(split, argument, args) for name, split in files.items()}, paths
+
+
+def _has_no_rows(source: str) -> bool:
+    """Whether a folder has other files than those of rows: `datasets` knows more kinds."""
+    folder = Path(source).expanduser()
+    return folder.is_dir() and not any(row_kind(file.name) for file in folder.rglob("*"))
+
+
+def _check_features(features: Features, args: ClassificationArguments) -> None:
+    for argument, column in args.columns().items():
+        feature = features[column]
+        if getattr(feature, "dtype", None) == "null":
+            continue
+        if isinstance(feature, List | LargeList) is not (args.task == "tokens"):
+            raise _does_not_fit(argument, args)
+        inner = feature.feature if isinstance(feature, List | LargeList) else feature
+        dtype = "class" if isinstance(inner, ClassLabel) else str(getattr(inner, "dtype", inner))
+        allowed = _TEXT_TYPES if argument == "text_column" else _CLASS_TYPES
+        if not re.fullmatch(allowed, dtype):
+            raise _wrong_type(argument, dtype, args)
+
+
+def _does_not_fit(argument: str, args: ClassificationArguments, where: str = "") -> ValueError:
+    return ValueError(
+        f"`{argument}={args.columns()[argument]!r}` does not fit `task={args.task!r}`{where}: 'tokens' needs lists of "
+        "words and of labels, 'sequence' a text and a label. Change one of the two."
+    )
+
+
+def _wrong_type(argument: str, dtype: str, args: ClassificationArguments, where: str = "") -> ValueError:
+    label = f"`{argument}={args.columns()[argument]!r}`"
+    if argument == "text_column":
+        return ValueError(f"{label} holds no text but {dtype}{where}: name a column of texts.")
+    if re.match("float|double", dtype):
+        return ValueError(f"{label} holds numbers (float){where}: only classes are supported, as integers or names.")
+    return ValueError(f"{label} holds {dtype}{where}: only classes are supported, as integers or names.")
+
+
+def _read_files(files: list[SourceFile], argument: str, args: ClassificationArguments) -> Dataset:
+    """Read rows, with labels as the names of their classes."""
+    rows: dict[str, list[Any]] = {column: [] for column in args.columns().values()}
+    cells, num_bytes = set(), 0
+    for file in files:
+        if file.kind is None:
+            raise ValueError(
+                f"`{argument}` holds {file.path!r}, a text without labels: give files of rows "
+                f"({', '.join(ROW_KINDS)}) or a glob of these."
+            )
+        for row in read_rows(file.path, file.kind, args.columns()):
+            where = f" in {file.path!r}, {row.place}"
+            text, label = row.values[args.text_column], row.values[args.label_column]
+            if file.kind in ("csv", "tsv"):
+                label = label or None
+                cells.add(label)
+            rows[args.text_column].append(_check_value(text, "text_column", args, where))
+            rows[args.label_column].append(_check_value(label, "label_column", args, where))
+            num_bytes += row.num_replaced
+    _check_cells(cells, args)
+    for message in describe_losses(f"`{argument}`", 0, num_bytes):
+        logger.warning(message)
+    feature = List(Value("string")) if args.task == "tokens" else Value("string")
+    return Dataset.from_dict(rows, features=Features(dict.fromkeys(rows, feature)))
+
+
+def _check_value(value: Any, argument: str, args: ClassificationArguments, where: str) -> Any:
+    """The value of a column as text, or as a list of texts."""
+    if value is None:
+        return None
+    if isinstance(value, list) is not (args.task == "tokens"):
+        raise _does_not_fit(argument, args, where)
+    if isinstance(value, list):
+        return [_check_one(one, argument, args, where) for one in value]
+    return _check_one(value, argument, args, where)
+
+
+def _check_one(value: Any, argument: str, args: ClassificationArguments, where: str) -> str | None:
+    if not isinstance(value, str | None) and (argument == "text_column" or not isinstance(value, int)):
+        raise _wrong_type(argument, type(value).__name__, args, where)
+    return value if value is None else str(value)
+
+
+def _check_cells(cells: set[str | None], args: ClassificationArguments) -> None:
+    """CSV has no types: labels that are numbers, and not all of them whole, are no classes."""
+    labels = [cell for cell in cells if cell is not None]
+    are_numbers = any(map(_INTEGER.search, labels)) and all(map(_NUMBER.fullmatch, labels))
+    if are_numbers and not all(map(_INTEGER.fullmatch, labels)):
+        raise _wrong_type("label_column", "float", args)
+
+
+def _leave_out_empty(split: Dataset, args: ClassificationArguments) -> Dataset:
+    """Leave out rows without text, and words that are empty or have no label."""
+    columns = list(args.columns().values())
+    num_words = 0
+    if args.task == "tokens":
+        num_words = sum(len(words or []) for words in split[args.text_column])
+        options = {"fn_kwargs": {"columns": columns}, "features": split.features}
+        split = split.map(_leave_out_words, input_columns=columns, **options)
+        num_words -= sum(map(len, split[args.text_column]))
+    kept = split.filter(bool, input_columns=[args.text_column])
+    if num_words:
+        logger.warning("%s without text or label are left out.", count(num_words, "word"))
+    for message in describe_losses("`source`", len(split) - len(kept), 0):
+        logger.warning(message)
+    return kept
+
+
+def _leave_out_words(words: list | None, labels: list | None, columns: list[str]) -> dict[str, list]:
+    words, labels = words or [], labels or []
+    if len(words) != len(labels):
+        raise ValueError(f"A text of {len(words)} words has {len(labels)} labels: {words}.")
+    kept = [(word, label) for word, label in zip(words, labels, strict=True) if word and label is not None]
+    return dict(zip(columns, ([word for word, _ in kept], [label for _, label in kept]), strict=True))
+
+
+def _split(splits: dict[str, Dataset], args: ClassificationArguments) -> DatasetDict:
+    if "validation" not in splits:
+        fraction = args.validation_fraction or _VALIDATION_FRACTION
+        texts = splits["train"]
+        places = np.array([find_place(str(text).encode()) for text in texts[args.text_column]])
+        threshold = find_threshold(places.tolist(), fraction)
+        held_out = places < (0 if threshold is None else threshold)
+        splits = {
+            name: texts.select(np.flatnonzero(side)) for name, side in (("train", ~held_out), ("validation", held_out))
+        }
+    for name, split in splits.items():
+        if not len(split):
+            advice = ", or name texts to hold out as `validation_source`" if name == "validation" else ""
+            raise ValueError(f"The {name} split of `source` holds no text: give more texts{advice}.")
+    return DatasetDict(splits)
+
+
+def _find_classes(splits: DatasetDict, args: ClassificationArguments) -> list[str]:
+    """Names of the labels, in the order of their numbers; all labels must be among them."""
+    names = {name: set(_name_labels(split, args)) for name, split in splits.items()}
+    if any(None in found for found in names.values()):
+        raise ValueError(f"`label_column={args.label_column!r}` has texts without a label: leave them out.")
+    feature = _label_feature(splits["train"], args)
+    if isinstance(feature, ClassLabel):
+        classes = feature.names
+    else:
+        are_numbers = all(map(_INTEGER.fullmatch, names["train"]))
+        classes = sorted(names["train"], key=(lambda name: (int(name), name)) if are_numbers else None)
+    if unknown := sorted(set.union(*names.values()) - set(classes)):
+        raise ValueError(
+            f"Label {unknown[0]!r} does not occur in the training split, which has {classes}: give texts of it, or "
+            "leave it out."
+        )
+    return classes
+
+
+def _label_feature(split: Dataset, args: ClassificationArguments) -> Any:
+    feature = split.features[args.label_column]
+    return feature.feature if isinstance(feature, List | LargeList) else feature
+
+
+def _name_labels(split: Dataset, args: ClassificationArguments) -> Iterator[str | None]:
+    feature, column = _label_feature(split, args), split[args.label_column]
+    for label in column if args.task == "sequence" else itertools.chain.from_iterable(column):
+        yield _name_label(label, getattr(feature, "names", None))
+
+
+def _name_label(label: Any, names: list[str] | None) -> str | None:
+    """The name of a label, given those that a `ClassLabel` numbers; what it does not number is no class, as -1."""
+    if label is None or names is None:
+        return label if label is None else str(label)
+    return names[label] if 0 <= label < len(names) else str(label)
+
+
+def _number_texts(text: str, label: Any, ids: dict[str, int], names: list[str] | None) -> dict[str, Any]:
+    return {"text": text, "label": ids[str(_name_label(label, names))]}
+
+
+def _join_words(words: list[str], labels: list[Any], ids: dict[str, int], names: list[str] | None) -> dict[str, Any]:
+    """Join words by spaces; remember where they are."""
+    starts, ends, position = [], [], 0
+    for word in words:
+        starts.append(position)
+        ends.append(position + len(word))
+        position += len(word) + 1
+    numbers = [ids[str(_name_label(label, names))] for label in labels]
+    return {"text": " ".join(words), "starts": starts, "ends": ends, "labels": numbers}
+
+
+def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
+    """Encodes labelled texts as a model takes them.
+
+    Args:
+        data (`DatasetDict`): Texts as [`load_classification_data`] gives them.
+        tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
+        max_length (`int`): Number of tokens that a text is cut to.
+
+    Returns:
+        `DatasetDict`: The same splits with the tokenizer's columns and `"labels"`: a number, or one for every token,
+        -100 where a token is special, white space or outside the words.
+    """
+
+    def encode_texts(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        inputs = tokenizer(batch["text"], truncation=True, max_length=max_length)
+        return {**inputs, "labels": batch["label"]}
+
+    def encode_words(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        inputs = tokenizer(batch["text"], truncation=True, max_length=max_length, return_offsets_mapping=True)
+        offsets = inputs.pop("offset_mapping")
+        columns = (batch["text"], offsets, batch["starts"], batch["ends"], batch["labels"])
+        return {**inputs, "labels": [align_labels(*row) for row in zip(*columns, strict=True)]}
+
+    columns = data["train"].column_names
+    return data.map(encode_words if "starts" in columns else encode_texts, batched=True, remove_columns=columns)
+
+
+def align_labels(
+    text: str, offsets: list[tuple[int, int]], starts: list[int], ends: list[int], labels: list[int]
+) -> list[int]:
+    """Gives every token the label of the word in which its first character that is not white space lies.
+
+    Args:
+        text (`str`): The text.
+        offsets (`list[tuple[int, int]]`): Start and end of every token, in characters.
+        starts (`list[int]`): Start of every word, ascending.
+        ends (`list[int]`): End of every word.
+        labels (`list[int]`): Label of every word.
+
+    Returns:
+        `list[int]`: Label of every token; -100 where there is no such word.
+    """
+    aligned = []
+    for start, end in offsets:
+        token = text[start:end]
+        first = end - len(token.lstrip())
+        word = bisect_right(starts, first) - 1
+        has_label = token.strip() and word >= 0 and first < ends[word]
+        aligned.append(labels[word] if has_label else IGNORED)
+    return aligned

@@ -1,0 +1,145 @@
+"""Loading of text: as splits of documents, and as the groups of rows that a model takes."""
+
+from collections.abc import Collection, Iterator
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDatasetDict
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+
+from mot_hf.data.blocks import make_blocks
+from mot_hf.data.default_corpus import default_corpus_files
+from mot_hf.data.documents import Documents, open_source, split_documents
+from mot_hf.data.sources import PathLike
+
+
+def load_corpus(
+    source: PathLike | list[PathLike] | Dataset | DatasetDict | None = None,
+    *,
+    validation_source: PathLike | list[PathLike] | Dataset | DatasetDict | None = None,
+    validation_fraction: float = 0.05,
+    text_column: str = "text",
+    config_name: str | None = None,
+    cache_dir: str | None = None,
+    streaming: bool = False,
+) -> DatasetDict | IterableDatasetDict:
+    """Loads a text corpus as a data set of documents.
+
+    A text file is one document; a byte-order mark is removed, bytes that are not UTF-8 are replaced and line ends
+    become newlines. Each row of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file is one document; all files may
+    be compressed (`.gz`, `.bz2`, `.xz`, `.zst`). What is null or empty is left out, and so are files in a folder that
+    are no text.
+
+    A data set keeps its own validation split (`"validation"`, else `"test"`), and so does a folder of files of rows
+    whose names say their split, such as `train.jsonl` and `test.jsonl`. Everything else is split by a stable hash, of
+    a text file's relative path or of a row's text, so the split is the same on every machine. Of two documents and
+    more at least one is held out; of a single document the end is, from the beginning of a line.
+
+    Args:
+        source (*optional*):
+            `None` for the default corpus; the path of a file, a folder of text files or of files of rows (hidden ones
+            are left out), a glob, or a list of these; the URL of a file of rows; a `Dataset` or `DatasetDict`; or else
+            a data set's name for `load_dataset`.
+        validation_source (*optional*):
+            Text of the same kinds that is held out, in place of a part of `source`. Files of both are held out.
+        validation_fraction (`float`, *optional*, defaults to 0.05):
+            Share of the documents held out where there is neither `validation_source` nor a validation split.
+        text_column (`str`, *optional*, defaults to `"text"`):
+            Column of rows that holds the text.
+        config_name (`str`, *optional*):
+            Configuration of a data set loaded by name.
+        cache_dir (`str`, *optional*):
+            Cache of `datasets`; its own default when not set.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether to read documents as they are needed, instead of all before.
+
+    Returns:
+        `DatasetDict`, or `IterableDatasetDict` if streaming: Splits `"train"` and `"validation"` with the one column
+        `"text"`.
+
+    Raises:
+        ValueError: If `validation_fraction` is not between 0 and 1, the text column is missing or holds no text, a
+            file is damaged or no text, texts and rows are mixed, or a split holds no text.
+        OSError: If a source names no existing file, match or data set.
+    """
+    splits = _load_splits(
+        source,
+        ("train", "validation"),
+        validation_source=validation_source,
+        validation_fraction=validation_fraction,
+        text_column=text_column,
+        config_name=config_name,
+        cache_dir=cache_dir,
+        streaming=streaming,
+    )
+    if all(isinstance(documents, Dataset) for documents in splits.values()):
+        return DatasetDict(splits)
+    return IterableDatasetDict(
+        {name: rows.to_iterable_dataset() if isinstance(rows, Dataset) else rows for name, rows in splits.items()}
+    )
+
+
+def _load_splits(
+    source: Any,
+    names: Collection[str],
+    *,
+    validation_source: Any = None,
+    validation_fraction: float = 0.05,
+    text_column: str = "text",
+    config_name: str | None = None,
+    **options: Any,
+) -> dict[str, Documents]:
+    """Load the splits that are needed; raises a `ValueError` where one of them holds no text."""
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"`validation_fraction={validation_fraction}` must lie between 0 and 1: 0.05 is usual.")
+    held_out = None
+    if validation_source is not None:
+        held_out = open_source(validation_source, text_column, argument="validation_source", **options)
+    leave_out = held_out.paths if held_out else ()
+    files = default_corpus_files() if source is None else source
+    opened = open_source(files, text_column, config_name=config_name, leave_out=leave_out, **options)
+    if held_out is not None:
+        sources = {"train": (opened, ["train"]), "validation": (held_out, ["validation", "test", "train"])}
+        splits = {name: sources[name][0].read_texts(*sources[name][1]) for name in names}
+    else:
+        splits = split_documents(opened, validation_fraction, names)
+    for name, documents in splits.items():
+        if next(iter(documents), None) is None:
+            advice = ", or name text to hold out as `validation_source`" if name == "validation" else ""
+            raise ValueError(f"The {name} split of `source` holds no text: give more text{advice}.")
+    return splits
+
+
+def load_groups(
+    tokenizer: PreTrainedTokenizerFast,
+    source: str | None,
+    split: str,
+    *,
+    group_size: int,
+    block_length: int,
+    num_groups: int,
+    masked: bool = False,
+) -> Iterator[dict[str, Tensor]]:
+    """Reads full groups of rows of a text, as a model takes them; nothing is read before the first is asked for.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`): The tokenizer.
+        source (`str`, *optional*): As in [`load_corpus`].
+        split (`str`): `"train"` or `"validation"`.
+        group_size (`int`): Rows G of a group.
+        block_length (`int`): Tokens T of a row.
+        num_groups (`int`): Groups to read at most.
+        masked (`bool`, *optional*, defaults to `False`): Whether 15 % of the tokens are masked, and labels theirs.
+
+    Yields:
+        `dict[str, torch.Tensor]`: `input_ids` and `labels` `[G, T]`.
+
+    Raises:
+        ValueError: As [`load_corpus`] and [`make_blocks`].
+    """
+    corpus = DatasetDict(_load_splits(source, [split]))
+    rows = make_blocks(corpus, tokenizer, block_length=block_length, group_size=group_size)[split]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=masked, seed=0)
+    yield from islice(DataLoader(rows, batch_size=group_size, collate_fn=collator, drop_last=True), num_groups)

@@ -1,0 +1,1 @@
+"""What lies in folders: weights, checkpoints, tokenizers, run records and logs."""

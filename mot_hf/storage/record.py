@@ -1,0 +1,85 @@
+"""What a run leaves about itself beside its model, for the model card."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mot_hf.storage.plain_files import read_object
+
+RECORD_NAME = "training.json"
+
+_KINDS = {
+    "text_name": str | None,
+    "base_model": str | None,
+    "num_processes": int,
+    "hyperparameters": dict,
+    "best_step": int | None,
+}
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a run knows of itself, and its log does not say.
+
+    Args:
+        text_name (`str`, *optional*): What the training text is called.
+        base_model (`str`, *optional*): The model that was trained further: its name on the Hub, or, without a slash,
+            that of its folder.
+        num_processes (`int`, *optional*, defaults to 1): Processes that trained together.
+        hyperparameters (`Mapping[str, Any]`, *optional*): Values of `TrainingArguments`, by their names there.
+        best_step (`int`, *optional*): The step whose weights were saved at the end, if that is not the last one.
+    """
+
+    text_name: str | None = None
+    base_model: str | None = None
+    num_processes: int = 1
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    best_step: int | None = None
+
+
+def write_record(record: TrainingRecord, folder: str | os.PathLike[str]) -> None:
+    """Writes the record of a run.
+
+    Args:
+        record ([`TrainingRecord`]): The record.
+        folder (`str` or `os.PathLike`): Where it is written.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    path = Path(folder) / RECORD_NAME
+    path.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+
+
+def read_record(folder: str | os.PathLike[str]) -> TrainingRecord | None:
+    """Reads the record of a run.
+
+    Args:
+        folder (`str` or `os.PathLike`): The run's folder.
+
+    Returns:
+        [`TrainingRecord`] or `None`: The record; `None` if there is none.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path = Path(folder) / RECORD_NAME
+    if not path.is_file():
+        return None
+    try:
+        record = TrainingRecord(**read_object(path))
+    except (ValueError, TypeError) as error:
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"{str(path)!r} is damaged ({reason}): delete it, and the model card does without."
+        ) from error
+    for name, kind in _KINDS.items():
+        value = getattr(record, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(
+                f"{str(path)!r} is damaged (`{name}` is {value!r}): delete it, and the model card does without."
+            )
+    return record

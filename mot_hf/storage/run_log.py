@@ -1,0 +1,153 @@
+"""The folder of a training run: where its newest model is, and what the `Trainer` logged."""
+
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mot_hf.storage.checkpoints import list_checkpoints
+from mot_hf.storage.plain_files import read_json
+
+logger = logging.getLogger(__name__)
+
+LogHistory = Sequence[Mapping[str, Any]]
+
+
+_LARGEST_STATE = 2**28  # bytes of a trainer_state.json: some 100 000 entries of everything that can be logged
+_LARGEST_NUMBER = 2**53
+
+
+class _State(NamedTuple):
+    """Of a `trainer_state.json`: see [`Run`]."""
+
+    log_history: list[dict[str, Any]]
+    num_steps: int
+    max_steps: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a training run.
+
+    Args:
+        folder (`Path`): The run's folder.
+        model_dir (`Path`): Where its model is: the folder itself, else the newest checkpoint in it.
+        log_history (`list[dict[str, Any]]`): Entries of the newest log; empty if there is none.
+        num_steps (`int`): Training steps behind that log.
+        max_steps (`int`): Steps that the training was to have; 0 if not known.
+    """
+
+    folder: Path
+    model_dir: Path
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    num_steps: int = 0
+    max_steps: int = 0
+
+
+def find_run(folder: str | os.PathLike[str]) -> Run:
+    """Finds the model and the newest readable log of a training run.
+
+    Args:
+        folder (`str` or `os.PathLike`): The `output_dir` of a `Trainer`.
+
+    Returns:
+        [`Run`]: The run.
+
+    Raises:
+        NotADirectoryError: If there is no such folder.
+        FileNotFoundError: If neither the folder nor a checkpoint in it holds a model.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{str(folder)!r} is no folder: give the `output_dir` of a training run.")
+    candidates = [folder, *reversed(list_checkpoints(folder))]
+    model_dir = next((path for path in candidates if _holds_model(path)), None)
+    if model_dir is None:
+        raise FileNotFoundError(
+            f"{str(folder)!r} is no training run: neither it nor a folder checkpoint-N in it holds config.json and "
+            "*.safetensors. Give the `output_dir` of a training run, or the folder of a saved model."
+        )
+    states = [state for path in candidates if (state := _read_state(path / "trainer_state.json"))]
+    newest = max(states, key=lambda state: (state.num_steps, len(state.log_history)), default=None)
+    return Run(folder, model_dir) if newest is None else Run(folder, model_dir, *newest)
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def _read_state(path: Path) -> _State | None:
+    """A `Trainer`'s state; `None` if there is none or it is not readable, being written just now, say."""
+    if not path.is_file():
+        return None
+    try:
+        state = read_json(path, largest=_LARGEST_STATE)
+        entries, num_steps, max_steps = state["log_history"], state["global_step"], state.get("max_steps", 0)
+        if isinstance(entries, list) and _is_step(num_steps) and _is_step(max_steps):
+            kept = [cleaned for entry in entries if (cleaned := _clean_entry(entry))]
+            if len(kept) < len(entries):
+                logger.warning(
+                    "%d of %d entries of the log in %s are none and are left out.",
+                    *(len(entries) - len(kept), len(entries), path),
+                )
+            return _State(kept, num_steps, max_steps)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass
+    logger.warning("%s is not readable as the state of a Trainer and is left out.", path)
+    return None
+
+
+def _clean_entry(entry: Any) -> dict[str, Any] | None:
+    """What of an entry can be drawn; `None` if it has no step, or a loss that is no number."""
+    if not (isinstance(entry, dict) and _is_step(entry.get("step"))):
+        return None
+    if any(name.endswith("loss") and not _is_number(value) for name, value in entry.items()):
+        return None
+    return {name: value for name, value in entry.items() if _is_number(value)}
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < _LARGEST_NUMBER
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a picture has room for the value; NaN and infinity are left for it to show."""
+    return isinstance(value, int | float) and (
+        abs(value) < _LARGEST_NUMBER or (isinstance(value, float) and not isfinite(value))
+    )
+
+
+def series(log_history: LogHistory, key: str) -> tuple[list[int], list[float]]:
+    """Picks one logged quantity.
+
+    Args:
+        log_history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`.
+        key (`str`): Name of the quantity.
+
+    Returns:
+        `tuple[list[int], list[float]]`: The steps at which it was logged, and its values.
+    """
+    entries = [entry for entry in log_history if key in entry]
+    return [entry["step"] for entry in entries], [entry[key] for entry in entries]
+
+
+def layer_series(log_history: LogHistory, quantity: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Picks a quantity of mixing that was logged by layers, under keys such as `mixing/entropy/layers_2-3`.
+
+    Args:
+        log_history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`.
+        quantity (`str`): Name of the quantity, such as `"entropy"`.
+
+    Returns:
+        `dict[str, tuple[list[int], list[float]]]`: Steps and values by what a picture calls the layers, such as
+        "layers 2-3", from the lowest layer up.
+    """
+    pattern = re.compile(rf"mixing/{re.escape(quantity)}/layers_(\d+)(?:-(\d+))?")
+    matches = [match for key in {key for entry in log_history for key in entry} if (match := pattern.fullmatch(key))]
+    matches.sort(key=lambda match: (int(match[1]), int(match[2] or match[1])))
+    names = {match[0]: f"layers {match[1]}-{match[2]}" if match[2] else f"layer {match[1]}" for match in matches}
+    return {name: series(log_history, key) for key, name in names.items()}

@@ -1,0 +1,111 @@
+"""MoT models in folders: checked as a whole before anything is done with them."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from mot_hf.modeling import MoTConfig, MoTPreTrainedModel
+from mot_hf.registration import AUTO_CLASSES
+from mot_hf.storage.checkpoint_files import CheckpointReader
+from mot_hf.storage.model_checks import load_generation_config, make_config, make_empty_model
+from mot_hf.storage.tokenizers import load_tokenizer
+
+_CLASSES = {model_class.__name__: model_class for model_class, _ in AUTO_CLASSES.values()}
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A complete MoT model in a folder, without its weights in memory.
+
+    Args:
+        reader ([`CheckpointReader`]): Its tensors.
+        model ([`MoTPreTrainedModel`]): The model, on the meta device.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The tokenizer beside it.
+        generation_config (`GenerationConfig`, *optional*): The generation settings beside it.
+    """
+
+    reader: CheckpointReader
+    model: MoTPreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    generation_config: GenerationConfig | None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer too."""
+        return self.tokenizer is not None
+
+
+def read_model(model_dir: str | os.PathLike[str]) -> SavedModel:
+    """Checks that a folder holds a MoT model that can be loaded and used, without loading it.
+
+    Every value of the weights is looked at, one tensor at a time, so it takes about as long as reading the files.
+
+    Args:
+        model_dir (`str` or `os.PathLike`): Folder of the model.
+
+    Returns:
+        [`SavedModel`]: The model.
+
+    Raises:
+        OSError: The folder, its configuration, or a file of its weights is missing.
+        ValueError: It is no MoT model, a file is damaged, or the files do not fit one another: tensors are missing,
+            of another shape or type, or in excess, values are no finite numbers, or the tokenizer has more tokens
+            than the model.
+    """
+    reader = CheckpointReader(Path(model_dir))
+    name = find_class_name(reader) or "MoTModel"
+    if name not in _CLASSES:
+        raise ValueError(
+            f"config.json in {str(model_dir)!r} names the class {name!r}, which is none of {', '.join(_CLASSES)}."
+        )
+    config = make_config(reader, MoTConfig)
+    tokenizer = load_tokenizer(reader.folder, config.vocab_size)
+    generation_config = load_generation_config(reader)
+    return SavedModel(reader, make_empty_model(reader, _CLASSES[name], config), tokenizer, generation_config)
+
+
+def open_model(model_dir: str | os.PathLike[str]) -> tuple[MoTPreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a MoT model and its tokenizer, after all the checks of [`read_model`].
+
+    Args:
+        model_dir (`str` or `os.PathLike`): Folder of the model and its tokenizer.
+
+    Returns:
+        `tuple[MoTPreTrainedModel, PreTrainedTokenizerBase]`: The model, in evaluation mode, and the tokenizer.
+
+    Raises:
+        OSError: The folder, or a file that it must hold, is missing.
+        ValueError: It holds no MoT model, no tokenizer, or what does not fit together.
+    """
+    saved = read_model(model_dir)
+    if saved.tokenizer is None:
+        raise ValueError(
+            f"{str(model_dir)!r} holds no tokenizer: save it there (`tokenizer.save_pretrained`), and give it to the "
+            "Trainer as `processing_class`, which saves it with every checkpoint."
+        )
+    return type(saved.model).from_pretrained(saved.reader.folder, config=saved.model.config), saved.tokenizer
+
+
+def find_class_name(reader: CheckpointReader) -> str | None:
+    """Finds the class of a MoT model.
+
+    Args:
+        reader ([`CheckpointReader`]): The model's checkpoint.
+
+    Returns:
+        `str` or `None`: The name that its `config.json` gives; `None` if it gives none.
+
+    Raises:
+        ValueError: It is no MoT model, or what stands there is no name.
+    """
+    folder, model_type = str(reader.folder), reader.config.get("model_type")
+    if model_type != MoTConfig.model_type:
+        raise ValueError(f"{folder!r} holds a model of type {model_type!r}, not 'mot'.")
+    names = reader.config.get("architectures")
+    if not names and (names is None or isinstance(names, list)):
+        return None
+    if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
+        raise ValueError(f"config.json in {folder!r} must name one class in `architectures`, got {names!r}.")
+    return names[0]

@@ -1,0 +1,1 @@
+"""The verbs of users, and the benchmarks."""

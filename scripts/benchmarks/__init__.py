@@ -1,0 +1,1 @@
+"""The laboratory: command, recipe, numbers, table and picture of one topic together."""

@@ -1,0 +1,147 @@
+"""Whenever the final save is interrupted, a complete model stands under the final name, or none."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from mot_hf import MoTForCausalLM
+from mot_hf.training import add_lora, final_save, run_training
+from mot_hf.training.run import lock_run
+from tests.models import tiny_config
+from tests.training.trainers import make_trainer, same_tensors
+
+ONE_FILE, SMALL, SMALLER = "1GB", "50KB", "20KB"
+
+
+class Killed(BaseException):
+    """Ends what is going on, as a signal would."""
+
+
+@pytest.fixture
+def operations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts operations on the file system, and ends at the one whose number is set."""
+    state = [0, 10**9]
+
+    def counted(function: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            state[0] += 1
+            if state[0] > state[1]:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(os, "replace", counted(os.replace))
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+    return state
+
+
+def make_model(seed: int) -> MoTForCausalLM:
+    torch.manual_seed(seed)
+    return MoTForCausalLM(tiny_config())
+
+
+def which(folder: Path, models: dict[str, MoTForCausalLM]) -> str:
+    """Which of the models a loader finds."""
+    try:
+        found = MoTForCausalLM.from_pretrained(folder).state_dict()
+    except OSError:
+        return "none"
+    return next((name for name, model in models.items() if same_tensors(found, model.state_dict())), "a mixture")
+
+
+@pytest.mark.parametrize("new_size", [ONE_FILE, SMALL])
+@pytest.mark.parametrize("old_size", [ONE_FILE, SMALL, SMALLER])
+def test_a_loader_never_meets_a_mixture(old_size: str, new_size: str, tmp_path: Path, operations: list[int]) -> None:
+    models = {"old": make_model(1), "new": make_model(2)}
+    models["old"].save_pretrained(tmp_path / "old", max_shard_size=old_size)
+    models["new"].save_pretrained(tmp_path / "new", max_shard_size=new_size)
+    seen = []
+    for last in range(200):
+        home, source = (shutil.copytree(tmp_path / name, tmp_path / f"{name}{last}") for name in ("old", "new"))
+        operations[:] = [0, last]
+        try:
+            final_save._move_files(source, home)
+        except Killed:
+            seen.append(which(home, models))
+        else:
+            break
+        finally:
+            operations[1] = 10**9
+    assert seen == sorted(seen, key=["old", "none", "new"].index)
+    assert seen[0] == "old"
+    assert "a mixture" not in seen
+    if new_size == ONE_FILE:
+        assert "none" not in seen
+    assert which(home, models) == "new"
+    assert sorted(path.name for path in home.iterdir()) == sorted(path.name for path in (tmp_path / "new").iterdir())
+
+
+def test_a_whole_model_beside_adapters_stays(tmp_path: Path) -> None:
+    make_model(1).save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    run_training(make_trainer(add_lora(make_model(1), rank=1), tmp_path, max_steps=1), None)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_someones_card_of_adapters_stays(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# My own words\n")
+    run_training(make_trainer(add_lora(make_model(1), rank=1), tmp_path, max_steps=1), None)
+    assert "# My own words" in (tmp_path / "README.md").read_text()
+
+
+def test_what_an_interrupted_save_has_left_is_named_and_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rest = tmp_path / "_unfinished" / "model.safetensors"
+    rest.parent.mkdir()
+    rest.write_bytes(b"half")
+    with caplog.at_level(logging.WARNING), lock_run(make_trainer(make_model(1), tmp_path).args):
+        assert not rest.parent.exists()
+    assert f"{rest.parent} is what an interrupted run had saved of its model" in caplog.text
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = make_model(1)
+    old.save_pretrained(tmp_path)
+
+    def save_half(self: PreTrainedModel, folder: str, **kwargs: Any) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_half)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(make_trainer(make_model(2), tmp_path, max_steps=1), None)
+    assert which(tmp_path, {"old": old}) == "old"
+    assert not (tmp_path / "_unfinished").exists()
+
+
+def test_a_user_of_the_trainer_saves_safely_too(tmp_path: Path) -> None:
+    """Also what `trainer.push_to_hub` saves."""
+    trainer = make_trainer(make_model(2), tmp_path / "run", max_steps=1)
+    run_training(trainer, None)
+    inode = (tmp_path / "run" / "model.safetensors").stat().st_ino
+    trainer.save_model()
+    assert (tmp_path / "run" / "model.safetensors").stat().st_ino != inode
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    assert which(tmp_path / "elsewhere", {"new": trainer.model}) == "new"
+
+
+def test_all_files_of_a_run_are_there(tmp_path: Path) -> None:
+    run_training(make_trainer(make_model(2), tmp_path, max_steps=1), None)
+    expected = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "training_args.bin",
+        "trainer_state.json",
+    }
+    assert expected | {"training.json", "README.md", "modeling_mot.py"} <= {path.name for path in tmp_path.iterdir()}
+    assert not list(tmp_path.glob("_*"))

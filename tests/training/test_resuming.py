@@ -1,0 +1,229 @@
+"""A resumed run is that of its checkpoint: tokenizer and settings are the checkpoint's, or refused by name."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState, TrainingArguments
+
+from mot_hf import MoTConfig, MoTForCausalLM, MoTForMaskedLM
+from mot_hf.data.tokenizer import train_tokenizer
+from mot_hf.training import MethodArguments, add_callbacks, finetune_classification
+from mot_hf.training.resuming import CheckpointDescription, check_settings, load_checkpoint_tokenizer
+from tests.models import tiny_config
+from tests.training.language_runs import SMALL, TEXTS, plain_tokenizer, save_base, train, write_text
+from tests.training.trainers import make_trainer, same_tensors
+
+NEW_TEXTS = [text.replace("fox", "xyzzy").replace("dog", "plugh") for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, and a run of two steps on it with a tokenizer of 270 tokens."""
+    folder = tmp_path_factory.mktemp("first")
+    train(folder / "run", write_text(folder / "text"), corpus={"vocab_size": 270}, max_steps=2)
+    return folder
+
+
+@pytest.fixture
+def source(first: Path) -> str:
+    return str(first / "text")
+
+
+@pytest.fixture
+def checkpoint(first: Path, tmp_path: Path) -> str:
+    """The checkpoint of a copy of that run."""
+    shutil.copytree(first / "run", tmp_path / "run")
+    return str(tmp_path / "run" / "checkpoint-2")
+
+
+class TestTokenizer:
+    def test_a_changed_text_changes_no_meanings(
+        self, tmp_path: Path, checkpoint: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        saved = AutoTokenizer.from_pretrained(checkpoint).get_vocab()
+        assert train_tokenizer(NEW_TEXTS, 270).get_vocab() != saved
+        source = write_text(tmp_path / "changed", NEW_TEXTS)
+        train(tmp_path / "run", source, corpus={"vocab_size": 270}, resume_from_checkpoint="true")
+        assert f"The tokenizer is that of the checkpoint {checkpoint!r}, of 270 tokens." in caplog.text
+        assert AutoTokenizer.from_pretrained(tmp_path / "run").get_vocab() == saved
+
+    def test_the_same_text_gives_the_same_run(self, tmp_path: Path, source: str) -> None:
+        whole = train(tmp_path / "whole", source)
+        resumed = train(tmp_path / "resumed", source, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+        assert same_tensors(resumed.model.state_dict(), whole.model.state_dict())
+
+    @pytest.mark.parametrize(
+        ("vocab_size", "texts", "message"),
+        [
+            (270, NEW_TEXTS, r"other.*another tokenizer than that of the checkpoint.*run.checkpoint-2"),
+            (280, TEXTS, r"has 280 tokens and that of the checkpoint .*checkpoint-2' 270"),
+        ],
+    )
+    def test_another_tokenizer_is_refused(
+        self, vocab_size: int, texts: list[str], message: str, tmp_path: Path, checkpoint: str
+    ) -> None:
+        train_tokenizer(texts, vocab_size).save_pretrained(tmp_path / "other")
+        with pytest.raises(ValueError, match=message):
+            train(
+                tmp_path / "run",
+                "no text is read",
+                corpus={"tokenizer": str(tmp_path / "other")},
+                resume_from_checkpoint=checkpoint,
+            )
+
+    def test_a_smaller_vocab_size_is_refused(self, tmp_path: Path, checkpoint: str) -> None:
+        with pytest.raises(ValueError, match=r"`vocab_size=260` is less than the 270 tokens of the checkpoint"):
+            train(tmp_path / "run", "-", corpus={"vocab_size": 260}, resume_from_checkpoint=checkpoint)
+
+    def test_a_checkpoint_without_one_takes_that_of_the_run_only_by_name(
+        self, tmp_path: Path, source: str, checkpoint: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        tokens = tmp_path / "tokens"
+        tokens.mkdir()
+        for path in Path(checkpoint).glob("tokenizer*"):
+            path.rename(tokens / path.name)
+        with pytest.raises(ValueError, match=r"checkpoint-2' holds no tokenizer.*give --tokenizer"):
+            train(tmp_path / "run", "no text is read", resume_from_checkpoint="true")
+        train(tmp_path / "run", source, corpus={"tokenizer": str(tokens)}, resume_from_checkpoint="true")
+        assert "checkpoint-2' holds no tokenizer to compare" in caplog.text
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("changes", "differences"),
+        [
+            ({"hidden_size": 64}, ["hidden_size=32 there and 64 here", "head_dim=16 there and 32 here"]),
+            ({"num_experts": 16}, ["num_experts=8 there and 16 here"]),
+            ({"group_size": 8}, ["group_size=4 there and 8 here"]),
+            ({"tie_word_embeddings": True}, ["tie_word_embeddings=False there and True here"]),
+            ({"mixing": "per_sequence"}, ["mixing='cross_example' there and 'per_sequence' here"]),
+            ({"num_experts_per_tok": 3}, ["num_experts_per_tok=2 there and 3 here"]),
+        ],
+    )
+    def test_what_differs_is_named_before_any_work(
+        self, changes: dict[str, Any], differences: list[str], tmp_path: Path, checkpoint: str
+    ) -> None:
+        with pytest.raises(ValueError, match="was trained with other settings") as raised:
+            train(tmp_path / "run", "no text is read", model=SMALL | changes, resume_from_checkpoint=checkpoint)
+        assert [words for words in differences if words not in str(raised.value)] == []
+
+    def test_so_are_the_length_of_rows_and_the_kind_of_model(self, tmp_path: Path, checkpoint: str) -> None:
+        with pytest.raises(ValueError, match="max_position_embeddings=12 there and 24 here"):
+            train(tmp_path / "run", "-", corpus={"block_length": 24}, resume_from_checkpoint=checkpoint)
+        with pytest.raises(ValueError, match="architecture='MoTForCausalLM' there and 'MoTForMaskedLM' here"):
+            train(tmp_path / "run", "-", masked=True, resume_from_checkpoint=checkpoint)
+
+    def test_modes_that_transition_tuning_has_changed_are_no_difference(self, tmp_path: Path, source: str) -> None:
+        method = {"transition_share": 0.25}
+        whole = train(tmp_path / "whole", source, method=method)
+        checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+        assert MoTConfig.from_pretrained(checkpoint).mixing == "moe"
+        resumed = train(tmp_path / "resumed", source, method=method, resume_from_checkpoint=checkpoint)
+        assert same_tensors(resumed.model.state_dict(), whole.model.state_dict())
+        with pytest.raises(ValueError, match="inference_mixing='moe' there and 'per_sequence' here"):
+            train(tmp_path / "plain", source, resume_from_checkpoint=checkpoint)
+
+    def test_adapters_are_compared_too(self, tmp_path: Path, source: str, checkpoint: str) -> None:
+        base = save_base(tmp_path / "base", train_tokenizer(TEXTS, 280))
+        model, method = {"model_name_or_path": base}, {"lora_rank": 2}
+        train(tmp_path / "lora", source, model=model, method=method, max_steps=2)
+        adapters = str(tmp_path / "lora" / "checkpoint-2")
+        for changed, message in (
+            ({"lora_rank": 4}, "lora_rank=2 there and 4 here"),
+            ({"lora_rank": 2, "lora_alpha": 8}, "lora_alpha=16 there and 8 here"),
+            ({}, "lora_rank=2 there and 0 here"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                train(tmp_path / "lora", "-", model=model, method=changed, resume_from_checkpoint=adapters)
+        with pytest.raises(ValueError, match="num_experts_per_tok=2 there and 1 here"):
+            train(
+                tmp_path / "lora",
+                "no text is read",
+                model=model | {"num_experts_per_tok": 1},
+                method=method,
+                resume_from_checkpoint=adapters,
+            )
+        with pytest.raises(ValueError, match="lora_rank=0 there and 2 here"):
+            train(tmp_path / "run", "-", method=method, resume_from_checkpoint=checkpoint)
+        # Still adapters, and no whole model, for whoever loads them.
+        loaded = AutoModelForCausalLM.from_pretrained(adapters)
+        assert any("lora" in name for name, _ in loaded.named_parameters())
+
+
+class TestClassification:
+    def finetune(self, folder: Path, base: str, labels: list[str], **arguments: Any) -> None:
+        features = Features({"text": Value("string"), "label": ClassLabel(names=labels)})
+        rows = {"text": TEXTS[:16], "label": [number % 2 for number in range(16)]}
+        data = DatasetDict(dict.fromkeys(["train", "validation"], Dataset.from_dict(rows, features)))
+        settings: dict[str, Any] = {"max_steps": 2, "save_steps": 1, "use_cpu": True, "report_to": "none"}
+        settings |= {"disable_tqdm": True, "per_device_train_batch_size": 8}
+        args = TrainingArguments(str(folder), **(settings | arguments))
+        finetune_classification(base, data, args, MethodArguments(monitor_mixing=False))
+
+    def test_other_labels_and_other_tokens_are_refused(self, tmp_path: Path) -> None:
+        base = save_base(tmp_path / "base", train_tokenizer(TEXTS, 270))
+        self.finetune(tmp_path / "run", base, ["a", "b"])
+        resume = {"resume_from_checkpoint": "true", "max_steps": 3}
+        with pytest.raises(ValueError, match=r"id2label={1: 'b'} there and {1: 'c', 2: 'd'} here"):
+            self.finetune(tmp_path / "run", base, ["a", "c", "d"], **resume)
+        self.finetune(tmp_path / "run", base, ["a", "b"], **resume)
+        train_tokenizer(NEW_TEXTS, 270).save_pretrained(base)
+        with pytest.raises(ValueError, match="another tokenizer than that of the checkpoint"):
+            self.finetune(tmp_path / "run", base, ["a", "b"], **resume)
+
+    def test_a_tokenizer_with_more_tokens_than_the_model_gets_room(self, tmp_path: Path) -> None:
+        tokenizer = plain_tokenizer()
+        base = save_base(tmp_path / "base", tokenizer)
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        tokenizer.save_pretrained(base)
+        self.finetune(tmp_path / "run", base, ["a", "b"])
+        config = MoTConfig.from_pretrained(tmp_path / "run")
+        assert (config.vocab_size, config.pad_token_id) == (281, 280)
+
+
+class TestDescription:
+    def save(self, folder: Path, model: MoTForCausalLM | MoTForMaskedLM) -> Path:
+        """What is added to an empty checkpoint."""
+        (folder / "checkpoint-3").mkdir(parents=True)
+        callback = CheckpointDescription(model.config, type(model).__name__, train_tokenizer(TEXTS, 270))
+        args = TrainingArguments(str(folder), report_to="none")
+        callback.on_save(args, TrainerState(global_step=3), None)
+        return folder / "checkpoint-3"
+
+    def test_a_checkpoint_without_files_of_its_own_is_compared_by_it(self, tmp_path: Path) -> None:
+        model = MoTForMaskedLM(tiny_config())
+        checkpoint = self.save(tmp_path, model)
+        assert [path.name for path in checkpoint.iterdir()] == ["description"]
+        check_settings(model.config, "MoTForMaskedLM", str(checkpoint))
+        with pytest.raises(ValueError, match="group_size=4 there and 2 here"):
+            check_settings(tiny_config(group_size=2, is_causal=False), "MoTForMaskedLM", str(checkpoint))
+        with pytest.raises(ValueError, match="architecture='MoTForMaskedLM' there"):
+            check_settings(model.config, "MoTForCausalLM", str(checkpoint))
+        tokenizer = load_checkpoint_tokenizer(str(checkpoint))
+        assert tokenizer is not None
+        assert tokenizer.get_vocab() == train_tokenizer(TEXTS, 270).get_vocab()
+
+    def test_a_whole_checkpoint_gets_nothing(self, checkpoint: str) -> None:
+        assert not (Path(checkpoint) / "description").exists()
+        assert json.loads((Path(checkpoint) / "config.json").read_text())["architectures"] == ["MoTForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_said"),
+    [
+        ({"save_strategy": "steps", "save_only_model": True}, True),
+        ({"save_strategy": "steps", "save_only_model": False}, False),
+        ({"save_strategy": "no", "save_only_model": True}, False),
+    ],
+)
+def test_checkpoints_that_cannot_be_resumed_are_warned_of_at_the_start(
+    arguments: dict[str, Any], is_said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path, max_steps=1, **arguments)
+    add_callbacks(trainer)
+    trainer.train()
+    assert ("hold no optimizer state (save_only_model=True)" in caplog.text) is is_said

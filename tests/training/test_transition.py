@@ -1,0 +1,103 @@
+"""Transition tuning in runs of the real `Trainer`."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from mot_hf import MoTForCausalLM, MoTForMaskedLM
+from mot_hf.training import TransitionTuning
+from tests.models import MODES, tiny_config
+from tests.training.trainers import ROWS, losses_of, make_trainer
+
+
+class ModesSeen(TrainerCallback):
+    """Keeps the mode and the flag of the load-balancing loss in which every step ran."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, bool]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        self.seen.append((model.config.mixing, model.config.output_router_logits))
+
+
+@pytest.mark.parametrize("head", [MoTForCausalLM, MoTForMaskedLM])
+def test_the_switch_comes_at_its_share_and_stays(head: type, tmp_path: Path) -> None:
+    seen = ModesSeen()
+    trainer = make_trainer(head(tiny_config()), tmp_path, [seen], max_steps=10, save_strategy="steps", save_steps=5)
+    trainer.add_callback(TransitionTuning(trainer, 0.7))
+    trainer.train()
+    assert seen.seen == [("cross_example", False)] * 7 + [("moe", True)] * 3
+    before, after = (head.from_pretrained(tmp_path / f"checkpoint-{step}").config for step in (5, 10))
+    assert (before.mixing, before.inference_mixing) == ("cross_example", "per_sequence")
+    assert (after.mixing, after.inference_mixing, after.output_router_logits) == ("moe", "moe", False)
+
+
+def test_the_losses_of_all_modes_are_logged_at_the_switch_and_at_every_evaluation(tmp_path: Path) -> None:
+    model = MoTForCausalLM(tiny_config())
+    trainer = make_trainer(model, tmp_path, max_steps=6, eval_strategy="steps", eval_steps=3)
+    trainer.add_callback(TransitionTuning(trainer, 0.5))
+    trainer.train()
+    history = trainer.state.log_history
+    for mode in MODES:
+        assert [entry["step"] for entry in history if f"eval_{mode}_loss" in entry] == [3, 3, 6]
+    last = {mode: entry[f"eval_{mode}_loss"] for entry in history for mode in MODES if f"eval_{mode}_loss" in entry}
+    ids = torch.tensor(ROWS[:16])
+    with torch.no_grad():
+        for mode in MODES:
+            assert last[mode] == pytest.approx(float(model.eval()(ids, labels=ids, mixing=mode).loss), rel=1e-5)
+    plain = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    modes = {mode: [entry[f"eval_{mode}_loss"] for entry in history if f"eval_{mode}_loss" in entry] for mode in MODES}
+    assert plain == [modes["per_sequence"][0], modes["moe"][-1]]
+
+
+def test_the_load_balancing_loss_is_trained_on_after_the_switch_only(tmp_path: Path) -> None:
+    losses = []
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        trainer = make_trainer(MoTForCausalLM(tiny_config(router_aux_loss_coef=weight)), tmp_path, max_steps=4)
+        trainer.add_callback(TransitionTuning(trainer, 0.5))
+        trainer.train()
+        losses.append(losses_of(trainer))
+    assert losses[0][:2] == losses[1][:2]
+    assert all(with_it > without + 0.5 for without, with_it in zip(losses[0][2:], losses[1][2:], strict=True))
+
+
+def test_a_run_resumed_before_or_after_the_switch_goes_on_identically(tmp_path: Path) -> None:
+    def run(resume: int | None) -> list[float]:
+        torch.manual_seed(0)
+        model = MoTForCausalLM(tiny_config())
+        trainer = make_trainer(model, tmp_path, max_steps=8, save_strategy="steps", save_steps=2)
+        trainer.add_callback(TransitionTuning(trainer, 0.5))
+        trainer.train(resume_from_checkpoint=resume and str(tmp_path / f"checkpoint-{resume}"))
+        return losses_of(trainer)
+
+    whole = run(None)
+    assert run(2) == whole
+    assert run(6) == whole
+
+
+def test_a_finished_model_is_tuned_from_the_first_step_on(tmp_path: Path) -> None:
+    seen = ModesSeen()
+    model = MoTForCausalLM(tiny_config())
+    trainer = make_trainer(model, tmp_path, [seen], max_steps=2)
+    trainer.add_callback(TransitionTuning(trainer, 0.0))
+    trainer.train()
+    trainer.save_model()
+    assert [mode for mode, _ in seen.seen] == ["moe", "moe"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.inference_mixing == "moe"
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_share_out_of_range_is_refused(share: float, tmp_path: Path) -> None:
+    trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path)
+    with pytest.raises(ValueError, match=r"`share=.*` must be in \[0, 1\)"):
+        TransitionTuning(trainer, share)
+
+
+def test_a_model_without_mot_layers_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(MoTForCausalLM(tiny_config(mlp_layer_types=["dense"] * 4)), tmp_path)
+    with pytest.raises(ValueError, match="no MoT layers to tune"):
+        TransitionTuning(trainer, 0.9)

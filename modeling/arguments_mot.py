@@ -1,4 +1,4 @@
-"""What the forward of a Mixture-of-Tokens model takes: a cache by either of its names, and nothing unknown."""
+"""Arguments of a Mixture-of-Tokens model's forward: the cache under either of its names, and no unknown ones."""
 
 import inspect
 from collections.abc import Callable
@@ -14,20 +14,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import TransformersKwargs
 
-# What attention, masks, outputs and `generate` of this transformers call the cache: "cache" from 5.24 on.
+# The name of the cache in attention, masks, outputs and `generate` of the installed transformers: "cache" since 5.24.
 CACHE_NAME = "cache" if "cache" in inspect.signature(Qwen3Attention.forward).parameters else "past_key_values"
 _CACHE_NAMES = {"past_key_values", "cache"}
 
-# What every forward takes beside its own arguments: what all models of transformers take, what continuous batching
-# passes on, what the losses take, which share a head's arguments with the backbone, and what decorators take.
+# Arguments of every forward besides its own: those of all models of transformers, of continuous batching, of the
+# losses (a head passes the same arguments to its loss and its backbone), and of decorators.
 _COMMON_ARGUMENTS = {*TransformersKwargs.__annotations__, *PagedAttentionArgs.__annotations__} - _CACHE_NAMES
 _COMMON_ARGUMENTS |= {"num_items_in_batch", "ignore_index", "shift_labels"}
 _COMMON_ARGUMENTS |= {"return_dict", "debug_io", "debug_io_dir", "prune_layers"}
 
-# Arguments of the models themselves that a misspelled one may mean.
+# Arguments of the models themselves, which a misspelled one may have been meant for.
 _OF_MODELS = _COMMON_ARGUMENTS | _CACHE_NAMES | {"mixing", "token_mask", "inputs_embeds", "labels"}
 
-# Arguments that the attention layer gives its attention function.
+# Arguments that the attention layer itself passes to its attention function, so that no caller can.
 _OF_ATTENTION_LAYER = {*inspect.signature(Qwen3Attention.forward).parameters, *_CACHE_NAMES}
 _OF_ATTENTION_LAYER |= {"module", "query", "key", "value", "query_states", "key_states", "value_states"}
 _OF_ATTENTION_LAYER |= {"dropout", "scaling", "sliding_window"}
@@ -36,16 +36,16 @@ _OF_ATTENTION_LAYER |= {"dropout", "scaling", "sliding_window"}
 def known_arguments_only(
     forward: Callable[..., Any], backbone_forward: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
-    """Make a forward refuse what nobody takes: `**kwargs` would swallow it, and the model run as if it were not there.
+    """Make a forward refuse unknown arguments, which `**kwargs` would silently swallow.
 
-    What is `None` says nothing, so it may have any name.
+    An argument that is `None` may have any name.
 
     Args:
         forward (`Callable`): The forward of a model.
-        backbone_forward (`Callable`, *optional*): That of its backbone, if it hands on to it what it does not name.
+        backbone_forward (`Callable`, *optional*): The forward of its backbone, if that gets the remaining arguments.
 
     Returns:
-        `Callable`: The same, which raises a `ValueError` before anything is computed.
+        `Callable`: The same forward, which raises a `ValueError` before it computes anything.
     """
     known = _names(forward) | (_names(backbone_forward) if backbone_forward else frozenset())
     if known & _CACHE_NAMES:
@@ -66,13 +66,13 @@ def known_arguments_only(
 
 
 def merge_caches(past_key_values: Cache | None, cache: Any, kwargs: dict[str, Any]) -> Cache | None:
-    """The cache of a call, which may come under its name up to transformers 5.23 or its name from 5.24 on.
+    """Return the cache of a call, given under its name before transformers 5.24 or its name since.
 
     Args:
-        past_key_values (`Cache`, *optional*): The cache under the one name.
-        cache (`Cache` or `PagedAttentionCache`, *optional*): The cache under the other name.
-        kwargs (`dict[str, Any]`): The call's further arguments. The paged cache of continuous batching, which
-            attention takes as `cache` in every version, is put back there where that is not the cache's name.
+        past_key_values (`Cache`, *optional*): The cache under its older name.
+        cache (`Cache` or `PagedAttentionCache`, *optional*): The cache under its newer name.
+        kwargs (`dict[str, Any]`): The call's other arguments. Before transformers 5.24, the paged cache of continuous
+            batching is put back here, because attention takes it as `cache` in every version.
 
     Returns:
         `Cache`, *optional*: The cache.
@@ -86,7 +86,7 @@ def merge_caches(past_key_values: Cache | None, cache: Any, kwargs: dict[str, An
         kwargs["cache"] = cache
         return past_key_values
     if past_key_values is not None and past_key_values is not cache:
-        raise ValueError("`cache` and `past_key_values` are two names of one argument: give one of them.")
+        raise ValueError("`cache` and `past_key_values` are two names of one argument: give only one of them.")
     return cache
 
 
@@ -103,12 +103,12 @@ def _is_of_attention(implementation: str, name: str) -> bool:
     parameters = inspect.signature(function).parameters
     taken = set(parameters) - _OF_ATTENTION_LAYER
     if not function.__module__.startswith("transformers."):
-        # A server's own may read anything from its `**kwargs`, but for what is nearly an argument of the model.
+        # A server's own function may read anything from its `**kwargs`, except a misspelled argument of the model.
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         return name in taken or (takes_any and not get_close_matches(name, _OF_MODELS, n=1, cutoff=0.8))
-    if "flash" in implementation:  # hands on what it is given
+    if "flash" in implementation:  # passes its `**kwargs` on
         taken |= set(inspect.signature(_flash_attention_forward).parameters) - _OF_ATTENTION_LAYER
-    elif "flex" in implementation:  # reads it from there
+    elif "flex" in implementation:  # reads it from its `**kwargs`
         taken.add("kernel_options")
     return name in taken
 
@@ -119,8 +119,8 @@ def _explain_unknown(model: str, name: str, value: Any, known: frozenset[str]) -
     message = f"{model} takes no argument `{name}` (got {type(value).__name__})"
     if name == "token_type_ids":
         return (
-            f"{message}: it has no segments. Call the tokenizer with return_token_type_ids=False, or take the name "
-            "out of `tokenizer.model_input_names`."
+            f"{message}: it has no segments. Call the tokenizer with return_token_type_ids=False, or remove the name "
+            "from `tokenizer.model_input_names`."
         )
     nearest = get_close_matches(name, [*known, *_COMMON_ARGUMENTS], n=1)
     return f"{message}: did you mean `{nearest[0]}`?" if nearest else f"{message}. Leave it out."

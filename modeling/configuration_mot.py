@@ -6,14 +6,14 @@ from difflib import get_close_matches
 from importlib.metadata import version
 from math import gcd, sqrt
 from sys import float_info
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self, cast
 
 from transformers.utils import logging
 from transformers.utils.versions import require_version
 
 logger = logging.get_logger(__name__)
 
-# This file is the first that a checkpoint loads, and older versions lack the names that follow.
+# Checked before the imports below, which fail in older versions: a checkpoint loads this file first.
 require_version("transformers>=5.17", "MoT models need it: `pip install --upgrade transformers`.")
 require_version("torch>=2.11", "MoT models need it: `pip install --upgrade torch`.")
 
@@ -22,14 +22,14 @@ from huggingface_hub.errors import StrictDataclassClassValidationError  # noqa: 
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters  # noqa: E402
 
-# The newest transformers that the tests were run with.
+# The newest version of transformers that the tests were run with.
 NEWEST_TESTED = "5.24"
 
 try:
     major, minor = NEWEST_TESTED.split(".")
     require_version(f"transformers<{major}.{int(minor) + 1}.dev0")
 except ImportError:
-    # Newer versions have renamed arguments before, and models of older code gave wrong results without an error.
+    # Newer versions have renamed arguments before, and older code then gave wrong results without an error.
     logger.warning_once(
         f"This code of MoT models was tested with transformers up to {NEWEST_TESTED}, and runs on "
         f"{version('transformers')}. Compare results, or `pip install 'transformers=={NEWEST_TESTED}.*'`."
@@ -47,10 +47,10 @@ _AT_LEAST_ONE = (
     "max_position_embeddings",
     "num_experts",
 )
-# Beyond these a size is a mistake or an attack: lists and modules of that number would be made before memory ends.
+# A larger size is a mistake or an attack. Without a limit, lists and modules would be made until memory runs out.
 _LARGEST = {"num_hidden_layers": 10_000, "num_labels": 1_000_000}
 _LARGEST_SIZE = 2**31 - 1
-# Of a rotary embedding; what else a type may have are choices.
+# Numbers among the parameters of a rotary embedding; the others are choices.
 _ROPE_NUMBERS = (
     "rope_theta",
     "factor",
@@ -97,10 +97,10 @@ class MoTConfig(PreTrainedConfig):
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the normal distribution that weights are drawn from.
         router_initializer_range (`float`, *optional*):
-            The same for the controllers. Defaults to `2 / sqrt(hidden_size)`: logits of standard deviation 2, at which
-            every expert has a few tokens of its own from the first step on. The paper's is `initializer_range`, with
-            which all experts first get about the same mixture, the group's mean, and it takes thousands of steps until
-            they differ.
+            The same for the controllers. Defaults to `2 / sqrt(hidden_size)`: logits then have standard deviation 2,
+            and every expert has a few tokens of its own from the first step on. The paper uses `initializer_range`:
+            all experts then start with about the same mixture, the group's mean, and take thousands of steps to
+            differ.
         rms_norm_eps (`float`, *optional*, defaults to 1e-6):
             Epsilon of the RMS norms.
         use_cache (`bool`, *optional*, defaults to `True`):
@@ -108,17 +108,17 @@ class MoTConfig(PreTrainedConfig):
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether the output projection shares the input embedding's weight.
         rope_parameters (`dict`, *optional*):
-            Rotary embedding parameters in the format of transformers (`rope_type`, `rope_theta` and those of the
-            type). Defaults to the plain rotary embedding with theta 10000.
+            Rotary embedding parameters in the format of transformers (`rope_type`, `rope_theta` and the type's own).
+            Defaults to the plain rotary embedding with theta 10000.
         attention_bias (`bool`, *optional*, defaults to `False`):
             Whether the attention projections have biases.
         attention_dropout (`float`, *optional*, defaults to 0.0):
             Dropout probability of the attention weights in training, in [0, 1).
         is_causal (`bool`, *optional*, defaults to `True`):
-            Whether attention sees only the past. `MoTForMaskedLM` works on a copy of the configuration in which this
-            is `False`; `MoTForCausalLM` refuses `False`.
+            Whether attention sees only the past. `MoTForMaskedLM` uses a copy of the configuration in which this is
+            `False`; `MoTForCausalLM` refuses `False`.
         mlp_layer_types (`list[str]`, *optional*):
-            What the feed-forward layer of each block is: `"dense"`, or `"sparse"`, that is MoT. Defaults to dense in
+            Type of each block's feed-forward layer: `"dense"`, or `"sparse"`, which means MoT. Defaults to dense in
             the earlier half of the blocks and MoT in the later half, as in the paper.
         group_size (`int`, *optional*, defaults to 32):
             Number G of rows (examples) whose tokens at one column are mixed together in training, at least 2.
@@ -126,36 +126,36 @@ class MoTConfig(PreTrainedConfig):
             Number E of experts of a MoT layer.
         moe_intermediate_size (`int`, *optional*):
             Width F of one expert, in features. Defaults to the FLOP match
-            `intermediate_size * group_size / num_experts`, at which a MoT layer in mode `cross_example` costs a token
-            what the dense feed-forward layer costs.
+            `intermediate_size * group_size / num_experts`, at which a MoT layer in mode `cross_example` costs as much
+            per token as the dense feed-forward layer.
         num_experts_per_tok (`int`, *optional*):
             Number K of experts run for one token in modes `per_sequence` and `moe`, from 1 to `num_experts`. Defaults
-            to `max(1, num_experts // group_size)`, the FLOPs of training.
+            to `max(1, num_experts // group_size)`, which takes as many FLOPs as training.
         norm_topk_prob (`bool`, *optional*, defaults to `True`):
             Whether mode `moe` renormalises the weights of the K selected experts to sum to 1.
         output_router_logits (`bool`, *optional*, defaults to `False`):
-            Whether the controllers' logits are returned, and in mode `moe` the load-balancing loss added to the loss.
+            Whether to return the controllers' logits and, in mode `moe`, to add the load-balancing loss to the loss.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.01):
             Weight of the load-balancing loss (mode `moe` only), in units of the loss.
         mixing (`str`, *optional*, defaults to `"cross_example"`):
             Mixing mode in training: `"cross_example"`, `"per_sequence"` or `"moe"`.
         inference_mixing (`str`, *optional*):
-            Mixing mode in evaluation and generation. Defaults to `"moe"` for a model that trains in mode `"moe"`, else
-            to `"per_sequence"`.
+            Mixing mode in evaluation and generation. Defaults to `"moe"` if `mixing` is `"moe"`, else to
+            `"per_sequence"`.
         companion_momentum (`float`, *optional*, defaults to 0.1):
-            Weight of the newest micro-batch in the running statistics of the typical group, in (0, 1]; the convention
-            of `torch.nn.BatchNorm1d`.
+            Weight of the newest micro-batch in the running statistics of the typical group, in (0, 1], as in
+            `torch.nn.BatchNorm1d`.
         pad_token_id (`int`, *optional*):
             Id of the padding token.
         bos_token_id (`int`, *optional*):
             Id of the token that begins a sequence.
         eos_token_id (`int` or `list[int]`, *optional*):
-            Id or ids of the token that ends a sequence.
+            Id of the token that ends a sequence, or ids of several.
 
     Raises:
         StrictDataclassFieldValidationError: A value has the wrong type or is not one of the words allowed.
-        StrictDataclassClassValidationError: A value is out of range or does not fit the others; names the field, the
-            value and what would be right.
+        StrictDataclassClassValidationError: A value is out of range or does not fit the others. The message names the
+            field, the value and what would be right.
 
     Example:
 
@@ -182,7 +182,7 @@ class MoTConfig(PreTrainedConfig):
     head_dim: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
-    initializer_range: float | int = 0.02
+    initializer_range: float | int = 0.02  # `@strict` takes types literally: `float` alone would refuse 1
     router_initializer_range: float | int | None = None
     rms_norm_eps: float | int = 1e-6
     use_cache: bool = True
@@ -207,8 +207,9 @@ class MoTConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
-        """Derive the fields left at `None`; those that cannot be derived stay `None`, and validation explains why."""
+        """Derive the fields left at `None`. Those that cannot be derived stay `None`, and validation explains why."""
         self._refuse_unfit(kwargs)
+        # `max(1, ...)` and `_whole`, because sizes of 0 are refused only after this, by `validate_architecture`.
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -229,11 +230,12 @@ class MoTConfig(PreTrainedConfig):
             super().__post_init__(**kwargs)
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise StrictDataclassClassValidationError("validate_types", error) from error
+        # All heads: on its own, transformers enters only the class that is saved.
         if getattr(self, "auto_map", None) is None:
             self.auto_map = _auto_map()
 
     def _refuse_unfit(self, others: dict[str, Any]) -> None:
-        """Refuse values at once that deriving others from them would trip over."""
+        """Refuse at once values from which no others could be derived."""
         for name in _SIZES:
             value, largest = others.get(name, getattr(self, name, None)), _LARGEST.get(name, _LARGEST_SIZE)
             if isinstance(value, int) and value > largest:
@@ -243,7 +245,7 @@ class MoTConfig(PreTrainedConfig):
             _refuse("validate_dtype", f"`dtype` must be a floating point type such as 'float32', got {dtype!r}.")
 
     def _name_misspelled(self, unknown: dict[str, object]) -> None:
-        """Say so where a field that does not exist has nearly the name of one that does."""
+        """Warn of unknown fields whose names are close to an existing field's."""
         for name in unknown:
             nearest = get_close_matches(name, self.__dataclass_fields__, n=1, cutoff=0.85)
             if nearest and not hasattr(type(self), name) and name not in self.attribute_map:
@@ -253,15 +255,15 @@ class MoTConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
-        """Make a configuration of a saved one and of changes to it, which are checked together.
+        """Make a configuration from a saved one with changes, and check both together.
 
         Args:
             config_dict (`dict[str, Any]`): The saved fields.
-            kwargs: Fields to change. Fewer `num_hidden_layers` are the first ones, and `mixing="moe"` changes
+            kwargs: Fields to change. A smaller `num_hidden_layers` keeps the first layers, and `mixing="moe"` changes
                 `inference_mixing` too.
 
         Returns:
-            `MoTConfig`: The configuration; with `return_unused_kwargs=True` also the arguments that are no fields.
+            `MoTConfig`: The configuration; with `return_unused_kwargs=True` also the arguments that are not fields.
 
         Raises:
             StrictDataclassClassValidationError: The fields do not fit together.
@@ -269,8 +271,10 @@ class MoTConfig(PreTrainedConfig):
         layer_types, num_layers = config_dict.get("mlp_layer_types"), kwargs.get("num_hidden_layers")
         if isinstance(layer_types, list) and isinstance(num_layers, int):
             kwargs.setdefault("mlp_layer_types", layer_types[:num_layers])
+        # The saved `inference_mixing` fits the saved `mixing`, not the new one.
         if kwargs.get("mixing") == "moe":
             kwargs.setdefault("inference_mixing", "moe")
+        # transformers validates the saved fields, then sets the changes without validating both together.
         made = super().from_dict(config_dict, **kwargs)
         (made[0] if isinstance(made, tuple) else made).validate()
         return made
@@ -281,18 +285,18 @@ class MoTConfig(PreTrainedConfig):
         """Save the configuration and the code of the models, under the names that the Auto classes load it by.
 
         Args:
-            save_directory (`str` or `os.PathLike`): Folder, made if it does not exist.
+            save_directory (`str` or `os.PathLike`): Folder, created if it does not exist.
             push_to_hub (`bool`, *optional*, defaults to `False`): Whether to upload the folder's new files too.
             kwargs: Passed on to `push_to_hub`.
         """
-        config = copy.copy(self)  # so that saving changes nothing in memory
+        config = copy.copy(self)  # so that saving does not change the configuration in memory
         config.auto_map = _auto_map()
         super(MoTConfig, config).save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def validate_architecture(self) -> None:
         """Check that every size is at least 1, and a group at least 2.
 
-        Validators run in alphabetical order: under this name it runs before those that divide by a size.
+        Validators run in alphabetical order. With this name it runs before those that divide by a size.
         """
         super().validate_architecture()
         for name in _AT_LEAST_ONE:
@@ -307,6 +311,7 @@ class MoTConfig(PreTrainedConfig):
 
     def validate_ranges(self) -> None:
         """Check the ranges of the real-valued fields."""
+        # The comparisons are false for NaN, and for infinity by the largest float.
         in_range = {
             "a finite number greater than 0": {
                 name: 0 < getattr(self, name) <= float_info.max
@@ -324,10 +329,11 @@ class MoTConfig(PreTrainedConfig):
                     raise ValueError(f"`{name}` must be {wanted}, got {getattr(self, name)}.")
 
     def validate_heads(self) -> None:
-        """Check that the attention heads fit the width and one another."""
-        if self.num_attention_heads % self.num_key_value_heads != 0:
+        """Check that the attention heads fit the width and each other."""
+        num_key_value_heads = cast(int, self.num_key_value_heads)
+        if self.num_attention_heads % num_key_value_heads != 0:
             raise ValueError(
-                f"`num_key_value_heads` ({self.num_key_value_heads}) must divide `num_attention_heads` "
+                f"`num_key_value_heads` ({num_key_value_heads}) must divide `num_attention_heads` "
                 f"({self.num_attention_heads})."
             )
         if self.head_dim is None:
@@ -342,7 +348,7 @@ class MoTConfig(PreTrainedConfig):
             )
 
     def validate_experts(self) -> None:
-        """Check the experts' width and how many of them run for a token."""
+        """Check the experts' width, and how many of them run for a token."""
         if self.moe_intermediate_size is None:
             step = self.num_experts // gcd(self.num_experts, self.group_size)
             nearest = max(step, round(self.intermediate_size / step) * step)
@@ -353,22 +359,24 @@ class MoTConfig(PreTrainedConfig):
             )
         if self.moe_intermediate_size < 1:
             raise ValueError(f"`moe_intermediate_size` must be at least 1, got {self.moe_intermediate_size}.")
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+        num_experts_per_tok = cast(int, self.num_experts_per_tok)
+        if not 1 <= num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"`num_experts_per_tok` must be from 1 to `num_experts` ({self.num_experts}), "
-                f"got {self.num_experts_per_tok}."
+                f"got {num_experts_per_tok}."
             )
 
     def validate_mlp_layer_types(self) -> None:
-        """Check that there is one known word for each block."""
-        if len(self.mlp_layer_types) != self.num_hidden_layers:
+        """Check that there is one known layer type for each block."""
+        layer_types = cast(list[str], self.mlp_layer_types)
+        if len(layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"`mlp_layer_types` must have one entry for each of the `num_hidden_layers` "
-                f"({self.num_hidden_layers}) blocks, got {len(self.mlp_layer_types)}: {self.mlp_layer_types}."
+                f"({self.num_hidden_layers}) blocks, got {len(layer_types)}: {layer_types}."
             )
-        for word in self.mlp_layer_types:
+        for word in layer_types:
             if word not in ("dense", "sparse"):
-                raise ValueError(f"`mlp_layer_types` may hold 'dense' and 'sparse' (MoT), got {word!r}.")
+                raise ValueError(f"`mlp_layer_types` may contain 'dense' and 'sparse' (MoT), got {word!r}.")
 
     def validate_rope(self) -> None:
         """Check the type of the rotary embedding and its numbers."""
@@ -386,8 +394,8 @@ class MoTConfig(PreTrainedConfig):
             raise ValueError(error.args[0]) from error
 
     def validate_dtype(self) -> None:
-        """Check that parameters can be of this type."""
-        # Servers ask `from_pretrained` for a configuration with "auto", and find out themselves.
+        """Check that parameters can have this type."""
+        # Servers pass "auto" to `from_pretrained` and resolve it themselves.
         if self.dtype not in (None, "auto") and not _is_floating_point(self.dtype):
             raise ValueError(f"`dtype` must be a floating point type such as 'float32', got {self.dtype!r}.")
 
@@ -405,8 +413,8 @@ class MoTConfig(PreTrainedConfig):
     def validate_token_ids(self) -> None:
         """Warn of special tokens outside the vocabulary.
 
-        No error: such an id does no harm as long as no text holds it, and the `Trainer` copies the ids of a tokenizer
-        here unchecked, so that an error would come in a run's first save.
+        This is not an error, because such an id does no harm as long as no text contains it. The `Trainer` also copies
+        the ids of a tokenizer here unchecked, so an error would only come at a run's first save.
         """
         eos_token_ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         named_ids = [("pad_token_id", self.pad_token_id), ("bos_token_id", self.bos_token_id)]
@@ -417,6 +425,19 @@ class MoTConfig(PreTrainedConfig):
                     f"`{name}={token_id}` is not from 0 to vocab_size - 1 ({self.vocab_size - 1}), so the model has "
                     f"no embedding for that token:{enlarge} set it to `None`."
                 )
+
+
+def find_layers(config: MoTConfig, layer_type: str) -> list[int]:
+    """Find the blocks with one type of feed-forward layer.
+
+    Args:
+        config ([`MoTConfig`]): The configuration.
+        layer_type (`str`): The type: `"dense"`, or `"sparse"`, which means MoT.
+
+    Returns:
+        `list[int]`: The indices of the blocks, from the lowest up.
+    """
+    return [index for index, kind in enumerate(cast(list[str], config.mlp_layer_types)) if kind == layer_type]
 
 
 def _refuse(validator: str, reason: str) -> NoReturn:
@@ -438,20 +459,20 @@ def _is_positive(number: Any) -> bool:
 
 def _auto_map() -> dict[str, str]:
     """What each Auto class loads from a checkpoint."""
-    # Imported here, because that file imports this one. transformers carries with a file those that it imports, and
-    # with this import each file leads to all.
+    # Imported here, because that file imports this one. It is needed here too: transformers copies the files that a
+    # file imports, so that with this import each file leads to all the others.
     from .heads_mot import AUTO_MAP
 
     return dict(AUTO_MAP)
 
 
-def _mode_of_inference(mixing: str) -> str:
-    """The mode in which a model answers that was trained in another."""
+def _mode_of_inference(mixing: MixingMode) -> MixingMode:
+    """The default mode of inference for a model trained in mode `mixing`."""
     return "moe" if mixing == "moe" else "per_sequence"
 
 
 def _whole(numerator: int, denominator: int) -> int | None:
-    """The quotient where it is a whole number, else `None`."""
+    """The quotient if it is a whole number, else `None`."""
     return numerator // denominator if denominator > 0 and numerator % denominator == 0 else None
 
 

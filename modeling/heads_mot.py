@@ -30,7 +30,7 @@ from .modeling_mot import MoTModel, MoTPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
-# What each Auto class loads from a checkpoint that carries this code.
+# What each Auto class loads from a checkpoint that comes with this code.
 AUTO_MAP = {
     "AutoConfig": "configuration_mot.MoTConfig",
     "AutoModel": "modeling_mot.MoTModel",
@@ -43,7 +43,7 @@ AUTO_MAP = {
 
 
 class MoTLanguageModel(MoTPreTrainedModel):
-    """What the two language models share: the projection to the vocabulary, and the losses."""
+    """Base of the two language models: the projection to the vocabulary, and the losses."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -72,8 +72,9 @@ class MoTLanguageModel(MoTPreTrainedModel):
         loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
 
         aux_loss = None
-        # The other modes balance by themselves.
+        # The other modes need no balancing.
         if outputs.router_logits and self._resolve_mixing(inputs["mixing"]) == "moe":
+            # Padding is routed too, but must not count as load.
             token_mask = find_padding(outputs.last_hidden_state, inputs["attention_mask"], inputs["token_mask"])
             aux_loss = load_balancing_loss_func(
                 outputs.router_logits, config.num_experts, config.num_experts_per_tok, token_mask
@@ -102,17 +103,17 @@ class RowEnds(StoppingCriteriaList):
 
     def __init__(self, criteria: StoppingCriteriaList, num_rows: int, device: torch.device) -> None:
         super().__init__(criteria)
-        # [B], the last columns of a row that no longer count: its end and the padding behind
+        # [B], number of a row's last columns that no longer count: its last token and the padding after it
         self.num_idle = torch.zeros(num_rows, dtype=torch.long, device=device)
 
     def __call__(self, input_ids: Tensor, scores: tuple[Tensor] | None, **kwargs: Any) -> Tensor:
-        """Tell which rows meet a criterion, now that a token was added to each: `[B]`."""
+        """Return which rows meet a criterion after each got another token: `[B]`."""
         is_done = super().__call__(input_ids, scores, **kwargs)
         self.num_idle = torch.where(is_done | (self.num_idle > 0), self.num_idle + 1, 0)
         return is_done
 
     def mask(self, num_columns: int) -> Tensor:
-        """Tell which of the last T columns still count: `[B, T]`."""
+        """Return which of the last T columns still count: `[B, T]`."""
         return torch.arange(num_columns, 0, -1, device=self.num_idle.device) > self.num_idle[:, None]
 
 
@@ -120,13 +121,13 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
     """A causal MoT language model.
 
     Raises:
-        ValueError: The configuration has `is_causal=False`, with which a token would see its own future.
+        ValueError: The configuration has `is_causal=False`, which would let a token see its own future.
     """
 
     def __init__(self, config: MoTConfig) -> None:
         if not config.is_causal:
             raise ValueError(
-                "`MoTForCausalLM` needs `is_causal=True`, got False: the configuration is a masked language model's. "
+                "`MoTForCausalLM` needs `is_causal=True`, got False: this is a masked language model's configuration. "
                 "Load it as `MoTForMaskedLM`, or pass `is_causal=True` to train it further as a causal model."
             )
         super().__init__(config)
@@ -149,11 +150,11 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
-        r"""Predict the next token at every column; arguments as in [`MoTModel.forward`], and these.
+        r"""Predict the next token at every column; takes the arguments of [`MoTModel.forward`], and these.
 
         Args:
-            labels (`torch.Tensor` of shape `[B, T]`, *optional*): The tokens of `input_ids` themselves (the shift is
-                done here), -100 where no loss is wanted.
+            labels (`torch.Tensor` of shape `[B, T]`, *optional*): The same tokens as in `input_ids` (they are shifted
+                here), -100 for those without a loss.
             output_router_logits (`bool`, *optional*): Whether to return the controllers' logits, and in mode `moe` the
                 load-balancing loss. Defaults to `config.output_router_logits`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Number of last columns, or indices of
@@ -177,15 +178,15 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
         return self._predict(inputs, labels, output_router_logits, logits_to_keep, **kwargs)
 
     def generate_batch(self, *args: Any, mixing: str | None = None, **kwargs: Any) -> Any:
-        """Generate by continuous batching, as transformers does, in a mixing mode of this call.
+        """Generate with transformers' continuous batching, in the given mixing mode.
 
         Args:
-            args, kwargs: Those of transformers' `generate_batch`.
-            mixing (`str`, *optional*): `"per_sequence"` or `"moe"`. Defaults to the mode of the configuration.
+            args, kwargs: Arguments of transformers' `generate_batch`.
+            mixing (`str`, *optional*): `"per_sequence"` or `"moe"`. Defaults to the configuration's mode.
 
         Raises:
-            ValueError: The mode is unknown, or `cross_example`: all requests share one row, so there are no others. Or
-                an argument is unknown.
+            ValueError: An argument or the mode is unknown, or the mode is `cross_example`, which needs several rows:
+                continuous batching puts all requests into one.
         """
         mode = self._resolve_mixing(mixing)
         if mode == "cross_example":
@@ -197,7 +198,7 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
         known = {*inspect.signature(super().generate_batch).parameters, "max_new_tokens", "input_ids"} - {"kwargs"}
         for name in kwargs.keys() - known:
             _refuse_dropped(name, kwargs[name], generation_config)
-        # In the configuration, because the background thread's calls of the model have no further arguments.
+        # In the configuration, because the background thread calls the model without further arguments.
         name = "mixing" if self.training else "inference_mixing"
         configured = getattr(self.config, name)
         setattr(self.config, name, mode)
@@ -209,7 +210,7 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
     def _sample(
         self, input_ids: Tensor, *args: Any, stopping_criteria: StoppingCriteriaList, **kwargs: Any
     ) -> GenerateNonBeamOutput | Tensor:
-        # In greedy decoding and sampling, transformers knows only here which rows have ended.
+        # In greedy decoding and sampling, only here does transformers give access to which rows have ended.
         if self._resolve_mixing(kwargs.get("mixing")) == "cross_example":
             stopping_criteria = RowEnds(stopping_criteria, len(input_ids), input_ids.device)
             kwargs["row_ends"] = stopping_criteria
@@ -219,12 +220,12 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,  # `generate` accepts embeddings where this signature names them
+        inputs_embeds: Tensor | None = None,  # `generate` accepts embeddings only if this signature names them
         row_ends: RowEnds | None = None,
-        tokenizer: Any = None,  # of stop strings: `generate` would hand it on to the model
+        tokenizer: Any = None,  # for stop strings: `generate` would pass it on to the model
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Prepare one step of `generate()`: transformers' own, and which of this step's tokens are mixed."""
+        """Prepare the model's inputs for one step of `generate()`, with a mask of the tokens to mix."""
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -234,7 +235,7 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
             if num_rows > 1:
                 logger.warning_once(
                     "Generating in mode cross_example: the rows of the batch, beams included, influence one another. "
-                    "With mixing='per_sequence' every row gets what it gets alone."
+                    "With mixing='per_sequence' every row gets the same result as on its own."
                 )
             model_inputs["token_mask"] = self._find_mixed_tokens(attention_mask, row_ends, num_rows, num_columns)
         return model_inputs
@@ -242,9 +243,9 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
     def _find_mixed_tokens(
         self, attention_mask: Tensor | None, row_ends: RowEnds | None, num_rows: int, num_columns: int
     ) -> Tensor:
-        """The tokens `[B, T]` of a step of generation that are neither padding nor behind the end of their row."""
+        """The tokens `[B, T]` of a generation step that are neither padding nor after the end of their row."""
         tokens = torch.ones(num_rows, num_columns, dtype=torch.bool, device=self.device)
-        # A static cache turns the attention mask into a 4-D one, which no longer tells padding from tokens.
+        # For a static cache the model gets a 4-D mask, in which padding cannot be told from tokens; this one is 2-D.
         if attention_mask is not None and attention_mask.ndim == 2:
             tokens &= attention_mask[:, -num_columns:].to(self.device, torch.bool)
         if row_ends is not None:
@@ -253,24 +254,24 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
 
 
 def _refuse_dropped(name: str, value: Any, generation_config: GenerationConfig | None) -> None:
-    """Raise for an argument of `generate_batch` that transformers drops, unless nothing is lost by that."""
+    """Raise for an argument of `generate_batch` that transformers would drop, unless that makes no difference."""
     if name == "attention_mask" and not value.all():
         raise ValueError(
             "`attention_mask` has padding, which continuous batching would take for tokens. Give the prompts without "
             "padding: generate_batch([[1, 2], [3, 4, 5]])."
         )
-    # `generate` makes a configuration of its arguments, and hands over both.
+    # `generate` makes a configuration of its arguments, and passes both on.
     if value is None or name == "attention_mask" or getattr(generation_config, name, None) == value:
         return
     raise ValueError(
-        f"`generate_batch` takes no argument `{name}`, which transformers would drop. Give what `generate` takes in a "
-        "`GenerationConfig`: generate_batch(inputs, generation_config)."
+        f"`generate_batch` takes no argument `{name}`, which transformers would drop. Put the arguments of `generate` "
+        "into a `GenerationConfig`: generate_batch(inputs, generation_config)."
     )
 
 
 @dataclass
 class MoTMaskedLMOutput(MaskedLMOutput):
-    """Output of `MoTForMaskedLM`: that of other masked language models, and the controllers' logits.
+    """Output of `MoTForMaskedLM`: as for other masked language models, plus the controllers' logits.
 
     Args:
         aux_loss (`torch.Tensor`, *optional*): Load-balancing loss, in mode `moe` with `output_router_logits`.
@@ -282,7 +283,7 @@ class MoTMaskedLMOutput(MaskedLMOutput):
 
 
 class MoTForMaskedLM(MoTLanguageModel):
-    """A bidirectional MoT masked language model; it works on a copy of the configuration with `is_causal=False`."""
+    """A bidirectional MoT masked language model. It uses a copy of the configuration with `is_causal=False`."""
 
     def __init__(self, config: MoTConfig) -> None:
         config = copy.deepcopy(config)
@@ -305,12 +306,13 @@ class MoTForMaskedLM(MoTLanguageModel):
         token_mask: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoTMaskedLMOutput:
-        r"""Predict the masked tokens; arguments as in [`MoTModel.forward`], and these.
+        r"""Predict the masked tokens; takes the arguments of [`MoTModel.forward`], and these.
 
         Args:
-            labels (`torch.Tensor` of shape `[B, T]`, *optional*): The original tokens where one is to be predicted,
-                -100 elsewhere.
-            use_cache (`bool`, *optional*): Nothing but `False`: with all columns at once there is nothing to cache.
+            labels (`torch.Tensor` of shape `[B, T]`, *optional*): The original tokens at columns to predict, -100
+                elsewhere.
+            use_cache (`bool`, *optional*): Must be `False`: the model sees all columns at once and has nothing to
+                cache.
             output_router_logits (`bool`, *optional*): Whether to return the controllers' logits, and in mode `moe` the
                 load-balancing loss. Defaults to `config.output_router_logits`.
 
@@ -339,12 +341,13 @@ class MoTForMaskedLM(MoTLanguageModel):
 
 
 class MoTForSequenceClassification(GenericForSequenceClassification, MoTPreTrainedModel):
-    """A MoT model that classifies sequences by their last token that is not padding."""
+    """A MoT model that classifies sequences by their last token other than padding."""
 
-    # The inherited forward leaves `num_items_in_batch` out of the loss; Trainer would think that it divides by it, and
+    # The inherited forward ignores `num_items_in_batch`. Trainer would take it that the loss is divided by it, and
     # multiply losses and gradients by the number of accumulated micro-batches.
     accepts_loss_kwargs = False
 
+    # Not the parent's, which makes the backbone by AutoModel: that does not know classes loaded from a checkpoint.
     def __init__(self, config: MoTConfig) -> None:
         MoTPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels

@@ -27,20 +27,20 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .arguments_mot import CACHE_NAME, known_arguments_only, merge_caches
 from .companions_mot import (
     MoTCompanions,
-    TypicalGroup,
-    absorb,
+    RunningStatistics,
     average_groups,
     form_groups,
     measure_groups,
+    update_companions,
 )
 from .configuration_mot import MoTConfig
-from .experts_mot import run_slab
+from .experts_mot import run_experts
 from .mixing_mot import (
     MIXING_MODES,
     MixingContext,
     MoTRouter,
     find_padding,
-    find_spans,
+    find_position_buckets,
     mix_across_examples,
     mix_with_expected_companions,
     refuse_flattened_rows,
@@ -49,22 +49,28 @@ from .mixing_mot import (
 
 logger = logging.get_logger(__name__)
 
-# Vectors [D] that mode per_sequence gives to the experts at once on a CPU.
-_CPU_VECTORS = 8192
+# Vectors `[D]` that mode per_sequence passes to the experts at once on a CPU.
+_CPU_CHUNK_VECTORS = 8192
 
 
 class MoTExperts(Qwen3MoeExperts):
-    """E SwiGLU experts as 3-D weights: selected ones through transformers' experts interface, or all on a slab."""
+    """E SwiGLU experts as 3-D weights: transformers' experts interface runs selected ones, [`run_experts`] all."""
+
+    config: MoTConfig
+    gate_up_proj: nn.Parameter
+    down_proj: nn.Parameter
+
+    # Callers never use the weights themselves: tensor parallelism and PEFT replace or wrap this forward.
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
-        """Run selected experts on tokens `[S, D]`, or without `top_k_index` every expert on its rows of a slab."""
+        """Run selected experts on tokens `[S, D]`, or without `top_k_index` all on a per-expert batch `[E, N, D]`."""
         if top_k_index is None:
-            return run_slab(hidden_states, self.gate_up_proj, self.down_proj, self._apply_gate)
+            return run_experts(hidden_states, self.gate_up_proj, self.down_proj, self._apply_gate)
         if self.config._experts_implementation != "grouped_mm" or self._fits_grouped_mm():
             return super().forward(hidden_states, top_k_index, top_k_weights)
-        if is_tracing(hidden_states):  # the loop over experts depends on the data, which no graph can
+        if is_tracing(hidden_states):  # the loop over experts depends on the data, which a graph cannot express
             return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         logger.warning_once(
             f"`hidden_size` ({self.config.hidden_size}) and `moe_intermediate_size` "
@@ -80,7 +86,7 @@ class MoTExperts(Qwen3MoeExperts):
 
 
 class MoTSparseBlock(nn.Module):
-    """A MoT layer: the controller, the experts and the companions, joined by one of the three mixing modes."""
+    """A MoT layer: a controller, experts and companions, combined in one of the three mixing modes."""
 
     def __init__(self, config: MoTConfig, layer_idx: int) -> None:
         super().__init__()
@@ -103,7 +109,7 @@ class MoTSparseBlock(nn.Module):
         return output.view_as(hidden_states)
 
     def _mix_with_expected_companions(self, tokens: Tensor, logits: Tensor, context: MixingContext) -> Tensor:
-        spans = context.spans.to(tokens.device).flatten()  # [S]
+        buckets = context.buckets.to(tokens.device).flatten()  # [S]
         mix = partial(
             mix_with_expected_companions,
             companions=self._find_companions(context),
@@ -111,19 +117,20 @@ class MoTSparseBlock(nn.Module):
             num_experts_per_tok=self.config.num_experts_per_tok,
             experts=self.experts,
         )
-        # A graph is not sliced: it would hold for one number S of tokens only.
+        # A graph is not sliced, or it would be valid for one number S of tokens only.
         if tokens.device.type != "cpu" or is_tracing(tokens):
-            return mix(tokens, logits, spans)
-        # The memory of S * K vectors is slow to get on a CPU unless it can be used again.
-        length = max(1, _CPU_VECTORS // max(1, self.config.num_experts_per_tok))
+            return mix(tokens, logits, buckets)
+        # On a CPU, memory for S * K vectors is slow to get unless a slice can use that of the one before.
+        length = max(1, _CPU_CHUNK_VECTORS // max(1, self.config.num_experts_per_tok))
         outputs = [
-            mix(*part) for part in zip(*(whole.split(length) for whole in (tokens, logits, spans)), strict=True)
+            mix(*part) for part in zip(*(whole.split(length) for whole in (tokens, logits, buckets)), strict=True)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _mix_across_examples(self, hidden_states: Tensor, logits: Tensor, context: MixingContext) -> Tensor:
         group_size = self.config.group_size
         groups = context.get_groups(group_size, hidden_states.device)
+        # The router's output is flat, as transformers records it and its load-balancing loss expects it.
         logits = logits.unflatten(0, hidden_states.shape[:2])  # [B, T, E]
         companions = self._find_companions(context)
         output, *values = mix_across_examples(hidden_states, logits, groups, companions, group_size, self.experts)
@@ -131,7 +138,7 @@ class MoTSparseBlock(nn.Module):
             context.means[self.layer_idx] = measure_groups(*values, groups)
         return output
 
-    def _find_companions(self, context: MixingContext) -> TypicalGroup:
+    def _find_companions(self, context: MixingContext) -> RunningStatistics:
         companions = context.companions.get(self.layer_idx)
         return self.companions.expected() if companions is None else companions
 
@@ -142,7 +149,7 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MoTConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = Qwen3Attention(config, layer_idx)
-        self.is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
+        self.is_sparse = cast(list[str], config.mlp_layer_types)[layer_idx] == "sparse"
         self.mlp = MoTSparseBlock(config, layer_idx) if self.is_sparse else Qwen3MLP(config)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -150,7 +157,7 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, mixing_context: MixingContext, **kwargs: Unpack[TransformersKwargs]
     ) -> Tensor:
-        """Map hidden states `[B, T, D]` to those after the block; the other arguments are the attention's."""
+        """Map hidden states `[B, T, D]` to those after the block; further arguments are passed to attention."""
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
@@ -158,13 +165,13 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
 
 
 class MoTPreTrainedModel(PreTrainedModel):
-    """What all MoT models share: loading, initialisation, and the choice of the mixing mode."""
+    """Base of all MoT models: loading, initialisation, and the choice of the mixing mode."""
 
     config: MoTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MoTDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # the name before transformers 5.24, and since
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -177,12 +184,12 @@ class MoTPreTrainedModel(PreTrainedModel):
     }
 
     def __init__(self, config: MoTConfig) -> None:
-        config.validate()  # fields that were changed since it was made would be found out at the first save
+        config.validate()  # or an invalid field set after its creation would only fail the first save
         super().__init__(config)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for the experts decorator in a model's file; ours comes with the parent of MoTExperts.
+        # transformers looks for the experts decorator in the source of this file; ours is inherited by MoTExperts.
         return True
 
     @torch.no_grad()
@@ -195,6 +202,7 @@ class MoTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MoTRouter):
             init.normal_(module.weight, mean=0.0, std=self.config.router_initializer_range)
         elif isinstance(module, MoTCompanions):
+            # Loading leaves buffers that a checkpoint lacks as uninitialised memory.
             for buffer in module.buffers():
                 init.zeros_(buffer)
 
@@ -231,7 +239,7 @@ class MoTModel(MoTPreTrainedModel):
 
     def __init__(self, config: MoTConfig) -> None:
         super().__init__(config)
-        # An id outside the vocabulary is no row of the embedding, and -1 would be the last one.
+        # `nn.Embedding` refuses an id beyond the vocabulary, and takes -1 as its last row.
         self.padding_idx = config.pad_token_id if config.pad_token_id in range(config.vocab_size) else None
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -263,16 +271,16 @@ class MoTModel(MoTPreTrainedModel):
         Args:
             input_ids (`torch.Tensor` of shape `[B, T]`, *optional*): Token ids; or give `inputs_embeds`.
             attention_mask (`torch.Tensor`, *optional*): 1 for tokens and 0 for padding, over all columns seen so far
-                `[B, past + T]`; or a 4-D mask for attention alone.
-            position_ids (`torch.Tensor` of shape `[B, T]`, *optional*): Positions; by default those of the columns.
+                `[B, past + T]`; or a 4-D mask, which only attention uses.
+            position_ids (`torch.Tensor` of shape `[B, T]`, *optional*): Positions. Defaults to the columns' numbers.
             past_key_values (`Cache`, *optional*): Keys and values of earlier columns.
             inputs_embeds (`torch.Tensor` of shape `[B, T, D]`, *optional*): Embeddings in place of `input_ids`.
-            use_cache (`bool`, *optional*): Whether to return a cache; by default `config.use_cache`.
+            use_cache (`bool`, *optional*): Whether to return a cache. Defaults to `config.use_cache`.
             mixing (`str`, *optional*): Mixing mode of this call. Defaults to `config.mixing` in training and
                 `config.inference_mixing` in evaluation.
             token_mask (`torch.Tensor` of shape `[B, T]`, *optional*): Which of this call's tokens are not padding, for
                 mode `cross_example`. Defaults to the last T columns of a 2-D `attention_mask`, else to all.
-            cache (`Cache`, *optional*): Another name of `past_key_values`, that of transformers from 5.24 on.
+            cache (`Cache`, *optional*): The name of `past_key_values` in transformers 5.24 and later.
             kwargs: Passed on to attention; also `output_hidden_states`, `output_attentions`, `output_router_logits`.
 
         Returns:
@@ -288,13 +296,13 @@ class MoTModel(MoTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = cast(Tensor, self.embed_tokens(input_ids))
         num_cached = 0 if cache is None or position_ids is not None else cache.get_seq_length()
-        context = MixingContext(mode, find_spans(inputs_embeds, position_ids, attention_mask, num_cached))
+        context = MixingContext(mode, find_position_buckets(inputs_embeds, position_ids, attention_mask, num_cached))
         if mode == "cross_example":
             refuse_flattened_rows(inputs_embeds, attention_mask, position_ids, cache, kwargs)
             context.token_mask = find_padding(inputs_embeds, attention_mask, token_mask)
-            context.groups = form_groups(context.spans, context.token_mask, self.config.group_size)
+            context.groups = form_groups(context.buckets, context.token_mask, self.config.group_size)
         elif mode == "per_sequence" and not (self._companions_were_checked or is_tracing(inputs_embeds)):
             self._check_companions()
 
@@ -306,7 +314,7 @@ class MoTModel(MoTPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + num_cached
             position_ids = position_ids.unsqueeze(0)  # [1, T]
-        # Bidirectional where `is_causal` of the call or the configuration says so.
+        # Bidirectional if `is_causal` of the call or the configuration is False, whatever this function's name.
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -314,11 +322,11 @@ class MoTModel(MoTPreTrainedModel):
             position_ids=position_ids,
             **{CACHE_NAME: cache},
         )
-        kwargs[CACHE_NAME] = cache
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer for an assistant that exits early
+            # By position: checkpointing differentiates, and the recorder of hidden states reads, the first argument.
             hidden_states = layer(
                 hidden_states,
                 mixing_context=context,
@@ -326,25 +334,28 @@ class MoTModel(MoTPreTrainedModel):
                 position_ids=position_ids,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
+        # Here rather than in each layer, whose forward runs again in the backward pass under gradient checkpointing.
         if self.training:
-            self._absorb(context)
+            self._update_companions(context)
         cache = cache if use_cache else None
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _companions(self) -> dict[int, MoTCompanions]:
-        # By attributes, which wrappers of modules (FSDP, checkpointing, PEFT) hand on.
+        # By attributes rather than types, because wrappers of modules (FSDP, checkpointing, PEFT) pass them on.
         sparse = {index: layer for index, layer in enumerate(self.layers) if getattr(layer, "is_sparse", False)}
         return {index: cast(Any, layer).mlp.companions for index, layer in sparse.items()}
 
-    def _keep_companions(self, context: MixingContext) -> dict[int, TypicalGroup]:
-        """Copies of the expected companions where this pass needs them."""
+    def _keep_companions(self, context: MixingContext) -> dict[int, RunningStatistics]:
+        """Copies of the expected companions if this pass uses them."""
+        # Full groups do not.
         needed = context.mode == "per_sequence" or (context.groups is not None and context.groups.present is not None)
         return {index: companions.snapshot() for index, companions in self._companions().items()} if needed else {}
 
     def _check_companions(self) -> None:
-        """Say so, once a model, if the statistics that stand in for other rows were never gathered."""
+        """Warn once per model if the statistics that stand in for other rows were never gathered."""
         self._companions_were_checked = True
         if any(companions.num_batches_tracked == 0 for companions in self._companions().values()):
             logger.warning(
@@ -353,15 +364,16 @@ class MoTModel(MoTPreTrainedModel):
                 "or training gathers them."
             )
 
-    def _absorb(self, context: MixingContext) -> None:
-        """Add this forward's statistics to the running ones, once, whatever is recomputed in the backward pass."""
-        means, context.means = context.means, None
+    def _update_companions(self, context: MixingContext) -> None:
+        """Update the running statistics by this forward's, once, even if the backward pass recomputes layers."""
+        means, context.means = context.means or {}, None
         companions = self._companions()
-        for device in dict.fromkeys(of_layer.mean_input.device for of_layer in means.values()):
-            indices = [index for index, of_layer in means.items() if of_layer.mean_input.device == device]
+        # Layers of one device at a time: they are updated by common kernels.
+        for device in dict.fromkeys(layer_means.mean_input.device for layer_means in means.values()):
+            indices = [index for index, layer_means in means.items() if layer_means.mean_input.device == device]
             groups = context.get_groups(self.config.group_size, device)
             batch = average_groups([means[index] for index in indices], groups, self.config.group_size)
-            absorb([companions[index] for index in indices], batch, groups.num_tokens)
+            update_companions([companions[index] for index in indices], batch, groups.num_tokens)
 
 
 def _check_mode(name: str, mode: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from tqdm.auto import tqdm
 
 from mot_hf.modeling import MoTModel, MoTPreTrainedModel
-from mot_hf.modeling.companions_mot import NUM_SPANS, TypicalGroup
+from mot_hf.modeling.companions_mot import NUM_POSITION_BUCKETS, RunningStatistics
 from mot_hf.modeling.mixing_mot import MixingContext
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 
@@ -21,7 +21,7 @@ BACKBONE_INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds
 
 
 class GroupTotals:
-    """Sums over the groups of a data set: of every MoT layer's statistics by tokens, and of the groups themselves.
+    """Sums over a data set's groups: every MoT layer's statistics, weighted by tokens, and the number of groups.
 
     Args:
         layers (`list[MoTSparseBlock]`): The MoT layers.
@@ -31,12 +31,13 @@ class GroupTotals:
     def __init__(self, layers: list[MoTSparseBlock], group_size: int) -> None:
         self.group_size = group_size
         self.companions = {layer.layer_idx: layer.companions for layer in layers}
+        # float64, because float32 sums over a large data set lose the last batches to rounding.
         self.sums = {
             index: [torch.zeros_like(value, dtype=torch.float64) for value in companions.expected()]
             for index, companions in self.companions.items()
         }
         self.num_batches = self.num_groups = self.num_full = self.num_left_out = 0
-        self.num_tokens = layers[0].companions.log_mass.new_zeros(NUM_SPANS, dtype=torch.float64)  # [P]
+        self.num_tokens = layers[0].companions.log_mass.new_zeros(NUM_POSITION_BUCKETS, dtype=torch.float64)  # [P]
 
     def add(self, token_mask: Tensor, context: MixingContext) -> None:
         """Add one pass in mode `cross_example` over tokens `[B, T]`, if its means are finite in all layers."""
@@ -57,22 +58,23 @@ class GroupTotals:
         self.num_tokens += num_tokens[1:].double().to(self.num_tokens.device)
 
     def _sum_up(self, context: MixingContext) -> dict[int, list[Tensor]]:
-        """One batch's statistics of every layer, times the tokens that they are means of."""
+        """One batch's statistics of every layer, times the number of tokens they are means of."""
         sums = {}
         for index in context.means or ():
             mean, num_tokens = context.average(index, self.group_size)
             all_tokens, *_ = num_tokens = num_tokens.double()  # [1 + P]
+            # Shifts are relative to their own batch's mean, so they cannot be added up over batches.
             input_mean, output_mean = mean.mean_input.mean(0), mean.mean_output.mean(0)  # [D]
             values = mean._replace(
                 input_shift=mean.input_shift + input_mean, output_shift=mean.output_shift + output_mean
             )
-            by_span = num_tokens[1:, None]  # [P, 1]
-            weights = TypicalGroup(all_tokens, all_tokens, all_tokens, by_span, by_span)
+            by_bucket = num_tokens[1:, None]  # [P, 1]
+            weights = RunningStatistics(all_tokens, all_tokens, all_tokens, by_bucket, by_bucket)
             sums[index] = [value * weight for value, weight in zip(values, weights, strict=True)]
         return sums
 
     def add_up_processes(self) -> None:
-        """Replace every sum by that over all processes."""
+        """Replace every sum by the sum over all processes."""
         counts = torch.tensor(
             [self.num_batches, self.num_groups, self.num_full, self.num_left_out], device=self.num_tokens.device
         )
@@ -82,7 +84,7 @@ class GroupTotals:
         self.num_batches, self.num_groups, self.num_full, self.num_left_out = counts.tolist()
 
     def write(self) -> None:
-        """Make the means the layers' running values: those of all layers, or none if it is interrupted."""
+        """Replace the layers' running values by the means: in all layers, or in none if interrupted."""
         statistics = {index: self._average(index) for index in self.companions}
         buffers = [buffer for companions in self.companions.values() for buffer in companions.buffers()]
         before = [buffer.clone() for buffer in buffers]
@@ -94,30 +96,30 @@ class GroupTotals:
             torch._foreach_copy_(buffers, before)
             raise
 
-    def _average(self, index: int) -> TypicalGroup:
+    def _average(self, index: int) -> RunningStatistics:
         """The means of one layer."""
-        log_mass, mean_input, mean_output, *spans = self.sums[index]
+        log_mass, mean_input, mean_output, *shifted = self.sums[index]
         num_tokens = self.num_tokens.to(log_mass.device)  # [P]
         means = [total / num_tokens.sum() for total in (log_mass, mean_input, mean_output)]
         shifts = [
             total / num_tokens.clamp(min=1)[:, None] - mean.mean(0)  # [P, D]
-            for total, mean in zip(spans, means[1:], strict=True)
+            for total, mean in zip(shifted, means[1:], strict=True)
         ]
-        return TypicalGroup(*means, *shifts)
+        return RunningStatistics(*means, *shifts)
 
 
 @torch.no_grad()
 def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *, show_progress: bool = True) -> int:
     """Replaces the running statistics of the typical group by exact ones over a data set.
 
-    Mode `per_sequence` uses them in place of the other rows of a batch. Training gathers them as it goes; calibrate a
-    model that was made without training, or for text of another kind. Every group counts by its number of tokens. As
-    in training, a batch whose statistics are not finite (an overflow) is left out. With several processes, call this
-    in each of them with its share of the batches: all end with the same statistics.
+    Mode `per_sequence` uses them in place of the other rows of a batch. Training gathers them as it goes. Calibrate a
+    model that was converted rather than trained, or that will see another kind of text. Every group counts by its
+    number of tokens. As in training, a batch whose statistics are not finite (an overflow) is left out. With several
+    processes, call this in each one with its share of the batches: all end with the same statistics.
 
     Args:
         model ([`MoTPreTrainedModel`]):
-            A MoT model with or without a head, in any dtype, on any device, also wrapped for parallel training.
+            A MoT model with or without a head, in any dtype, on any device. It may be wrapped for parallel training.
         batches (`Iterable[Mapping[str, Any]]`):
             Batches as a collator makes them: `input_ids` `[B, T]`, and an `attention_mask` if there is padding. B
             should be a multiple of `config.group_size`, and rows of a group should come from different documents.
@@ -125,11 +127,11 @@ def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *
             Whether to show a progress bar.
 
     Returns:
-        `int`: Number of batches that were left out, in all processes.
+        `int`: Number of batches left out, over all processes.
 
     Raises:
-        ValueError: The model has no MoT layers, or there is no batch with a token whose statistics are finite. The
-            statistics are unchanged.
+        ValueError: The model has no MoT layers, or no batch has both tokens and finite statistics. The statistics are
+            unchanged.
     """
     model = cast(MoTPreTrainedModel, extract_model_from_parallel(model))
     layers = [module for module in model.modules() if isinstance(module, MoTSparseBlock)]
@@ -151,6 +153,7 @@ def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *
             inputs = {name: batch[name] for name in BACKBONE_INPUTS if name in batch}
             backbone(**send_to_device(inputs, backbone.device), mixing="cross_example", use_cache=False)
             hidden_states, context = passes.pop()
+            # The context has no mask where no token is missing.
             everywhere = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
             totals.add(everywhere if context.token_mask is None else context.token_mask, context)
 
@@ -161,7 +164,7 @@ def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *
             "weights finite? In float16 they may overflow: load it with `dtype=torch.bfloat16` or `torch.float32`."
         )
     if not totals.num_tokens.any():
-        raise ValueError(f"`batches` holds no token ({totals.num_batches} batches): give at least one batch of text.")
+        raise ValueError(f"`batches` has no tokens ({totals.num_batches} batches): give at least one batch of text.")
     totals.write()
     is_first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
     if is_first and totals.num_left_out:

@@ -170,7 +170,7 @@ def _statistics() -> dict[str, Damage]:
         "a statistic infinite": put("companions.log_mass", spoil(float("inf"))),
         "a statistic of whole numbers": put("companions.input_shift", lambda tensor: tensor.long()),
         "a count of parts": put("companions.num_batches_tracked", lambda tensor: tensor.float()),
-        "counts of truth": put("companions.num_span_batches", lambda tensor: tensor > 0),
+        "counts of truth": put("companions.num_bucket_batches", lambda tensor: tensor > 0),
         "an expert missing": put("experts.down_proj", lambda tensor: tensor[:-1]),
         "experts missing": put("experts.gate_up_proj", lambda tensor: None),
     }

@@ -2,7 +2,7 @@
 
 Every function takes one layer's tensors and returns tensors that autograd can differentiate. Nothing is shared with
 the package. Axes: B rows, T columns, G group size, E experts, D model width, F expert width, K experts per token,
-P spans of positions.
+P position buckets.
 """
 
 import math
@@ -24,11 +24,11 @@ class Layer(NamedTuple):
     input_shift: Tensor  # [P, D]
     output_shift: Tensor  # [P, D]
 
-    def expected_input(self, e: int, span: int) -> Tensor:
-        return self.mean_input[e] + self.input_shift[span]
+    def expected_input(self, e: int, bucket: int) -> Tensor:
+        return self.mean_input[e] + self.input_shift[bucket]
 
-    def expected_output(self, e: int, span: int) -> Tensor:
-        return self.mean_output[e] + self.output_shift[span]
+    def expected_output(self, e: int, bucket: int) -> Tensor:
+        return self.mean_output[e] + self.output_shift[bucket]
 
     def logit(self, token: Tensor, e: int) -> Tensor:
         return (token * self.controller[e]).sum()
@@ -38,20 +38,20 @@ class Layer(NamedTuple):
         return self.down[e] @ (gate * torch.sigmoid(gate) * up)
 
 
-def span_of(position: int) -> int:
-    """Spans of positions: 0, 1-2, 3-6, 7-14, ..., the sixteenth being open."""
-    span = 0
-    while span < 15 and position >= 2 ** (span + 1) - 1:
-        span += 1
-    return span
+def bucket_of(position: int) -> int:
+    """Position buckets: 0, 1-2, 3-6, 7-14, ..., the sixteenth being open."""
+    bucket = 0
+    while bucket < 15 and position >= 2 ** (bucket + 1) - 1:
+        bucket += 1
+    return bucket
 
 
 def cross_example(
-    x: Tensor, layer: Layer, group_size: int, spans: list[list[int]], token_mask: Tensor | None = None
+    x: Tensor, layer: Layer, group_size: int, buckets: list[list[int]], token_mask: Tensor | None = None
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Outputs `[B, T, D]`, and for every group its number of tokens, span, log mass, mixtures and outputs.
+    """Outputs `[B, T, D]`, and for every group its number of tokens, bucket, log mass, mixtures and outputs.
 
-    A group's span is the latest of its tokens' `spans`.
+    A group's bucket is the latest of its tokens' `buckets`.
     """
     num_rows, num_columns, _ = x.shape
     outputs = [[torch.zeros_like(x[0, 0]) for _ in range(num_columns)] for _ in range(num_rows)]
@@ -63,13 +63,13 @@ def cross_example(
                 for i in range(first, min(first + group_size, num_rows))
                 if token_mask is None or bool(token_mask[i, t])
             ]
-            num_absent, span = group_size - len(rows), max((spans[i][t] for i in rows), default=0)
+            num_absent, bucket = group_size - len(rows), max((buckets[i][t] for i in rows), default=0)
             log_mass, mixtures, expert_outputs = [], [], []
             for e in range(layer.controller.shape[0]):
                 masses = [layer.logit(x[i, t], e).exp() for i in rows]
                 absent_mass = num_absent * layer.log_mass[e].exp()
                 total = sum(masses) + absent_mass
-                mixture = absent_mass / total * layer.expected_input(e, span)
+                mixture = absent_mass / total * layer.expected_input(e, bucket)
                 for i, mass in zip(rows, masses, strict=True):
                     mixture = mixture + mass / total * x[i, t]
                 output = layer.expert(mixture, e)
@@ -81,7 +81,7 @@ def cross_example(
             groups.append(
                 {
                     "num_tokens": torch.tensor(float(len(rows))),
-                    "span": torch.tensor(span),
+                    "bucket": torch.tensor(bucket),
                     "log_mass": torch.stack(log_mass),
                     "mean_input": torch.stack(mixtures),
                     "mean_output": torch.stack(expert_outputs),
@@ -96,15 +96,17 @@ def average_group(groups: list[dict[str, Tensor]], name: str) -> Tensor:
     return weighted.sum(0) / torch.stack([group["num_tokens"] for group in groups]).sum()
 
 
-def average_shift(groups: list[dict[str, Tensor]], name: str, span: int) -> Tensor:
-    """How one statistic differs in the groups of a span from that in all, by tokens and averaged over experts."""
-    of_span = [group for group in groups if group["span"] == span and group["num_tokens"] > 0]
-    if not of_span:
+def average_shift(groups: list[dict[str, Tensor]], name: str, bucket: int) -> Tensor:
+    """How one statistic differs in the groups of a bucket from that in all, by tokens and averaged over experts."""
+    of_bucket = [group for group in groups if group["bucket"] == bucket and group["num_tokens"] > 0]
+    if not of_bucket:
         return torch.zeros_like(groups[0][name][0])
-    return (average_group(of_span, name) - average_group(groups, name)).mean(0)
+    return (average_group(of_bucket, name) - average_group(groups, name)).mean(0)
 
 
-def per_sequence(x: Tensor, layer: Layer, group_size: int, num_experts_per_tok: int, spans: list[list[int]]) -> Tensor:
+def per_sequence(
+    x: Tensor, layer: Layer, group_size: int, num_experts_per_tok: int, buckets: list[list[int]]
+) -> Tensor:
     """Outputs `[B, T, D]`: every token alone with G - 1 expected companions."""
     num_experts = layer.controller.shape[0]
     outputs = torch.zeros_like(x)
@@ -118,10 +120,10 @@ def per_sequence(x: Tensor, layer: Layer, group_size: int, num_experts_per_tok: 
             output = torch.zeros_like(x[i, t])
             for e in range(num_experts):
                 if e in largest:
-                    mixture = weights[e] * x[i, t] + (1 - weights[e]) * layer.expected_input(e, spans[i][t])
+                    mixture = weights[e] * x[i, t] + (1 - weights[e]) * layer.expected_input(e, buckets[i][t])
                     output = output + weights[e] * layer.expert(mixture, e)
                 else:
-                    output = output + weights[e] * layer.expected_output(e, spans[i][t])
+                    output = output + weights[e] * layer.expected_output(e, buckets[i][t])
             outputs[i, t] = output
     return outputs
 

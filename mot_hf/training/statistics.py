@@ -1,4 +1,4 @@
-"""The same statistics of the typical group in every process."""
+"""Keeps the running statistics equal in all processes."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from mot_hf.modeling.companions_mot import MoTCompanions
 class CompanionSynchronization(TrainerCallback):
     """Averages the running statistics over all processes before every evaluation and every save.
 
-    Each process gathers them from its own micro-batches, and only one process writes them. Without this callback a
-    checkpoint holds the statistics of that process alone, and processes evaluate with slightly different ones. With
-    `ddp_broadcast_buffers=False` every process's batches count equally; else DDP hands those of the first process to
-    all before each forward pass.
+    Each process updates them from its own micro-batches, and only one process saves them. Without this callback, a
+    checkpoint has the statistics of that process only, and the processes evaluate with slightly different ones. With
+    `ddp_broadcast_buffers=False`, the batches of all processes count equally. Otherwise, DDP copies the statistics of
+    the first process to all others before each forward pass.
     """
 
     def on_step_end(
@@ -41,7 +41,7 @@ class CompanionSynchronization(TrainerCallback):
         model: nn.Module,
         **kwargs: Any,
     ) -> None:
-        """Average for what is saved after training."""
+        """Average before the model is saved after training."""
         if args.world_size > 1:
             average_companions(model)
 
@@ -50,10 +50,10 @@ class CompanionSynchronization(TrainerCallback):
 def average_companions(model: nn.Module) -> None:
     """Replaces the running statistics of a model by their means over all processes.
 
-    A process counts by the number of batches that it has seen.
+    Each process is weighted by the number of batches that it has seen. Every process must call this function.
 
     Args:
-        model (`nn.Module`): A MoT model, also wrapped for parallel training. Every process must call this.
+        model (`nn.Module`): A MoT model, which may be wrapped for parallel training.
     """
     for module in model.modules():
         if isinstance(module, MoTCompanions):
@@ -62,10 +62,10 @@ def average_companions(model: nn.Module) -> None:
 
 def _average(companions: MoTCompanions) -> None:
     seen = companions.num_batches_tracked.float()  # []
-    met = companions.num_span_batches[:, None].float()  # [P, 1]
+    met = companions.num_bucket_batches[:, None].float()  # [P, 1]
     for name, value in companions.expected()._asdict().items():
         weight = met if name in ("input_shift", "output_shift") else seen
         value.copy_(reduce(value * weight, "sum") / reduce(weight, "sum").clamp(min=1))
-    for count in (companions.num_batches_tracked, companions.num_span_batches):
+    for count in (companions.num_batches_tracked, companions.num_bucket_batches):
         count.copy_(reduce(count, "max"))
-    companions.fill_spans()
+    companions.fill_buckets()

@@ -1,7 +1,6 @@
-"""Dense, MoT and Qwen3-MoE models of equal FLOPs, trained alike on the same rows."""
+"""Dense, MoT and Qwen3-MoE models of equal FLOPs, trained the same way on the same rows."""
 
 import dataclasses
-import json
 import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -40,15 +39,16 @@ class ComparisonArguments:
     hidden_size: int = field(default=32, metadata={"help": "model width D"})
     intermediate_size: int = field(default=128, metadata={"help": "width of the dense feed-forward layers"})
     num_hidden_layers: int = field(default=3, metadata={"help": "number of blocks"})
-    num_dense_layers: int = field(default=0, metadata={"help": "blocks, from the first on, that stay dense"})
+    num_dense_layers: int = field(default=0, metadata={"help": "number of first blocks that stay dense"})
     num_attention_heads: int = field(default=2, metadata={"help": "number of attention heads"})
     group_size: int = field(default=32, metadata={"help": "rows G of a group"})
     num_experts: int = field(default=32, metadata={"help": "experts E; Qwen3-MoE runs E / G of them for a token"})
     router_initializer_range: float | None = field(
-        default=None, metadata={"help": "standard deviation of MoT's controllers at first; by default the model's own"}
+        default=None, metadata={"help": "initial standard deviation of MoT's controllers; by default the model's own"}
     )
     source: str | None = field(
-        default=None, metadata={"help": "text, as in the training scripts; by default the Python code of all packages"}
+        default=None,
+        metadata={"help": "text, as in the training scripts; by default the Python code of all installed packages"},
     )
     vocab_size: int = field(default=512, metadata={"help": "size of the tokenizer that is trained on the text"})
     block_length: int = field(default=64, metadata={"help": "tokens T of a row"})
@@ -80,7 +80,7 @@ def load_text(args: ComparisonArguments) -> DatasetDict:
 
 
 def make_model(architecture: str, args: ComparisonArguments) -> PreTrainedModel:
-    """Makes a causal model; all that are made of the same arguments cost a token the same.
+    """Makes a causal model. Models of the same arguments have the same FLOPs per token but for controllers and mixing.
 
     Args:
         architecture (`str`): `"dense"`, `"mot"` or `"qwen3_moe"`.
@@ -130,7 +130,7 @@ def collate_rows(rows: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def validation_loss(model: PreTrainedModel, rows: Dataset, batch_size: int, **arguments: Any) -> float:
-    """Computes a model's loss, without the load-balancing loss of its training.
+    """Computes a model's loss, without the load-balancing loss that training adds.
 
     Args:
         model (`PreTrainedModel`): The model; left in training mode.
@@ -153,7 +153,7 @@ def validation_loss(model: PreTrainedModel, rows: Dataset, batch_size: int, **ar
 
 
 class ValidationCurve(TrainerCallback):
-    """Evaluates the model as often as `eval_steps` says, and at the end.
+    """Evaluates the model every `eval_steps` steps, and at the end.
 
     Args:
         rows (`Dataset`): Validation rows.
@@ -196,23 +196,8 @@ def train_model(
     return {**changes, "num_rows": len(text["train"]), "steps": curve.steps, "losses": curve.losses}
 
 
-def run_once(path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Makes a result and keeps it in a file, or reads it where the file is there already.
-
-    Args:
-        path (`Path`): The file, JSON.
-        run (`Callable`): Makes the result.
-
-    Returns:
-        `dict`: The result, as it is in the file.
-    """
-    if not path.exists():
-        path.write_text(json.dumps(run(), indent=2) + "\n")
-    return json.loads(path.read_text())
-
-
 def make_step(model: PreTrainedModel, training_args: TrainingArguments, ids: Tensor) -> Callable[[], None]:
-    """Makes a training step as the `Trainer` takes it, to be timed by itself.
+    """Makes a training step like the `Trainer`'s, to be timed on its own.
 
     Args:
         model (`PreTrainedModel`): The model.

@@ -4,6 +4,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -31,11 +32,20 @@ class Timing:
     relative_time_quartiles: tuple[float, float]
 
 
+def find_device() -> str:
+    """Finds the device for a benchmark without an argument for it.
+
+    Returns:
+        `str`: `"cuda"`, or `"cpu"` without a GPU.
+    """
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def read_clock(device: str) -> float:
-    """Reads the clock when all work is done.
+    """Reads the clock once the device has finished its work.
 
     Args:
-        device (`str`): Device that works.
+        device (`str`): The device.
 
     Returns:
         `float`: Seconds since some point in time.
@@ -48,17 +58,17 @@ def read_clock(device: str) -> float:
 def time_in_turn(
     candidates: Mapping[str, Work], num_rounds: int, device: str, min_seconds: float = 0.0, num_warm_runs: int = 1
 ) -> dict[str, list[float]]:
-    """Times candidates one after the other, round after round, so that a slow moment of the machine meets all alike.
+    """Times candidates one after the other, round after round, so that a slow moment of the machine affects all alike.
 
     Args:
         candidates (`Mapping[str, Callable]`): The work by name.
-        num_rounds (`int`): Rounds that count; one before them does not.
-        device (`str`): Device that works.
-        min_seconds (`float`, *optional*, defaults to 0): In a round a candidate is repeated until it has taken as long
-            as this, and its mean counts: for work that is too short for the clock.
-        num_warm_runs (`int`, *optional*, defaults to 1): Runs that begin a turn and do not count: they get memory that
-            the other candidates did not need back from the system, and on a virtual machine from its host. A step that
-            repeats itself is spared that. 0 for works that follow each other in earnest.
+        num_rounds (`int`): Rounds that count, after one that does not.
+        device (`str`): The device.
+        min_seconds (`float`, *optional*, defaults to 0): In each round, a candidate is repeated until it has taken
+            this long, and the mean counts. For work that is too short for the clock.
+        num_warm_runs (`int`, *optional*, defaults to 1): Runs at the start of a turn that do not count. They get back
+            the memory that the system, or the host of a virtual machine, took while other candidates ran. A step that
+            repeats does not pay for that. 0 if the candidates really follow each other, as in a training step.
 
     Returns:
         `dict[str, list[float]]`: Seconds of one run of each candidate in each round.
@@ -88,7 +98,7 @@ def summarize_times(seconds: Mapping[str, list[float]], reference: str) -> dict[
         reference (`str`): Candidate that the others are compared with, round by round.
 
     Returns:
-        `dict[str, Timing]`: What is known of each candidate.
+        `dict[str, Timing]`: The timing of each candidate.
     """
     timings = {}
     for name, times in seconds.items():
@@ -99,13 +109,13 @@ def summarize_times(seconds: Mapping[str, list[float]], reference: str) -> dict[
 
 
 def count_flops(work: Work) -> int:
-    """Counts the FLOPs of matrix products, grouped ones too, and attention in some work, as torch counts them.
+    """Counts the FLOPs of some work as torch counts them: matrix products, grouped ones too, and attention.
 
     Args:
-        work (`Callable`): The work, which is done once; not compiled, for of compiled work torch sees nothing.
+        work (`Callable`): The work, done once; not compiled, because torch cannot see into compiled work.
 
     Returns:
-        `int`: FLOPs; a multiplication and its addition are two.
+        `int`: FLOPs; a multiplication and an addition count as two.
     """
     with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         work()
@@ -117,7 +127,7 @@ def _count_grouped_mm(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -
     return 2 * left.numel() * right[-1]
 
 
-# What torch (2.13) leaves out.
+# Operations that torch (2.13) does not count.
 _UNCOUNTED = {
     torch.ops.aten._grouped_mm: _count_grouped_mm,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
@@ -130,11 +140,11 @@ _UNCOUNTED = {
 
 
 def measure_peak_memory(work: Work, device: str) -> int:
-    """Measures the memory of tensors at its highest during some work, beyond what was taken before.
+    """Measures the peak memory of tensors during some work, beyond what was allocated before.
 
     Args:
-        work (`Callable`): The work, which is done once.
-        device (`str`): Device that works.
+        work (`Callable`): The work, done once.
+        device (`str`): The device.
 
     Returns:
         `int`: Bytes, as torch's allocator hands them out; scratch memory of BLAS libraries on a CPU is not counted.
@@ -158,14 +168,14 @@ def measure_peak_memory(work: Work, device: str) -> int:
 
 
 def measure_matmul_rate(device: str, dtype: torch.dtype, size: int | None = None, num_rounds: int = 5) -> float:
-    """Measures how fast the machine multiplies two large square matrices, the limit for all work made of products.
+    """Measures how fast the machine multiplies two large square matrices, the limit for work made of products.
 
     Args:
         device (`str`): Device.
-        dtype (`torch.dtype`): Type of the matrices.
+        dtype (`torch.dtype`): dtype of the matrices.
         size (`int`, *optional*): Rows and columns of a matrix; by default large enough to keep the device busy, and
-            small enough for a CPU that has no instructions for the type.
-        num_rounds (`int`, *optional*, defaults to 5): Rounds, of which the median counts.
+            small enough for a CPU without instructions for the dtype.
+        num_rounds (`int`, *optional*, defaults to 5): Rounds; the median counts.
 
     Returns:
         `float`: FLOPs per second.
@@ -177,14 +187,16 @@ def measure_matmul_rate(device: str, dtype: torch.dtype, size: int | None = None
     return 2 * size**3 / median(seconds["matmul"])
 
 
-def describe_machine(device: str) -> dict[str, Any]:
+def describe_machine(device: str, *packages: str) -> dict[str, Any]:
     """Describes what a figure was measured on.
 
     Args:
-        device (`str`): Device that works.
+        device (`str`): The device.
+        packages (`str`): Further packages whose versions matter.
 
     Returns:
-        `dict`: The device's name, the number of threads of a CPU, and the versions of Python, torch and transformers.
+        `dict`: The device's name, the number of threads of a CPU, and the versions of Python, torch, transformers and
+        `packages`.
     """
     on_gpu = device.startswith("cuda")
     return {
@@ -194,6 +206,7 @@ def describe_machine(device: str) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            **{name: version(name) for name in packages},
         },
     }
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainingArguments
 
-from mot_hf.modeling.companions_mot import NUM_SPANS
+from mot_hf.modeling.companions_mot import NUM_POSITION_BUCKETS
 from scripts.benchmarks.comparison import (
     ARCHITECTURES,
     ComparisonArguments,
@@ -19,9 +20,14 @@ from scripts.benchmarks.comparison import (
     make_step,
     validation_loss,
 )
+from scripts.benchmarks.headline.run import Arguments
 from scripts.benchmarks.settings.run import parse_variant
 from tests.scripts.running import REPOSITORY, run_script
 
+RECIPES = {
+    topic: REPOSITORY / "scripts" / "benchmarks" / topic / "recipes" / "cpu.yaml"
+    for topic in ("headline", "precision", "settings")
+}
 TINY = ComparisonArguments(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_dense_layers=1, group_size=4, num_experts=8,
     vocab_size=300, block_length=8, num_eval_rows=6,
@@ -39,7 +45,7 @@ def test_all_architectures_have_the_same_experts_and_cost_a_token_the_same_but_f
         flops[name] = counter.get_total_flops()
     per_token_and_expert = 2 * TINY.hidden_size * TINY.num_experts * ids.numel()
     num_groups = ids.numel() // TINY.group_size
-    statistics = 2 * num_groups * (2 * NUM_SPANS * TINY.hidden_size + TINY.num_experts)
+    statistics = 2 * num_groups * (2 * NUM_POSITION_BUCKETS * TINY.hidden_size + TINY.num_experts)
     assert flops["mot"] == flops["dense"] + 3 * per_token_and_expert + statistics
     assert flops["qwen3_moe"] == flops["dense"] + per_token_and_expert
     assert make_model("mot", TINY).num_parameters() == make_model("qwen3_moe", TINY).num_parameters()
@@ -90,7 +96,7 @@ def test_a_timed_step_trains(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_headline_is_read_off_and_finished_runs_are_not_repeated(tmp_path: Path) -> None:
     texts = make_files(tmp_path)
-    recipe = REPOSITORY / "scripts" / "benchmarks" / "headline" / "recipes" / "cpu.yaml"
+    recipe = RECIPES["headline"]
     arguments = ["--source", texts, "--output_dir", tmp_path / "headline"]
     arguments += ["--num_experts", "32", "--vocab_size", "300"]
     arguments += ["--per_device_train_batch_size", "32", "--tuning_share", "0.3", "--num_finalists", "2"]
@@ -120,7 +126,7 @@ def test_the_headline_is_read_off_and_finished_runs_are_not_repeated(tmp_path: P
 
 @pytest.mark.slow
 def test_each_precision_is_trained_in_and_only_bfloat16_rounds_the_parameters(tmp_path: Path) -> None:
-    recipe = REPOSITORY / "scripts" / "benchmarks" / "headline" / "recipes" / "cpu.yaml"
+    recipe = RECIPES["precision"]
     arguments = ["--source", make_files(tmp_path), "--output_dir", tmp_path / "precision", "--num_experts", "32"]
     arguments += ["--per_device_train_batch_size", "32", "--max_steps", "4", "--eval_steps", "2"]
     arguments += ["--block_length", "8"]
@@ -140,7 +146,7 @@ def test_each_precision_is_trained_in_and_only_bfloat16_rounds_the_parameters(tm
 
 @pytest.mark.slow
 def test_settings_are_compared_one_at_a_time(tmp_path: Path) -> None:
-    recipe = REPOSITORY / "scripts" / "benchmarks" / "headline" / "recipes" / "cpu.yaml"
+    recipe = RECIPES["settings"]
     variants = ["base", "dense", "num_experts=64", "group_size=16,num_experts=32", "learning_rate=0.001,max_steps=2"]
     arguments = ["--source", make_files(tmp_path), "--output_dir", tmp_path / "settings", "--num_experts", "32"]
     arguments += ["--per_device_train_batch_size", "32", "--max_steps", "4", "--eval_steps", "2"]
@@ -155,6 +161,77 @@ def test_settings_are_compared_one_at_a_time(tmp_path: Path) -> None:
     assert dense["num_parameters"] < smaller_groups["num_parameters"] < base["num_parameters"]
     assert len({run["losses"][-1] for run in runs}) == 5
     assert printed.strip().endswith((tmp_path / "settings" / "settings.md").read_text().strip())
+
+
+# Each with what makes it quick: little text, few steps, one run.
+ALONE = {
+    "precision": ["--architectures", "mot", "--learning_rates", "0.01", "--precisions", "float32"],
+    "settings": ["--variants", "base"],
+    "headline": ["--architectures", "dense", "--parts", "training", "--learning_rates", "0.01"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topic", ALONE)
+def test_a_run_is_never_reported_as_one_of_other_settings(topic: str, tmp_path: Path) -> None:
+    arguments: list[str | Path] = ["--source", make_files(tmp_path), "--output_dir", tmp_path / topic, *ALONE[topic]]
+    arguments += ["--num_experts", "32", "--block_length", "8", "--vocab_size", "300", "--num_eval_rows", "32"]
+    arguments += ["--per_device_train_batch_size", "32", "--warmup_steps", "1", "--eval_steps", "2"]
+    recipe = RECIPES[topic]
+    run_script(tmp_path, topic, recipe, *arguments, "--max_steps", "4")
+    stored = (tmp_path / topic / f"{topic}.json").read_text()
+    differing = "hidden_size is 32 there, 64 here; max_steps is 4 there, 12 here. Choose another `--output_dir`"
+    with pytest.raises(ValueError, match=differing):
+        run_script(tmp_path, topic, recipe, *arguments, "--max_steps", "12", "--hidden_size", "64")
+    assert (tmp_path / topic / f"{topic}.json").read_text() == stored
+    run_script(tmp_path, topic, recipe, *arguments, "--max_steps", "4", "--logging_steps", "1")
+    (result,) = json.loads((tmp_path / topic / f"{topic}.json").read_text())["results"]
+    assert result["steps"] == [2, 4]
+    assert result == json.loads(stored)["results"][0]
+
+
+@pytest.mark.slow
+def test_a_headline_is_made_in_parts_and_no_part_is_of_other_settings(tmp_path: Path) -> None:
+    arguments: list[str | Path] = ["--source", make_files(tmp_path), "--output_dir", tmp_path / "parts"]
+    arguments += ["--num_experts", "32", "--block_length", "8", "--vocab_size", "300", "--num_eval_rows", "32"]
+    arguments += ["--per_device_train_batch_size", "32", "--eval_steps", "2", "--max_steps", "4", "--num_rounds", "2"]
+    arguments += ["--tuning_share", "0.5"]
+
+    def run(*parts: str) -> None:
+        run_script(tmp_path, "headline", RECIPES["headline"], *arguments, *parts)
+
+    run("--architectures", "mot", "--parts", "training", "--learning_rates", "0.01", "--num_finalists", "2")
+    assert not (tmp_path / "parts" / "headline.json").exists()  # nothing to compare with yet
+    run("--architectures", "dense", "--parts", "tuning", "training", "--learning_rates", "0.01", "0.02")
+    run("--architectures", "dense", "mot", "--parts", "timing")
+    record = json.loads((tmp_path / "parts" / "headline.json").read_text())
+    assert [run["architecture"] for run in record["results"]] == ["dense", "mot"]
+    assert all(run["relative_step_time"] > 0 for run in record["results"])
+    assert len(record["tuning"]["dense"]) == 2
+    for runs in ("training_*.json", "tuning_*.json", "timing.json"):
+        with pytest.raises(
+            ValueError, match=r"parts/runs/t\w+ing.*.json' was made .* hidden_size is 32 there, 64 here"
+        ):
+            run("--architectures", "dense", "--parts", "timing", "--hidden_size", "64")
+        for path in (tmp_path / "parts" / "runs").glob(runs):
+            path.unlink()
+
+
+def test_times_need_the_dense_model() -> None:
+    with pytest.raises(ValueError, match=r"`architectures=\['mot'\]` cannot be timed without 'dense'"):
+        Arguments(architectures=["mot"])
+    assert Arguments(architectures=["mot"], parts=["training"]).architectures == ["mot"]
+
+
+@pytest.mark.parametrize(("topic", "place"), [("settings", "cpu"), ("precision", "cpu"), ("precision", "gpu")])
+def test_the_recipes_compare_the_headlines_models_trained_alike(topic: str, place: str) -> None:
+    recipe, of_headline = (
+        yaml.safe_load((RECIPES[name].parent / f"{place}.yaml").read_text()) for name in (topic, "headline")
+    )
+    own = {"output_dir", "max_steps", "architectures", "variants", "learning_rate", "learning_rates", "bf16"}
+    assert {name: value for name, value in recipe.items() if name not in own} == {
+        name: value for name, value in of_headline.items() if name not in own
+    }
 
 
 @pytest.mark.parametrize("variant", ["experts=2", "num_experts", "num_experts=", "base,num_experts=2"])

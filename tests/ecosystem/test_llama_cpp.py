@@ -22,8 +22,8 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from mot_cli import app
 from mot_hf import MoTForCausalLM
-from mot_hf.cli import app
 from mot_hf.conversion.export import export_qwen3_moe, find_limits
 from mot_hf.data.blocks import make_blocks
 from mot_hf.data.default_corpus import default_corpus_files
@@ -173,7 +173,7 @@ def test_what_is_said_of_llama_cpp_is_so(overrides: dict[str, Any], kind: str | 
 
 
 def test_compare_export_measures_both(model_dir: Path, tmp_path: Path) -> None:
-    arguments = ["--models", model_dir.parent / "mot", "--llama_cpp", SOURCE, "--num_rows", "4", "--num_rounds", "1"]
+    arguments = ["--models", model_dir.parent / "mot", "--llama_cpp", SOURCE, "--num_rows", "4", "--num_rounds", "2"]
     run_script(tmp_path, "export", *arguments)
     (result,) = json.loads((tmp_path / "runs" / "export" / "export.json").read_text())["results"]
     assert result["llama_cpp_limits"] == []

@@ -36,7 +36,7 @@ def run(case: Case, mode: str, device: str) -> list[Tensor]:
     """Output, and the gradients of input and parameters."""
     token_mask = None if case.token_mask is None else case.token_mask.to(device)
     x = case.x.to(device).requires_grad_()
-    moved = Case(copy.deepcopy(case.block).to(device), x, case.spans.to(device), token_mask)
+    moved = Case(copy.deepcopy(case.block).to(device), x, case.buckets.to(device), token_mask)
     output, _ = run_block(moved, mode)
     return [output, *torch.autograd.grad((output * projection_of(output)).sum(), [x, *moved.block.parameters()])]
 

@@ -1,4 +1,4 @@
-"""The experts on a slab against a loop over experts, values and derivatives."""
+"""Per-expert batches against a loop over experts, values and derivatives."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mot_hf import MoTForCausalLM
 from mot_hf.modeling import experts_mot, modeling_mot
-from mot_hf.modeling.experts_mot import run_slab
+from mot_hf.modeling.experts_mot import run_experts
 from tests.models import random_ids, tiny_config, trained
 
 WAYS = ("in parts", "at once")
@@ -28,8 +28,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def run_one_by_one(slab: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    experts = zip(slab, gate_up_proj, down_proj, strict=True)
+def run_one_by_one(expert_inputs: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    experts = zip(expert_inputs, gate_up_proj, down_proj, strict=True)
     return torch.stack([F.linear(swiglu(F.linear(rows, up)), down) for rows, up, down in experts])
 
 
@@ -50,11 +50,11 @@ def gradients(run: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
 
 @pytest.fixture(params=WAYS)
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
-    """`run_slab` in both ways; in parts of one or a few experts."""
-    monkeypatch.setattr(experts_mot, "_CPU_FEATURES", 60)
+    """`run_experts` in both ways; in chunks of one or a few experts."""
+    monkeypatch.setattr(experts_mot, "_CPU_CHUNK_FEATURES", 60)
     if request.param == "at once":
         monkeypatch.setattr(experts_mot, "is_tracing", lambda tensor: True)
-    return lambda *inputs: run_slab(*inputs, swiglu)
+    return lambda *inputs: run_experts(*inputs, swiglu)
 
 
 @settings(max_examples=30, deadline=None)
@@ -63,11 +63,11 @@ def test_values_and_gradients_are_those_of_a_loop(
     num_experts: int, num_rows: int, width: int, features: int, way: str
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experts_mot, "_CPU_FEATURES", 60)
+        patch.setattr(experts_mot, "_CPU_CHUNK_FEATURES", 60)
         if way == "at once":
             patch.setattr(experts_mot, "is_tracing", lambda tensor: True)
         inputs = draw(num_experts, num_rows, width, features)
-        actual = gradients(lambda *values: run_slab(*values, swiglu), inputs)
+        actual = gradients(lambda *values: run_experts(*values, swiglu), inputs)
     torch.testing.assert_close(actual, gradients(run_one_by_one, inputs))
 
 
@@ -88,7 +88,7 @@ def test_gradients_have_the_layout_of_the_weights(run: Callable[..., Tensor]) ->
     assert all(gradient.is_contiguous() for gradient in of_weights)
 
 
-def test_a_slab_in_another_order_of_memory_gives_the_same(run: Callable[..., Tensor]) -> None:
+def test_a_per_expert_batch_in_another_order_of_memory_gives_the_same(run: Callable[..., Tensor]) -> None:
     inputs = draw(5, 4, 3, 6)
     expected = gradients(run_one_by_one, inputs)
     inputs[0] = inputs[0].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
@@ -124,9 +124,9 @@ def test_gradients_accumulate_over_backward_passes(run: Callable[..., Tensor]) -
     torch.testing.assert_close([value.grad for value in inputs], [2 * gradient for gradient in once])
 
 
-def test_a_slab_without_data_has_a_shape() -> None:
-    slab, *weights = (value.to("meta") for value in draw(5, 4, 3, 6))
-    assert run_slab(slab, *weights, swiglu).shape == (5, 4, 3)
+def test_a_per_expert_batch_without_data_has_a_shape() -> None:
+    expert_inputs, *weights = (value.to("meta") for value in draw(5, 4, 3, 6))
+    assert run_experts(expert_inputs, *weights, swiglu).shape == (5, 4, 3)
 
 
 def scalar(run: Run, *inputs: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ def test_second_derivatives_with_frozen_inputs_are_those_of_a_loop(run: Run, fro
 def test_a_gradient_of_a_dual_number_is_one(run: Run) -> None:
     inputs, (direction, *_) = draw_with_directions()
     # A gate of products alone: torch knows no forward derivative of the gradient of silu.
-    output = run_slab(*inputs, lambda gate_up: gate_up[..., :2] * gate_up[..., 2:])
+    output = run_experts(*inputs, lambda gate_up: gate_up[..., :2] * gate_up[..., 2:])
     with forward_ad.dual_level():
         gradients = torch.autograd.grad(output, inputs, forward_ad.make_dual(direction, -2 * direction))
         for gradient, tangent in map(forward_ad.unpack_dual, gradients):
@@ -273,15 +273,17 @@ def test_a_gradient_of_a_dual_number_is_one(run: Run) -> None:
 
 def test_compiled_gradients_of_torch_func_are_those_of_a_loop() -> None:
     inputs, _ = draw_with_directions()
-    gradient = torch.func.grad(lambda *values: run_slab(*values, swiglu).sin().sum(), (0, 1, 2))
+    gradient = torch.func.grad(lambda *values: run_experts(*values, swiglu).sin().sum(), (0, 1, 2))
     torch.compiler.reset()
     actual = torch.compile(gradient, backend="aot_eager", fullgraph=True)(*inputs)
     torch.compiler.reset()
     torch.testing.assert_close(actual, grad_of(run_one_by_one, inputs))
 
 
-def run_plainly(slab: Tensor, gate_up_proj: Tensor, down_proj: Tensor, apply_gate: Callable[..., Tensor]) -> Tensor:
-    return torch.bmm(apply_gate(torch.bmm(slab, gate_up_proj.mT)), down_proj.mT)
+def run_plainly(
+    expert_inputs: Tensor, gate_up_proj: Tensor, down_proj: Tensor, apply_gate: Callable[..., Tensor]
+) -> Tensor:
+    return torch.bmm(apply_gate(torch.bmm(expert_inputs, gate_up_proj.mT)), down_proj.mT)
 
 
 def tiny_model() -> MoTForCausalLM:
@@ -301,7 +303,7 @@ def test_hessian_vector_products_of_a_model_are_those_of_plain_products(
         return torch.autograd.grad(dot(gradients, map(torch.cos, parameters)), parameters)
 
     actual = product()
-    monkeypatch.setattr(modeling_mot, "run_slab", run_plainly)
+    monkeypatch.setattr(modeling_mot, "run_experts", run_plainly)
     torch.testing.assert_close(actual, product(), atol=1e-4, rtol=1e-3)
 
 

@@ -374,7 +374,7 @@ def test_label_smoothing_of_trainer_shifts_the_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_trainer_absorbs_every_micro_batch_once_and_no_evaluation(accumulation: int, tmp_path: Path) -> None:
+def test_trainer_counts_every_micro_batch_once_and_no_evaluation(accumulation: int, tmp_path: Path) -> None:
     model = MoTForCausalLM(tiny_config())
     trainer = make_trainer(
         model,

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mot_hf.modeling.companions_mot import NUM_SPANS, TypicalGroup
+from mot_hf.modeling.companions_mot import NUM_POSITION_BUCKETS, RunningStatistics
 from mot_hf.modeling.configuration_mot import MoTConfig
-from mot_hf.modeling.mixing_mot import MixingContext, find_spans
+from mot_hf.modeling.mixing_mot import MixingContext, find_position_buckets
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 from tests import naive
 
@@ -20,7 +20,7 @@ class Case(NamedTuple):
 
     block: MoTSparseBlock
     x: Tensor  # [B, T, D]
-    spans: Tensor  # [B, T]
+    buckets: Tensor  # [B, T]
     token_mask: Tensor | None  # [B, T]
 
 
@@ -47,16 +47,16 @@ def make_case(
         statistic.normal_(std=0.5, generator=generator)
     x = torch.randn(num_rows, num_columns, 8, generator=generator)
     token_mask = torch.rand(num_rows, num_columns, generator=generator) < 0.6 if padded else None
-    spans = torch.randint(4, (num_rows, num_columns), generator=generator)
-    return Case(block, x, spans, token_mask)
+    buckets = torch.randint(4, (num_rows, num_columns), generator=generator)
+    return Case(block, x, buckets, token_mask)
 
 
 def run_block(case: Case, mode: str) -> tuple[Tensor, MixingContext]:
-    context = MixingContext(mode, case.spans, case.token_mask)
+    context = MixingContext(mode, case.buckets, case.token_mask)
     return case.block(case.x, context), context
 
 
-def statistics_of(case: Case, context: MixingContext) -> TypicalGroup:
+def statistics_of(case: Case, context: MixingContext) -> RunningStatistics:
     return context.average(case.block.layer_idx, case.block.config.group_size)[0]
 
 
@@ -72,12 +72,12 @@ def run_naive(case: Case, mode: str) -> Reference:
     config, block = case.block.config, case.block
     leaves = [tensor.detach().double().requires_grad_() for tensor in (case.x, *block.parameters())]
     x, controller, gate_up, down = leaves
-    spans = case.spans.tolist()
+    buckets = case.buckets.tolist()
     layer = naive.Layer(controller, gate_up, down, *(value.double() for value in block.companions.expected()))
     if mode == "cross_example":
-        return Reference(*naive.cross_example(x, layer, config.group_size, spans, case.token_mask), leaves)
+        return Reference(*naive.cross_example(x, layer, config.group_size, buckets, case.token_mask), leaves)
     if mode == "per_sequence":
-        output = naive.per_sequence(x, layer, config.group_size, config.num_experts_per_tok, spans)
+        output = naive.per_sequence(x, layer, config.group_size, config.num_experts_per_tok, buckets)
         return Reference(output, [], leaves)
     return Reference(naive.moe(x, layer, config.num_experts_per_tok, config.norm_topk_prob), [], leaves)
 
@@ -127,13 +127,15 @@ def test_modes_equal_the_equations_in_values_and_gradients(mode: str, case: Case
         assert num_tokens[0] == sum(group["num_tokens"] for group in reference.groups)
         for name in ("log_mass", "mean_input", "mean_output"):
             assert_relatively_close(getattr(mean, name), naive.average_group(reference.groups, name))
-        for span in range(NUM_SPANS):
+        for bucket in range(NUM_POSITION_BUCKETS):
             for shift, name in ((mean.input_shift, "mean_input"), (mean.output_shift, "mean_output")):
                 # A difference of two means, whose rounding it has.
                 scale = max(getattr(mean, name).norm().item(), 1e-2)
-                assert_relatively_close(shift[span], naive.average_shift(reference.groups, name, span), scale=scale)
-            tokens = [group["num_tokens"].item() for group in reference.groups if group["span"] == span]
-            assert num_tokens[1 + span] == sum(tokens)
+                assert_relatively_close(
+                    shift[bucket], naive.average_shift(reference.groups, name, bucket), scale=scale
+                )
+            tokens = [group["num_tokens"].item() for group in reference.groups if group["bucket"] == bucket]
+            assert num_tokens[1 + bucket] == sum(tokens)
 
 
 @pytest.mark.parametrize("mode", ["cross_example", "per_sequence", "moe"])
@@ -192,7 +194,7 @@ def test_padding_gets_zero_and_changes_nothing_for_others(case: Case, garbage: f
         token_mask[0] = False
     clean = case._replace(token_mask=token_mask)
     dirty = clean._replace(
-        x=case.x.masked_fill(~token_mask[..., None], garbage), spans=case.spans.masked_fill(~token_mask, 9)
+        x=case.x.masked_fill(~token_mask[..., None], garbage), buckets=case.buckets.masked_fill(~token_mask, 9)
     )
     expected, context = run_block(clean, "cross_example")
     actual, dirty_context = run_block(dirty, "cross_example")
@@ -207,8 +209,8 @@ def test_rows_of_padding_are_as_if_not_there() -> None:
     alone, _ = run_block(case, "cross_example")
     x = torch.cat([case.x, torch.randn(2, 3, 8)])
     token_mask = torch.tensor([True] * 5 + [False] * 2)[:, None].expand(7, 3)
-    spans = torch.cat([case.spans, torch.full((2, 3), 9)])
-    padded, _ = run_block(Case(case.block, x, spans, token_mask), "cross_example")
+    buckets = torch.cat([case.buckets, torch.full((2, 3), 9)])
+    padded, _ = run_block(Case(case.block, x, buckets, token_mask), "cross_example")
     assert_relatively_close(padded[:5], alone)
 
 
@@ -218,7 +220,7 @@ def test_more_experts_per_token_approach_expected_companions_with_all_experts() 
     everything, _ = run_block(case, "per_sequence")
     config = case.block.config
     lonely = [
-        case.block(case.x[i : i + 1, t : t + 1], MixingContext("cross_example", case.spans[i : i + 1, t : t + 1]))
+        case.block(case.x[i : i + 1, t : t + 1], MixingContext("cross_example", case.buckets[i : i + 1, t : t + 1]))
         for i in range(2)
         for t in range(3)
     ]
@@ -250,26 +252,26 @@ def test_decoding_reads_only_selected_experts() -> None:
 POSITIONS = [0, 1, 2, 3, 6, 7, 14, 15, 30, 31, 1022, 1023, 32766, 32767, 10**6]
 
 
-def test_spans_double_in_length() -> None:
+def test_position_buckets_double_in_length() -> None:
     embeddings = torch.zeros(1, len(POSITIONS), 8)
-    spans = find_spans(embeddings, torch.tensor([POSITIONS]), None, 0)
-    assert spans[0].tolist() == [naive.span_of(position) for position in POSITIONS]
-    assert spans[0].tolist()[:5] == [0, 1, 1, 2, 2]
-    assert spans.max() == NUM_SPANS - 1
+    buckets = find_position_buckets(embeddings, torch.tensor([POSITIONS]), None, 0)
+    assert buckets[0].tolist() == [naive.bucket_of(position) for position in POSITIONS]
+    assert buckets[0].tolist()[:5] == [0, 1, 1, 2, 2]
+    assert buckets.max() == NUM_POSITION_BUCKETS - 1
 
 
 @pytest.mark.parametrize("num_cached", [0, 5])
-def test_spans_follow_the_positions_of_a_row_whatever_its_padding(num_cached: int) -> None:
+def test_position_buckets_follow_the_positions_of_a_row_whatever_its_padding(num_cached: int) -> None:
     embeddings = torch.zeros(2, 9, 8)
     columns = torch.arange(9) + num_cached
-    expected = [naive.span_of(position) for position in columns.tolist()]
-    assert find_spans(embeddings, None, None, num_cached).tolist() == [expected] * 2
+    expected = [naive.bucket_of(position) for position in columns.tolist()]
+    assert find_position_buckets(embeddings, None, None, num_cached).tolist() == [expected] * 2
     mask = torch.ones(2, num_cached + 9)
-    assert find_spans(embeddings, None, mask, num_cached).tolist() == [expected] * 2
+    assert find_position_buckets(embeddings, None, mask, num_cached).tolist() == [expected] * 2
     mask[1, :3] = 0
-    spans = find_spans(embeddings, None, mask, num_cached)
-    padded = [naive.span_of(position) for position in (columns - 3).clamp(min=0).tolist()]
-    assert spans.tolist() == [expected, padded]
+    buckets = find_position_buckets(embeddings, None, mask, num_cached)
+    padded = [naive.bucket_of(position) for position in (columns - 3).clamp(min=0).tolist()]
+    assert buckets.tolist() == [expected, padded]
     position_ids = torch.tensor([[3, 4, 5, 0, 1, 2, 3, 4, 0]])
-    restarting = [[naive.span_of(position) for position in position_ids[0].tolist()]] * 2
-    assert find_spans(embeddings, position_ids, mask, num_cached).tolist() == restarting
+    restarting = [[naive.bucket_of(position) for position in position_ids[0].tolist()]] * 2
+    assert find_position_buckets(embeddings, position_ids, mask, num_cached).tolist() == restarting

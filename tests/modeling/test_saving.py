@@ -109,7 +109,7 @@ def test_file_names_and_tensor_names_are_those_of_transformers(tmp_path: Path) -
         "companions.mean_output",
         "companions.input_shift",
         "companions.output_shift",
-        "companions.num_span_batches",
+        "companions.num_bucket_batches",
         "companions.num_batches_tracked",
     }
     config = json.loads((tmp_path / "config.json").read_text())

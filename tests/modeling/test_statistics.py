@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mot_hf import MoTForCausalLM
-from mot_hf.modeling.companions_mot import NUM_SPANS, MoTCompanions, TypicalGroup, absorb
+from mot_hf.modeling.companions_mot import NUM_POSITION_BUCKETS, MoTCompanions, RunningStatistics, update_companions
 from mot_hf.modeling.configuration_mot import MoTConfig
 from mot_hf.modeling.mixing_mot import MixingContext
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
@@ -32,33 +32,37 @@ def test_running_values_approach_the_exact_ones_on_stationary_input() -> None:
     for parameter in block.parameters():
         parameter.data.normal_(std=0.5)
     means, exact = torch.randn(2, 16), None
-    spans = torch.tensor([0] * 3 + [1] * 5).expand(8, -1)
+    buckets = torch.tensor([0] * 3 + [1] * 5).expand(8, -1)
     for _ in range(400):
-        context = MixingContext("cross_example", spans)
+        context = MixingContext("cross_example", buckets)
         with torch.no_grad():
-            block(means[spans] + torch.randn(8, 8, 16), context)
+            block(means[buckets] + torch.randn(8, 8, 16), context)
         statistics, num_tokens = context.average(0, config.group_size)
-        absorb([block.companions], [statistics], num_tokens)
-        values = TypicalGroup(*(value / 400 for value in statistics))
-        exact = values if exact is None else TypicalGroup(*(a + b for a, b in zip(exact, values, strict=True)))
+        update_companions([block.companions], [statistics], num_tokens)
+        values = RunningStatistics(*(value / 400 for value in statistics))
+        exact = values if exact is None else RunningStatistics(*(a + b for a, b in zip(exact, values, strict=True)))
     assert block.companions.num_batches_tracked == 400
     expected = block.companions.expected()
     exact = exact._replace(
-        input_shift=torch.cat([exact.input_shift[:2], exact.input_shift[1].expand(NUM_SPANS - 2, -1)]),
-        output_shift=torch.cat([exact.output_shift[:2], exact.output_shift[1].expand(NUM_SPANS - 2, -1)]),
+        input_shift=torch.cat([exact.input_shift[:2], exact.input_shift[1].expand(NUM_POSITION_BUCKETS - 2, -1)]),
+        output_shift=torch.cat([exact.output_shift[:2], exact.output_shift[1].expand(NUM_POSITION_BUCKETS - 2, -1)]),
     )
     for running, average in zip(expected, exact, strict=True):
         assert (running - average).norm() < 0.05 * average.norm()
 
 
-def full_of(value: float, companions: MoTCompanions) -> TypicalGroup:
+def full_of(value: float, companions: MoTCompanions) -> RunningStatistics:
     """A batch's statistics that are one number."""
-    return TypicalGroup(*(torch.full_like(running, value) for running in companions.expected()))
+    return RunningStatistics(*(torch.full_like(running, value) for running in companions.expected()))
 
 
-def absorb_one(companions: MoTCompanions, batch: TypicalGroup, num_tokens: list[int]) -> None:
-    """Absorb a batch with tokens in the first spans."""
-    absorb([companions], [batch], torch.tensor([sum(num_tokens), *num_tokens] + [0] * (NUM_SPANS - len(num_tokens))))
+def update_one(companions: MoTCompanions, batch: RunningStatistics, num_tokens: list[int]) -> None:
+    """Update the running statistics by a batch with tokens in the first buckets."""
+    update_companions(
+        [companions],
+        [batch],
+        torch.tensor([sum(num_tokens), *num_tokens] + [0] * (NUM_POSITION_BUCKETS - len(num_tokens))),
+    )
 
 
 def test_first_batches_are_averaged_plainly_then_with_momentum() -> None:
@@ -68,32 +72,34 @@ def test_first_batches_are_averaged_plainly_then_with_momentum() -> None:
     values = [1.0, 3.0, 5.0, 7.0, 9.0]
     seen = []
     for value in values:
-        absorb_one(companions, full_of(value, companions), [4, 4])
+        update_one(companions, full_of(value, companions), [4, 4])
         seen.append(companions.mean_input[0, 0].item())
     assert seen == pytest.approx([1.0, 2.0, 3.0, 4.0, 4.0 + 0.25 * (9.0 - 4.0)])
 
 
-def test_a_span_moves_with_the_batches_that_have_tokens_in_it() -> None:
+def test_a_bucket_moves_with_the_batches_that_have_tokens_in_it() -> None:
     companions = MoTCompanions(
         MoTConfig(hidden_size=8, num_attention_heads=1, num_experts=32, companion_momentum=0.25)
     )
     for value, num_tokens in [(2.0, [4, 4]), (4.0, [4]), (6.0, [4, 0, 4])]:
-        absorb_one(companions, full_of(value, companions), num_tokens)
+        update_one(companions, full_of(value, companions), num_tokens)
     for shift in (companions.input_shift, companions.output_shift):
-        # What comes behind all that was ever met is like the last span that was.
-        assert shift[:, 0].tolist() == pytest.approx([4.0, 2.0, 6.0] + [6.0] * (NUM_SPANS - 3))
-    absorb_one(companions, full_of(8.0, companions), [0, 0, 0, 4])
-    assert companions.output_shift[:, 0].tolist() == pytest.approx([4.0, 2.0, 6.0] + [8.0] * (NUM_SPANS - 3))
+        # What comes behind all that was ever met is like the last bucket that was.
+        assert shift[:, 0].tolist() == pytest.approx([4.0, 2.0, 6.0] + [6.0] * (NUM_POSITION_BUCKETS - 3))
+    update_one(companions, full_of(8.0, companions), [0, 0, 0, 4])
+    assert companions.output_shift[:, 0].tolist() == pytest.approx(
+        [4.0, 2.0, 6.0] + [8.0] * (NUM_POSITION_BUCKETS - 3)
+    )
 
 
-@pytest.mark.parametrize("name", TypicalGroup._fields)
+@pytest.mark.parametrize("name", RunningStatistics._fields)
 def test_a_batch_that_is_not_finite_changes_nothing(name: str) -> None:
     companions = MoTCompanions(MoTConfig(hidden_size=8, num_attention_heads=1, num_experts=32))
     good = full_of(1.0, companions)
-    absorb_one(companions, good, [4, 4])
+    update_one(companions, good, [4, 4])
     bad = getattr(good, name).clone()
     bad[..., -1] = torch.nan
-    absorb_one(companions, good._replace(**{name: bad}), [4, 4])
+    update_one(companions, good._replace(**{name: bad}), [4, 4])
     assert companions.num_batches_tracked == 1
     assert all(running.eq(1).all() for running in companions.expected())
 

@@ -214,7 +214,7 @@ def test_statistics_are_few_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {num_layers: count_kernels(num_layers, num_rows=8) for num_layers in (4, 12)}
     monkeypatch.setattr(companions_mot, "_weigh_groups", lambda *_: (torch.empty(1), torch.empty(1)))
     monkeypatch.setattr(modeling_mot, "measure_groups", lambda *_: None)
-    monkeypatch.setattr(modeling_mot.MoTModel, "_absorb", lambda *_: None)
+    monkeypatch.setattr(modeling_mot.MoTModel, "_update_companions", lambda *_: None)
     without = {num_layers: count_kernels(num_layers, num_rows=8) for num_layers in (4, 12)}
     kernels = {num_layers: whole[num_layers] - without[num_layers] for num_layers in whole}
     assert kernels[4] <= 54

@@ -55,7 +55,7 @@ def test_texts_of_ones_own_and_the_comparison(folder: Path) -> None:
     arguments += ["--learning_rates", "1e-2", "1e-3", "--seeds", "0", "1", "--output_dir", "compared"]
     printed = run_script(folder, "finetuning", *arguments)
     assert (folder / "compared" / "finetuning.md").read_text().strip() in printed
-    mot, dense = json.loads((folder / "compared" / "finetuning.json").read_text())
+    mot, dense = json.loads((folder / "compared" / "finetuning.json").read_text())["results"]
     assert list(mot["grid"]) == ["0.01", "0.001"]
     assert list(mot["seeds"]) == ["0", "1"]
     assert mot["seeds"]["0"]["per_sequence"] == mot["grid"][f"{mot['learning_rate']:g}"]

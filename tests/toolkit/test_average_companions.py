@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mot_hf import MoTForCausalLM
-from mot_hf.modeling.companions_mot import NUM_SPANS, MoTCompanions
+from mot_hf.modeling.companions_mot import NUM_POSITION_BUCKETS, MoTCompanions
 from mot_hf.training import statistics
 from mot_hf.training.statistics import average_companions
 from tests.models import companions_of, tiny_config, trained
@@ -40,13 +40,15 @@ def average(models: list[MoTForCausalLM], monkeypatch: pytest.MonkeyPatch) -> No
         thread.join()
 
 
-def with_statistics(value: float, num_batches: int, num_spans: int) -> MoTForCausalLM:
-    """A model whose statistics are one number, from batches with tokens in the first spans."""
+def with_statistics(value: float, num_batches: int, num_buckets: int) -> MoTForCausalLM:
+    """A model whose statistics are one number, from batches with tokens in the first buckets."""
     model = MoTForCausalLM(tiny_config())
     for module in model.modules():
         if isinstance(module, MoTCompanions):
             filled = module.expected()._make(torch.full_like(running, value) for running in module.expected())
-            module.replace(filled, torch.tensor([1] * num_spans + [0] * (NUM_SPANS - num_spans)), num_batches)
+            module.replace(
+                filled, torch.tensor([1] * num_buckets + [0] * (NUM_POSITION_BUCKETS - num_buckets)), num_batches
+            )
     return model
 
 
@@ -60,17 +62,17 @@ def test_a_process_that_has_seen_nothing_changes_nothing(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_processes_count_by_their_batches(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = [with_statistics(1.0, 30, num_spans=3), with_statistics(5.0, 10, num_spans=5)]
+    models = [with_statistics(1.0, 30, num_buckets=3), with_statistics(5.0, 10, num_buckets=5)]
     average(models[::-1] if reverse else models, monkeypatch)
     for statistics_of_one in map(companions_of, models):
         for name, value in statistics_of_one.items():
             if name.endswith("num_batches_tracked"):
                 assert value == 30
-            elif name.endswith("num_span_batches"):
-                assert value.tolist() == [30, 30, 30, 10, 10] + [0] * (NUM_SPANS - 5)
+            elif name.endswith("num_bucket_batches"):
+                assert value.tolist() == [30, 30, 30, 10, 10] + [0] * (NUM_POSITION_BUCKETS - 5)
             elif name.endswith("shift"):
-                # Spans that one process has met are its own, and those that none has are like the last one.
-                assert value[:, 0].tolist() == pytest.approx([2.0] * 3 + [5.0] * (NUM_SPANS - 3))
+                # Buckets that one process has met are its own, and those that none has are like the last one.
+                assert value[:, 0].tolist() == pytest.approx([2.0] * 3 + [5.0] * (NUM_POSITION_BUCKETS - 3))
             else:
                 torch.testing.assert_close(value, torch.full_like(value, 2.0))
 

@@ -73,12 +73,12 @@ def test_groups_count_by_their_tokens() -> None:
         if name.endswith("log_mass"):
             continue
         shift_name = name.replace("mean_input", "input_shift").replace("mean_output", "output_shift")
-        # Columns 0, 1-2 and 3-5 are the first three spans; these are their numbers of tokens in the two batches.
-        for span, counts in enumerate([(4, 3), (8, 6), (6, 9)]):
-            span_means = [one[shift_name][span] + one[name].mean(0) for one in alone]
-            span_mean = sum(n * m for n, m in zip(counts, span_means, strict=True)) / sum(counts)
-            actual = companions_of(model)[shift_name][span] + value.mean(0)
-            torch.testing.assert_close(actual, span_mean, atol=1e-6, rtol=1e-5)
+        # Columns 0, 1-2 and 3-5 are the first three buckets; these are their numbers of tokens in the two batches.
+        for bucket, counts in enumerate([(4, 3), (8, 6), (6, 9)]):
+            bucket_means = [one[shift_name][bucket] + one[name].mean(0) for one in alone]
+            bucket_mean = sum(n * m for n, m in zip(counts, bucket_means, strict=True)) / sum(counts)
+            actual = companions_of(model)[shift_name][bucket] + value.mean(0)
+            torch.testing.assert_close(actual, bucket_mean, atol=1e-6, rtol=1e-5)
 
 
 def test_batches_of_padding_do_not_count() -> None:
@@ -127,7 +127,7 @@ def test_batches_without_a_token_are_refused_and_change_nothing(only_padding: bo
     for batch in batches:
         batch["attention_mask"].zero_()
     before = companions_of(model)
-    with pytest.raises(ValueError, match="`batches` holds no token"):
+    with pytest.raises(ValueError, match="`batches` has no tokens"):
         calibrate(model, iter(batches), show_progress=False)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in companions_of(model).items())

@@ -1,7 +1,7 @@
-r"""Compare exported models with what they were exported from: logits, loss, text, size and time; also in llama.cpp.
+r"""Compare exported models with the originals: logits, loss, text, size and time; also in llama.cpp.
 
-Writes export.json. The stored results, from runs of benchmarks/transition and one with MoT layers only, which is what
-llama.cpp takes:
+Writes export.json. The stored results, from runs of benchmarks/transition and a run with MoT layers only, as llama.cpp
+needs:
 
     python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/sparse_256 --num_experts 256 \
         --mlp_layer_types sparse sparse sparse sparse --transition_share 0.8 --max_steps 400
@@ -9,16 +9,14 @@ llama.cpp takes:
         --models runs/tuned_256 runs/tuned runs/sparse_256 \
         --llama_cpp .venv/llama_cpp_python-*/vendor/llama.cpp
 
-The stored results are of models that began with the paper's controllers: `--router_initializer_range 0.02`.
+The stored results come from models that started with the paper's controllers: `--router_initializer_range 0.02`.
 """
 
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,9 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from mot_hf import MoTForCausalLM
 from mot_hf.conversion.export import export_qwen3_moe, find_limits
-from mot_hf.data.blocks import make_blocks
-from mot_hf.data.corpus import load_corpus
-from mot_hf.data.default_corpus import default_corpus_info
+from scripts.benchmarks.measuring import describe_machine, summarize_times, time_in_turn
+from scripts.benchmarks.results import describe_arguments, write_results
+from scripts.benchmarks.rows import describe_corpus, load_rows
 
 Logits = Callable[[Tensor], Tensor]  # [B, T] to [B, T, V]
 
@@ -47,27 +45,18 @@ class Arguments:
     block_length: int = field(default=64, metadata={"help": "tokens T of a row"})
     prompt_length: int = field(default=8, metadata={"help": "tokens of a row that a text is generated from"})
     num_rows: int = field(default=32, metadata={"help": "validation rows B"})
-    num_rounds: int = field(default=5, metadata={"help": "exports whose time is taken"})
+    num_rounds: int = field(default=5, metadata={"help": "rounds of exports, after one that is not counted"})
     llama_cpp: str | None = field(default=None, metadata={"help": "folder of llama.cpp's source, to compare with it"})
 
-
-def load_rows(args: Arguments, model_dir: str) -> Tensor:
-    """Validation rows `[B, T]`."""
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    rows = make_blocks(load_corpus(args.source), tokenizer, block_length=args.block_length)["validation"]
-    return torch.tensor(rows.select(range(args.num_rows))["input_ids"])
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured, before measuring anything."""
+        if self.num_rounds < 2:
+            raise ValueError(f"`num_rounds` must be at least 2 for quartiles, got {self.num_rounds}.")
 
 
 def size_of(folder: Path, pattern: str) -> int:
     """Bytes of the files that a pattern names."""
     return sum(path.stat().st_size for path in folder.glob(pattern))
-
-
-def seconds(action: Callable[[], Any]) -> float:
-    """How long something takes."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 def time_export(args: Arguments, model_dir: str, folder: Path) -> float:
@@ -79,19 +68,19 @@ def time_export(args: Arguments, model_dir: str, folder: Path) -> float:
     def export() -> None:
         export_qwen3_moe(model_dir, folder / "exported", force=True)
 
-    ratios = [seconds(export) / seconds(save) for _ in range(args.num_rounds)]
-    return round(statistics.median(ratios), 2)
+    seconds = time_in_turn({"save": save, "export": export}, args.num_rounds, "cpu", num_warm_runs=0)
+    return round(summarize_times(seconds, "save")["export"].relative_time, 2)
 
 
 def continue_greedily(logits: Logits, prompts: Tensor, length: int) -> Tensor:
-    """Append the likeliest tokens to prompts `[B, T]` until they have a length."""
+    """Append the likeliest tokens to prompts `[B, T]` until they have this length."""
     while prompts.shape[1] < length:
         prompts = torch.cat((prompts, logits(prompts)[:, -1:].argmax(dim=-1)), dim=1)
     return prompts
 
 
 def compare_logits(args: Arguments, rows: Tensor, expected: Logits, actual: Logits) -> dict[str, float | int]:
-    """How far two models are apart on the same rows."""
+    """How much two models differ on the same rows."""
     wanted, found = expected(rows), actual(rows)
     losses = [
         torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()).item()
@@ -110,7 +99,7 @@ def compare_logits(args: Arguments, rows: Tensor, expected: Logits, actual: Logi
 
 
 def logits_of(model: PreTrainedModel, **arguments: str) -> Logits:
-    """The logits that a model of transformers gives."""
+    """The logits of a transformers model."""
     return lambda ids: model(ids, **arguments).logits
 
 
@@ -142,7 +131,9 @@ def compare_with_llama_cpp(args: Arguments, folder: Path, rows: Tensor, expected
 def compare(args: Arguments, model_dir: str, folder: Path) -> dict[str, Any]:
     """Export one model and compare."""
     config = export_qwen3_moe(model_dir, folder / "exported")
-    rows = load_rows(args, model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    validation = load_rows(tokenizer, args.source, block_length=args.block_length)["validation"]
+    rows = torch.tensor(validation.select(range(args.num_rows))["input_ids"])  # [B, T]
     expected = logits_of(MoTForCausalLM.from_pretrained(model_dir), mixing="moe")
     actual = logits_of(AutoModelForCausalLM.from_pretrained(folder / "exported"))
     limits = find_limits(config)
@@ -168,14 +159,13 @@ def main(args: Arguments) -> None:
         with TemporaryDirectory() as folder:
             results.append(compare(args, model_dir, Path(folder)))
         print(json.dumps(results[-1], indent=2))
-    corpus = asdict(default_corpus_info())
-    del corpus["source"]  # a folder of this machine
-    folders = ("models", "output_dir", "llama_cpp")
-    arguments = {name: value for name, value in asdict(args).items() if name not in folders}
-    record = {"results": results, "arguments": arguments, "corpus": args.source or corpus}
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "export.json").write_text(json.dumps(record, indent=2) + "\n")
+    record = {
+        "results": results,
+        "arguments": describe_arguments(args),
+        "corpus": describe_corpus(args.source),
+        "machine": describe_machine("cpu"),
+    }
+    write_results(args.output_dir, "export", record)
 
 
 if __name__ == "__main__":

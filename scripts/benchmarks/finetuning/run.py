@@ -1,9 +1,9 @@
-"""Compare pretrained models by how well they learn to classify: fine-tune each of them by the same recipes.
+r"""Compare pretrained models by how well they learn to classify: fine-tune each of them by the same recipes.
 
-For every recipe and model the learning rate is the one of a grid, the same for all models, that gives the first seed
-the best macro F1; the other seeds are run with it. MoT models are trained in mode cross_example and evaluated in every
-mode; the learning rate is chosen by mode per_sequence. Writes `finetuning.md` and `finetuning.json` to the output
-folder. The stored results (`benchmarks/modes` says how the MoT models were trained):
+For every recipe and model, the learning rate is the one of a grid that gives the first seed the best macro F1; the
+grid is the same for all models. The other seeds use this rate. MoT models are trained in mode cross_example and
+evaluated in every mode; mode per_sequence decides on the learning rate. Writes `finetuning.md` and `finetuning.json`
+to the output folder. The stored results (`benchmarks/modes` says how the MoT models were trained):
 
     python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/dense \
         --mlp_layer_types dense dense dense dense
@@ -11,10 +11,9 @@ folder. The stored results (`benchmarks/modes` says how the MoT models were trai
         --recipes scripts/recipes/finetune/sequence.yaml scripts/recipes/finetune/tokens.yaml \
         --output_dir scripts/benchmarks/finetuning/results
 
-The stored results are of models that began with the paper's controllers: `--router_initializer_range 0.02`.
+The stored results come from models that started with the paper's controllers: `--router_initializer_range 0.02`.
 """
 
-import json
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -30,6 +29,8 @@ from mot_hf.data.classification import IGNORED, ClassificationArguments, load_cl
 from mot_hf.modeling.mixing_mot import MIXING_MODES
 from mot_hf.training import parse_arguments
 from mot_hf.training.classification import compute_metrics, finetune_classification
+from scripts.benchmarks.measuring import describe_machine, find_device
+from scripts.benchmarks.results import describe_arguments, write_results
 
 METRICS = ("accuracy", "macro_f1")
 
@@ -58,7 +59,7 @@ def parse_recipe(recipe: str, model: str, *options: str) -> tuple[Classification
 def run(
     args: Arguments, recipe: str, model: str, data: DatasetDict, learning_rate: float, seed: int
 ) -> dict[str, dict[str, float]]:
-    """Fine-tune once; returns the metrics by mode, and those of always answering the commonest label."""
+    """Fine-tune once; returns the metrics by mode, and those of always answering the most common label."""
     options = ["--learning_rate", str(learning_rate), "--seed", str(seed), "--eval_strategy", "no"]
     options += ["--max_steps", str(args.max_steps)] if args.max_steps > 0 else []
     with TemporaryDirectory() as folder:
@@ -74,7 +75,7 @@ def run(
 
 
 def score_majority(trainer: Trainer) -> dict[str, float]:
-    """Metrics of always answering the commonest label of the validation split."""
+    """Metrics of always answering the most common label of the validation split."""
     labels = np.concatenate([np.ravel(labels) for labels in trainer.eval_dataset["labels"]])
     labels = labels[labels != IGNORED]
     return compute_metrics(EvalPrediction(np.full_like(labels, np.bincount(labels).argmax()), labels))
@@ -114,15 +115,13 @@ def make_table(results: list[dict[str, Any]]) -> str:
 
 
 def main(args: Arguments) -> None:
-    """Compare, and write what is known after every model and recipe."""
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Compare, and write the results after every model and recipe."""
     data = {recipe: load_classification_data(parse_recipe(recipe, args.models[0])[0]) for recipe in args.recipes}
-    results = []
+    results: list[dict[str, Any]] = []
+    record = {"results": results, "arguments": describe_arguments(args), "machine": describe_machine(find_device())}
     for model, recipe in product(args.models, args.recipes):
         results.append(compare(args, recipe, model, data[recipe]))
-        (folder / "finetuning.json").write_text(json.dumps(results, indent=2) + "\n")
-        (folder / "finetuning.md").write_text(make_table(results))
+        write_results(args.output_dir, "finetuning", record, make_table(results))
     print(make_table(results))
 
 

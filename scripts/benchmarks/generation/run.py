@@ -1,9 +1,9 @@
 """Measure the speed of generation: prefill and decode of MoT against Qwen3-MoE and dense Qwen3, side by side.
 
-All models have the same attention, embeddings and number of FLOPs per token; Qwen3-MoE has the very weights of the MoT
+All models have the same attention, embeddings and number of FLOPs per token. Qwen3-MoE has the weights of the MoT
 model, and the dense model's feed-forward layers are as wide as the K experts that a token uses. A round times every
-model once, in turn; a figure is the median over rounds, of times and of ratios to Qwen3-MoE in the same round. Close
-other programs. Writes `generate.json` to the output folder, with absolute speeds only from a GPU. The stored results:
+model once, in turn. A figure is the median over rounds, of times and of ratios to Qwen3-MoE in the same round. Close
+other programs. Writes `generate.json` to the output folder, with absolute speeds only on a GPU. The stored results:
 
     python -m scripts.benchmarks.generation.run --output_dir scripts/benchmarks/generation/results/256
     python -m scripts.benchmarks.generation.run --output_dir scripts/benchmarks/generation/results/32 --num_experts 32
@@ -13,16 +13,10 @@ On a GPU:
     python -m scripts.benchmarks.generation.run --device cuda --dtype bfloat16 --batch_sizes 1 8 32 256
 """
 
-import json
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from statistics import median, quantiles
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -38,6 +32,8 @@ from transformers import (
 )
 
 from mot_hf import MoTConfig, MoTForCausalLM
+from scripts.benchmarks.measuring import describe_machine, read_clock, summarize_times
+from scripts.benchmarks.results import describe_arguments, write_results
 
 REFERENCE = "Qwen3-MoE"
 PHASES = ("prefill", "decode")
@@ -60,6 +56,11 @@ class Arguments:
     num_rounds: int = field(default=7, metadata={"help": "rounds, after one that is not counted"})
     device: str = field(default="cpu", metadata={"help": "device"})
     dtype: str = field(default="float32", metadata={"help": "dtype of the parameters"})
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured, before measuring anything."""
+        if self.num_rounds < 2:
+            raise ValueError(f"`num_rounds` must be at least 2 for quartiles, got {self.num_rounds}.")
 
 
 def make_models(args: Arguments) -> dict[str, tuple[PreTrainedModel, dict[str, Any]]]:
@@ -113,58 +114,51 @@ def make_models(args: Arguments) -> dict[str, tuple[PreTrainedModel, dict[str, A
 
 @torch.no_grad()
 def gather_statistics(model: MoTForCausalLM) -> None:
-    """Give a new model the statistics that training would, from one group of random tokens."""
+    """Give a new model statistics, as training would, from one group of random tokens."""
     model.train()(torch.randint(model.config.vocab_size, (model.config.group_size, 16)))
 
 
 @torch.inference_mode()
 def time_generation(
-    model: PreTrainedModel, ids: Tensor, num_new_tokens: int, call: dict[str, Any], clock: Callable[[], float]
+    model: PreTrainedModel, ids: Tensor, num_new_tokens: int, call: dict[str, Any], device: str
 ) -> dict[str, float]:
     """Seconds for the prefill of a batch of prompts `[B, T]`, and for some decoding steps after it."""
     cache = DynamicCache(config=model.config)
-    start = clock()
+    start = read_clock(device)
     logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **call).logits
-    prefilled = clock()
+    prefilled = read_clock(device)
     with model._optimize_model_for_decode():  # as `generate()` does: other kernels for experts with few tokens
         for _ in range(num_new_tokens):
             ids = logits[:, -1:].argmax(-1)
             logits = model(ids, past_key_values=cache, use_cache=True, **call).logits
-    return {"prefill": prefilled - start, "decode": clock() - prefilled}
+    return {"prefill": prefilled - start, "decode": read_clock(device) - prefilled}
 
 
 def measure(args: Arguments, models: dict[str, tuple[PreTrainedModel, dict[str, Any]]], num_rows: int) -> list[dict]:
     """Time all models in turn, round after round, at one batch size."""
-
-    def clock() -> float:
-        if args.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     rounds = []
     for _ in range(args.num_rounds + 1):
         ids = torch.randint(args.vocab_size, (num_rows, args.prompt_length), device=args.device)
         rounds.append(
             {
-                name: time_generation(model, ids, args.num_new_tokens, call, clock)
+                name: time_generation(model, ids, args.num_new_tokens, call, args.device)
                 for name, (model, call) in models.items()
             }
         )
     num_tokens = {"prefill": num_rows * args.prompt_length, "decode": num_rows * args.num_new_tokens}
     results = []
     for phase in PHASES:
-        for name in models:
-            times = [seconds[name][phase] for seconds in rounds[1:]]
-            ratios = [seconds[REFERENCE][phase] / seconds[name][phase] for seconds in rounds[1:]]
-            lower, _, upper = quantiles(ratios, n=4)
+        seconds = {name: [of_round[name][phase] for of_round in rounds[1:]] for name in models}
+        for name, timing in summarize_times(seconds, REFERENCE).items():
+            lower, upper = timing.relative_time_quartiles
             results.append(
                 {
                     "batch_size": num_rows,
                     "phase": phase,
                     "model": name,
-                    "tokens_per_second": num_tokens[phase] / median(times),
-                    "relative_speed": median(ratios),
-                    "relative_speed_quartiles": [lower, upper],
+                    "tokens_per_second": num_tokens[phase] / timing.seconds,
+                    "relative_speed": 1 / timing.relative_time,
+                    "relative_speed_quartiles": [1 / upper, 1 / lower],
                 }
             )
     return results
@@ -193,22 +187,18 @@ def main(args: Arguments) -> None:
     set_seed(0)
     models = make_models(args)
     results = [result for num_rows in args.batch_sizes for result in measure(args, models, num_rows)]
-    machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} threads"
     record = {
         "results": results,
-        "arguments": asdict(args),
-        "machine": machine,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "arguments": describe_arguments(args),
+        "machine": describe_machine(args.device),
     }
     console = Console()
     print_table(results, console)
     if not args.device.startswith("cuda"):
         for result in results:
             del result["tokens_per_second"]  # of no use on another machine
-    path = Path(args.output_dir) / "generate.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    console.print(f"numbers   {path}")
+    write_results(args.output_dir, "generate", record)
+    console.print(f"results   {args.output_dir}")
 
 
 if __name__ == "__main__":

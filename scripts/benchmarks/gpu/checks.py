@@ -1,4 +1,4 @@
-"""The tests of `tests/gpu` on this device: pytest, with every outcome stored as soon as it is known."""
+"""The tests of `tests/gpu` on this device, by pytest; every outcome is stored as soon as it is known."""
 
 import os
 import sys
@@ -42,12 +42,12 @@ class Reporter:
         self.record.write()
 
     def pytest_collectreport(self, report: Any) -> None:
-        """Store why a file of tests cannot be read."""
+        """Store why a test file cannot be read."""
         if report.failed:
             self.record.add(report.nodeid.split("/")[-1], FAILED, error=str(report.longrepr))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Store the outcome of a test's call, and of what goes before and after it where that did not pass."""
+        """Store the outcome of a test's call, and of its setup and teardown if they did not pass."""
         if report.when != "call" and report.outcome == "passed":
             return
         name = report.nodeid.split("/")[-1]
@@ -61,14 +61,14 @@ class Reporter:
 
 
 def main(args: PartArguments) -> int:
-    """Run the tests, some at a time, each worker replaced where a test brings it down; pytest's exit code."""
+    """Run the tests, several at a time; a worker that a test brings down is replaced. Returns pytest's exit code."""
     record = Record("checks", args)
-    NodeManager.EXIT_TIMEOUT = 1  # when it is told to stop, it need not wait for those that cannot
+    NodeManager.EXIT_TIMEOUT = 1  # on a request to stop, do not wait for workers that cannot
     num_workers = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // 2))
     os.environ["MOT_GPU_CHECK_DEVICE"] = args.device
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_workers))
     options = ["-m", "gpu", "-v", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
-    # The import path has `mot_hf` with its models before the repository, where that has none.
+    # `mot_hf` with its models comes first on the import path; the repository's own has none.
     options += ["--import-mode", "append", "-n", num_workers, "--maxschedchunk", 1]
     options += ["--timeout", MAX_SECONDS, "--timeout-method", "thread", "--color", "no"]
     options += ["--junitxml", record.path.with_suffix(".xml")]

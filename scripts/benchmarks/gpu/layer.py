@@ -25,7 +25,7 @@ class Cell(NamedTuple):
     experts_per_member: int
 
 
-# A cell that is compiled takes as much time as all that are not, and more.
+# A compiled cell takes more time than all eager ones together.
 CELLS = [
     Cell(*values)
     for group in (
@@ -40,7 +40,7 @@ CELLS = [
 
 
 def make_arguments(args: PartArguments, cell: Cell) -> bench_layer.Arguments:
-    """A cell as `benchmarks/layer` is told of it; at full scale it has 16 384 or 65 536 tokens."""
+    """The arguments of `benchmarks/layer` for a cell; at full scale it has 16 384 or 65 536 tokens."""
     num_columns = args.scaled(256, step=4)
     return bench_layer.Arguments(
         hidden_sizes=[args.scaled(cell.hidden_size, step=64)],

@@ -1,4 +1,4 @@
-"""Whole models of MoT against dense ones and Qwen3-MoE: what two other benchmarks measure."""
+"""Whole MoT models against dense ones and Qwen3-MoE, as two other benchmarks measure them."""
 
 from functools import cache, partial
 from typing import Any
@@ -67,7 +67,7 @@ def measure_generation(args: PartArguments, num_rows: int) -> dict[str, Any]:
 
 
 def main(args: PartArguments) -> None:
-    """Measure what matters most first."""
+    """Measure the most important cases first."""
     record = Record("model", args)
     cases = [
         ("training step", "E 32", partial(measure_steps, args, 32)),

@@ -1,7 +1,6 @@
-"""What the parts of the GPU check share: their arguments, and files that hold every result as soon as it is known."""
+"""What the parts of the GPU check share: their arguments, and files that get every result as soon as it is known."""
 
 import gc
-import json
 import logging
 import os
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from scripts.benchmarks.measuring import describe_machine
+from scripts.benchmarks.results import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +24,10 @@ MEASURED, FAILED, LEFT_OUT = "measured", "failed", "left out"
 
 @dataclass
 class PartArguments:
-    """What every part is told by `benchmarks/gpu`."""
+    """What `benchmarks/gpu` tells every part."""
 
     device: str = field(metadata={"help": "device"})
-    scale: float = field(metadata={"help": "size of the work, of 1"})
+    scale: float = field(metadata={"help": "size of the work; 1 is the full size"})
     deadline: float = field(metadata={"help": "when the part must be done, in seconds since the epoch"})
     output_dir: str = field(metadata={"help": "folder for the results"})
     command: str = field(metadata={"help": "command of the whole check, for the record"})
@@ -39,7 +39,7 @@ class PartArguments:
 
     @property
     def dtype(self) -> str:
-        """What is measured in; a CPU may be a hundred times slower in bfloat16."""
+        """The dtype of measurements; a CPU may be a hundred times slower in bfloat16."""
         return "bfloat16" if self.on_gpu else "float32"
 
     def scaled(self, size: int, step: int) -> int:
@@ -52,7 +52,7 @@ class Record:
 
     Args:
         part (`str`): Name of the part.
-        args (`PartArguments`): What it was told.
+        args (`PartArguments`): Its arguments.
     """
 
     def __init__(self, part: str, args: PartArguments) -> None:
@@ -68,12 +68,12 @@ class Record:
         self.write()
 
     def measure(self, name: str, kind: str, seconds: float, work: Callable[[], dict[str, Any]]) -> None:
-        """Do one case and store what it gives or why it failed, unless too little time is left for it.
+        """Do one case and store its results or why it failed, unless too little time is left for it.
 
         Args:
             name (`str`): Name of the case.
-            kind (`str`): What cases that take about as long have in common.
-            seconds (`float`): How long a case of this kind takes, while none was done.
+            kind (`str`): A name that cases which take about as long share.
+            seconds (`float`): How long a case of this kind takes; used until one was done.
             work (`Callable`): Does it; returns the results.
         """
         if self.remaining() < self.durations.get(kind, seconds):
@@ -104,14 +104,12 @@ class Record:
         self.write()
 
     def write(self) -> None:
-        """Replace the file as a whole: whoever is killed meanwhile leaves the one before."""
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(self.content, indent=2) + "\n")
-        os.replace(unfinished, self.path)
+        """Write the file as it is so far."""
+        write_json(self.path, self.content)
 
 
 def describe(device: str) -> dict[str, Any]:
-    """The machine, and the versions of what works on it."""
+    """The machine, and the versions of its software."""
     machine = describe_machine(device)
     versions = machine.pop("versions") | {"cuda": torch.version.cuda, "driver": None, "triton": None}
     if device.startswith("cuda"):

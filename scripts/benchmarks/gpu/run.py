@@ -1,8 +1,8 @@
-r"""Check and measure on one GPU, in eight minutes, what no CPU can tell. One command, and no network:
+r"""Check and measure on one GPU, in eight minutes, what a CPU cannot show. One command, and no network:
 
     python -m scripts.benchmarks.gpu.run --wheels DIR
 
-Four parts, each in a process and with a time limit of its own, so that none stops another:
+Four parts, each in its own process and with its own time limit, so that none stops another:
 
 - `checks` (90 s): the tests of `tests/gpu`: the layer against the loops of `tests/naive.py`, compiled training and
   decoding, CUDA graphs, caches, attention and experts implementations, training in bfloat16, saving;
@@ -11,12 +11,12 @@ Four parts, each in a process and with a time limit of its own, so that none sto
 - `training` (the rest): dense, MoT and Qwen3-MoE models of equal FLOPs, trained on the Python code that is installed.
 
 Every part stores each result at once, in checks.json, layer.json, model.json and training.json in --output_dir; beside
-them are checks.xml (JUnit), training.png, log.txt with all that was printed, and summary.txt. The exit code is 1 if a
-check failed or did not run, or if a part wrote nothing, and 2 without a GPU.
+them are checks.xml (JUnit), training.png, log.txt with everything that was printed, and summary.txt. The exit code is
+1 if a check failed or did not run, or if a part wrote nothing, and 2 without a GPU.
 
-Nothing need be installed but torch, transformers, pytest with pytest-xdist and pytest-timeout, matplotlib and rich.
-What else is missing there, such as `datasets`, travels as wheels in a folder for --wheels; where one lacks, only what
-needs it fails. A dry run on a CPU, at a tenth of the size:
+Only torch, transformers, pytest with pytest-xdist and pytest-timeout, matplotlib and rich must be installed. If other
+packages are missing, such as `datasets`, put their wheels into a folder for --wheels; without them, only what needs
+them fails. A dry run on a CPU, at a tenth of the size:
 
     python -m scripts.benchmarks.gpu.run --device cpu --scale 0.1
 """
@@ -39,11 +39,10 @@ from transformers import HfArgumentParser
 
 ROOT = Path(__file__).resolve().parents[3]
 GPU_RESULTS = Path(__file__).resolve().with_name("results")
-# A part by its script, and what it leaves.
+# The script of each part, and the endings of the files that it leaves.
 PARTS = {name: Path(__file__).resolve().with_name(f"{name}.py") for name in ("checks", "layer", "model", "training")}
-ENDINGS = (".json", ".xml", ".png", ".tmp")
-# Seconds between the time by which a part should be done, the request to stop, on which pytest writes its report, and
-# the end.
+ENDINGS = (".json", ".xml", ".png")
+# Seconds from a part's deadline to the request to stop, on which pytest writes its report, and from there to the end.
 GRACE = 5.0
 NO_GPU = 2
 
@@ -53,14 +52,14 @@ class Arguments:
     """What is run, where, and for how long."""
 
     device: Literal["cuda", "cpu"] = field(default="cuda", metadata={"help": "device; cpu for a dry run"})
-    scale: float = field(default=1.0, metadata={"help": "size of the work, of 1"})
+    scale: float = field(default=1.0, metadata={"help": "size of the work; 1 is the full size"})
     seconds: float | None = field(
         default=None, metadata={"help": "seconds for everything; by default 480, and 300 on a CPU"}
     )
     checks_seconds: float = field(default=90.0, metadata={"help": "seconds for part checks, at most"})
     layer_seconds: float = field(default=120.0, metadata={"help": "seconds for part layer, at most"})
     model_seconds: float = field(default=60.0, metadata={"help": "seconds for part model, at most"})
-    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"of {', '.join(PARTS)}"})
+    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"any of {', '.join(PARTS)}"})
     output_dir: str | None = field(
         default=None,
         metadata={"help": "folder for the results; by default results/ beside this file, runs/gpu on a CPU"},
@@ -68,7 +67,7 @@ class Arguments:
     wheels: str | None = field(default=None, metadata={"help": "folder of wheels that the parts need"})
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run before anything is."""
+        """Refuse what cannot be run, before running anything."""
         on_cpu = self.device == "cpu"
         self.seconds = self.seconds or (300.0 if on_cpu else 480.0)
         self.output_dir = self.output_dir or ("runs/gpu" if on_cpu else str(GPU_RESULTS))
@@ -83,7 +82,7 @@ class Arguments:
             raise ValueError(f"`wheels={self.wheels!r}` holds no file *.whl: check the path.")
 
     def limit(self, part: str) -> float:
-        """Seconds that a part has at most; those of `training` are all that are left."""
+        """Seconds that a part has at most; `training` has all that are left."""
         return float(getattr(self, f"{part}_seconds", self.seconds or 0.0))
 
 
@@ -93,7 +92,7 @@ class Outcome:
 
     Args:
         part (`str`): Its name.
-        ended (`str`): What became of its process.
+        ended (`str`): How its process ended.
         cases (`list[dict]`): What it stored.
         num_missing (`int`): Tests that did not run.
     """
@@ -119,7 +118,7 @@ class Outcome:
 
 
 def find_gpu(device: str) -> str | None:
-    """What is wrong with the device, if anything."""
+    """Says what is wrong with the device, if anything."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -128,9 +127,9 @@ def find_gpu(device: str) -> str | None:
 
 
 def link_packages(folder: Path) -> None:
-    """Make `mot_hf` importable with its models, which setup.py alone would put where they belong.
+    """Make `mot_hf` importable with its models, which otherwise only setup.py puts into their place.
 
-    By links, because that needs no build tool of a certain version, copies nothing and leaves the checkout alone.
+    Links need no build tool, copy nothing and leave the checkout alone.
     """
     package = folder / "mot_hf"
     package.mkdir(parents=True)
@@ -139,12 +138,12 @@ def link_packages(folder: Path) -> None:
 
 
 def install_wheels(wheels: str, target: Path) -> None:
-    """Install the wheels of a folder, as they are."""
+    """Install the wheels of a folder, without their dependencies."""
     files = sorted(Path(wheels).glob("*.whl"))
     options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--target", target]
     done = subprocess.run([sys.executable, "-m", "pip", "install", *options, *files], capture_output=True, text=True)
     if done.returncode:
-        print(f"wheels    not installed; the parts do without them\n{done.stdout}{done.stderr}")
+        print(f"wheels    not installed; the parts run without them\n{done.stdout}{done.stderr}")
 
 
 def make_environment(folder: Path, args: Arguments) -> dict[str, str]:
@@ -152,10 +151,10 @@ def make_environment(folder: Path, args: Arguments) -> dict[str, str]:
     link_packages(folder / "links")
     paths = [folder / "links", ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
     if args.wheels is not None:
-        # Under this name `datasets` takes modules for installed ones; of others it would read all that they hold.
+        # `datasets` takes modules in a folder of this name for installed ones; it would read all files of others.
         install_wheels(args.wheels, folder / "site-packages")
         paths.insert(1, folder / "site-packages")
-    defaults = {"CUDA_VISIBLE_DEVICES": "0"}  # of several the `Trainer` would use all
+    defaults = {"CUDA_VISIBLE_DEVICES": "0"}  # the `Trainer` would use all GPUs
     if args.device == "cpu":
         defaults["OMP_NUM_THREADS"] = "1"
     return {
@@ -171,7 +170,7 @@ def make_environment(folder: Path, args: Arguments) -> dict[str, str]:
 
 
 def run_process(command: list[str], seconds: float, log: Path, environment: dict[str, str]) -> str:
-    """Run a command until it ends or its time is over; says how it ended."""
+    """Run a command until it ends or its time is up; says how it ended."""
     start = time.monotonic()
     with log.open("a") as output:
         output.write(f"$ {shlex.join(command)}\n")
@@ -196,7 +195,7 @@ def run_process(command: list[str], seconds: float, log: Path, environment: dict
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """End a process with all that it started."""
+    """End a process and all that it started."""
     with suppress(ProcessLookupError):  # none is left
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -223,7 +222,7 @@ def run_part(part: str, args: Arguments, seconds: float, environment: dict[str, 
 
 
 def summarise(outcomes: list[Outcome], log: Path) -> str:
-    """A line for each part, the errors, and the end of the log where a part wrote nothing."""
+    """A line for each part, the errors, and the end of the log if a part wrote nothing."""
     lines = [outcome.describe() for outcome in outcomes]
     for outcome in outcomes:
         for case in outcome.cases:
@@ -238,7 +237,7 @@ def summarise(outcomes: list[Outcome], log: Path) -> str:
 
 
 def run_parts(args: Arguments, environment: dict[str, str], deadline: float) -> list[Outcome]:
-    """Run the parts in turn, each with the time that it may take of what is left."""
+    """Run the parts in turn, each with its share of the time that is left."""
     outcomes = []
     for part in (name for name in PARTS if name in args.parts):
         print(f"{part} ...", flush=True)
@@ -248,7 +247,7 @@ def run_parts(args: Arguments, environment: dict[str, str], deadline: float) -> 
 
 
 def main(args: Arguments) -> int:
-    """Run the parts, say what became of them, and give the exit code."""
+    """Run the parts, say how they ended, and return the exit code."""
     deadline = time.monotonic() + args.seconds
     if problem := find_gpu(args.device):
         print(problem)

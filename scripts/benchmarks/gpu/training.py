@@ -1,9 +1,9 @@
 """Training of dense, MoT and Qwen3-MoE models of equal FLOPs on the same rows: their losses over steps and over time.
 
-The text is Python code of the standard library and the installed packages; the models and how they are trained are
-those of `recipes/headline/gpu.yaml` with half its rows in a batch, and one learning rate for all, tuned for none. All
-do as many steps as fit into the time that is left, by the time that their steps take in turn, and no more than in the
-recipe. Losses are those of validation rows, of MoT in mode `per_sequence`; validation is not part of the time.
+The text is Python code of the standard library and the installed packages. Models and training are those of
+`benchmarks/headline/recipes/gpu.yaml`, with half its rows in a batch and one learning rate for all, tuned for none.
+All models take the same number of steps: as many as fit into the time that is left, and no more than in the recipe.
+Losses are validation losses, of MoT in mode `per_sequence`; validation is not part of the time.
 """
 
 import hashlib
@@ -47,19 +47,20 @@ from scripts.benchmarks.comparison import (
 )
 from scripts.benchmarks.gpu.record import PartArguments, Record
 from scripts.benchmarks.measuring import count_flops, read_clock, summarize_times, time_in_turn
+from scripts.benchmarks.results import describe_arguments
 
 RECIPE = Path(__file__).parents[1] / "headline" / "recipes" / "gpu.yaml"
 NUM_BYTES = 48_000_000
 MIN_BYTES = 2_000_000  # of which some are held out, whatever is installed
 LEARNING_RATE = 4e-3
 NUM_EVALUATIONS = 20
-# Of the time that is left, by measured times; the rest is for what the `Trainer` does beside.
+# Shares of the time that is left, by measured times; the rest is for what else the `Trainer` does.
 SHARE_FOR_STEPS = 0.6
 SHARE_FOR_EVALUATIONS = 0.15
 
 
 class InBfloat16(nn.Module):
-    """What autocast does to the weights of other products, but not to those of `grouped_mm`."""
+    """Does what autocast does to the weights of other products, but not to those of `grouped_mm`."""
 
     def forward(self, weight: Tensor) -> Tensor:
         """Round a weight."""
@@ -67,7 +68,7 @@ class InBfloat16(nn.Module):
 
 
 class TimedCurve(ValidationCurve):
-    """A validation curve over the time of training, validation left out; ends the training at the deadline.
+    """A validation curve over the time of training, without validation; ends the training at the deadline.
 
     Args:
         rows (`Dataset`): Validation rows.
@@ -128,15 +129,15 @@ def make_arguments(args: PartArguments, folder: str) -> tuple[ComparisonArgument
 
 
 def list_sources() -> Iterator[tuple[str, Path]]:
-    """Python files of the standard library and of all packages by their names, in an order without meaning."""
+    """Python files of the standard library and of all packages by their names, in a random but fixed order."""
     packages = Path(sysconfig.get_paths()["purelib"])
     files = default_corpus_files() | {path.relative_to(packages).as_posix(): path for path in packages.rglob("*.py")}
-    # Not by the part of the hash that decides what is held out.
+    # Not by the bytes of the hash that decide what is held out.
     yield from sorted(files.items(), key=lambda file: hashlib.sha256(file[0].encode()).digest()[8:])
 
 
 def load_documents(num_bytes: int) -> DatasetDict:
-    """Files of about as many bytes, some of them held out by a hash of their names."""
+    """Files of about this many bytes, some of them held out by a hash of their names."""
     texts: dict[str, list[str]] = {"train": [], "validation": []}
     for name, path in list_sources():
         content = path.read_bytes()
@@ -184,7 +185,7 @@ def evaluate(model: PreTrainedModel, rows: Dataset, training_args: TrainingArgum
 
 
 def plan(seconds: float, step: float, evaluation: float, max_steps: int) -> tuple[int, int]:
-    """How many steps fit into the time, and how many are between evaluations, by the seconds of one in all models."""
+    """How many steps fit into the time, and how many between evaluations, by the seconds of one in all models."""
     num_steps = max(2, min(max_steps, int(SHARE_FOR_STEPS * seconds / step)))
     num_evaluations = max(1, min(NUM_EVALUATIONS, int(SHARE_FOR_EVALUATIONS * seconds / evaluation)))
     return num_steps, -(-num_steps // num_evaluations)
@@ -195,7 +196,7 @@ class Comparison:
 
     Args:
         record (`Record`): Where everything is stored.
-        folder (`str`): Folder for what the `Trainer` may leave.
+        folder (`str`): Folder for files of the `Trainer`.
     """
 
     def __init__(self, record: Record, folder: str) -> None:
@@ -217,13 +218,13 @@ class Comparison:
             "num_rows": len(self.text["train"]),
             "rows_per_step": self.training_args.per_device_train_batch_size,
             "learning_rate": self.training_args.learning_rate,
-            "sizes": {name: value for name, value in vars(self.comparison).items() if name != "source"},
+            "sizes": describe_arguments(self.comparison),
             "step_times": times,
             "curves": {},
         }
 
     def train(self, name: str) -> dict[str, Any]:
-        """Train one model; what came of it, beside its curve."""
+        """Train one model; returns its results beside the curve."""
         model = make_comparable_model(name, self.comparison, self.training_args.bf16)
         curve = TimedCurve(self.text["validation"], self.record, name, self.unit)
         trainer = Trainer(model, self.training_args, collate_rows, self.rows, callbacks=[curve])
@@ -254,7 +255,7 @@ def draw(record: Record, path: Path) -> None:
 
 
 def main(args: PartArguments) -> None:
-    """Train one model after the other, each as long as its steps take."""
+    """Train one model after the other."""
     record = Record("training", args)
     ready: list[Comparison] = []
 

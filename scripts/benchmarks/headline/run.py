@@ -1,19 +1,19 @@
 r"""Reproduce the paper's headline: in what part of the steps and the time does MoT reach the dense model's final loss?
 
 Dense, MoT and Qwen3-MoE models of equal FLOPs are trained by the stock `Trainer` on the same rows in the same order,
-with the same number of steps and the same schedule, each with the learning rate that was best for it in shorter runs,
-or with `--num_finalists 2` the better of the two that were. Losses are those of validation rows, of MoT in mode
-`per_sequence`, as it answers users. The time of a step is measured for all models in turn, apart from the training, so
-that a time on the axis is that of so many steps without anything else that the machine did. Close other programs while
-steps are timed.
+with the same number of steps and the same schedule. Each has the learning rate that was best for it in shorter runs,
+or with `--num_finalists 2` the better of the best two. Losses are validation losses, of MoT in mode `per_sequence`,
+the mode that answers users. The time of a step is measured for all models in turn and apart from the training, so the
+time axis shows the steps alone and nothing else that the machine did. Close other programs while steps are timed.
 
-Every run is a file in OUTPUT_DIR/runs and is not repeated if it is there, so a long comparison can be done in parts,
-with `--architectures`, `--parts` and `--learning_rates`, one after the other or side by side. Writes headline.json,
-headline.md and headline.png, the numbers, a table and both pairs of curves. The text is the Python code of all
+Every run is a file in OUTPUT_DIR/runs and is not repeated if the file exists. So you can do a long comparison in
+parts, with `--architectures`, `--parts` and `--learning_rates`, one after the other or side by side. A file that was
+made with other settings is refused: give each comparison an `--output_dir` of its own. Writes headline.json,
+headline.md and headline.png: the numbers, a table and both pairs of curves. The text is the Python code of all
 installed packages, or --source.
 
-The stored results took about four hours of one core and more; with `--max_steps 500` it takes minutes. Short runs
-misled about the best learning rate, so that more were trained in full than the finalists:
+The stored results took about four hours of one core and more; with `--max_steps 500 --output_dir runs/headline` it
+takes minutes. Short runs misled about the best learning rate, so more were trained in full than the finalists:
 
     python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/cpu.yaml --num_finalists 2
     python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/cpu.yaml --architectures dense mot \
@@ -27,8 +27,8 @@ On a GPU, and the paper's proof of concept (250 000 steps; give it the C4 data s
     python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/paper.yaml --source "C4_DIR/*.jsonl"
 """
 
-import json
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,15 @@ from scripts.benchmarks.comparison import (
     load_text,
     make_model,
     make_step,
-    run_once,
     train_model,
 )
 from scripts.benchmarks.measuring import describe_machine, summarize_times, time_in_turn
+from scripts.benchmarks.results import describe_arguments, write_json, write_results
+from scripts.benchmarks.runs import Run, digest_rows, make_settings, read_run
 
 PARTS = ("tuning", "training", "timing")
 LABELS = {"dense": "dense", "mot": "MoT", "qwen3_moe": "Qwen3-MoE"}
-# The arguments of training that are told with the results.
+# The arguments of training that are stored with the results.
 RECORDED = (
     "max_steps",
     "per_device_train_batch_size",
@@ -63,11 +64,17 @@ RECORDED = (
     "bf16",
     "torch_compile",
 )
+# The settings that the time of a step depends on.
+TIMED = {
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_dense_layers", "num_attention_heads"),
+    *("group_size", "num_experts", "vocab_size", "block_length", "per_device_train_batch_size"),
+    *("bf16", "torch_compile", "device", "num_devices"),
+}
 
 
 @dataclass
 class Arguments:
-    """What is run."""
+    """What to run."""
 
     architectures: list[str] = field(default_factory=lambda: list(ARCHITECTURES), metadata={"help": "models to run"})
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"parts, of {', '.join(PARTS)}"})
@@ -75,10 +82,10 @@ class Arguments:
         default_factory=lambda: [3e-3, 1e-2, 3e-2], metadata={"help": "peak learning rates to choose from"}
     )
     tuning_share: float = field(
-        default=0.08, metadata={"help": "share of max_steps that the runs have which the learning rate is chosen by"}
+        default=0.08, metadata={"help": "share of max_steps in the runs that choose the learning rate"}
     )
     num_finalists: int = field(
-        default=1, metadata={"help": "learning rates, the best in the short runs first, that a model is trained with"}
+        default=1, metadata={"help": "learning rates to train a model with, the best in the short runs first"}
     )
     num_rounds: int = field(default=20, metadata={"help": "rounds in which steps are timed"})
 
@@ -88,6 +95,11 @@ class Arguments:
             for word in getattr(self, name):
                 if word not in known:
                     raise ValueError(f"`{name}` has {word!r}, which must be one of {', '.join(known)}.")
+        if "timing" in self.parts and "dense" not in self.architectures:
+            raise ValueError(
+                f"`architectures={self.architectures}` cannot be timed without 'dense', which times are relative to: "
+                "add it, or leave 'timing' out of `parts`."
+            )
 
 
 class Headline:
@@ -97,36 +109,60 @@ class Headline:
         args (`Arguments`): What is run.
         comparison (`ComparisonArguments`): The models and their text.
         training_args (`TrainingArguments`): How they are trained.
+
+    Raises:
+        ValueError: A file in OUTPUT_DIR/runs was made with other settings.
     """
 
     def __init__(self, args: Arguments, comparison: ComparisonArguments, training_args: TrainingArguments) -> None:
         self.args, self.comparison, self.training_args = args, comparison, training_args
         self.folder = Path(training_args.output_dir)
-        (self.folder / "runs").mkdir(parents=True, exist_ok=True)
+        self.num_steps = {
+            "tuning": round(args.tuning_share * training_args.max_steps),
+            "training": training_args.max_steps,
+        }
         self.text = load_text(comparison) if {"tuning", "training"} & set(args.parts) else None
+        self.digest = None if self.text is None else digest_rows(self.text)
+        for part, architecture in product(self.num_steps, ARCHITECTURES):
+            self.load_runs(part, architecture)
+        self.load_timing()
 
-    def run(self, architecture: str, learning_rate: float, num_steps: int, part: str) -> None:
-        """Train a model, unless it was."""
+    def make_settings(self, part: str, architecture: str, **changes: Any) -> dict[str, Any]:
+        """The settings of the runs of a model, but for the learning rate."""
+        changes |= {"architecture": architecture, "max_steps": self.num_steps[part]}
+        return make_settings(self.comparison, self.training_args, self.digest, **changes)
+
+    def run(self, part: str, architecture: str, learning_rate: float) -> None:
+        """Train a model, unless its file exists."""
 
         def train() -> dict[str, Any]:
             set_seed(self.training_args.seed)
             model = make_model(architecture, self.comparison)
             sizes = {"architecture": architecture, "num_parameters": model.num_parameters()}
-            return sizes | train_model(
-                model, self.training_args, self.text, learning_rate=learning_rate, max_steps=num_steps
-            )
+            changes = {"learning_rate": learning_rate, "max_steps": self.num_steps[part]}
+            return sizes | train_model(model, self.training_args, self.text, **changes)
 
-        run_once(self.folder / "runs" / f"{part}_{architecture}_{learning_rate:g}.json", train)
+        path = self.folder / "runs" / f"{part}_{architecture}_{learning_rate:g}.json"
+        Run(path, self.make_settings(part, architecture, learning_rate=learning_rate), train).finish()
 
     def load_runs(self, part: str, architecture: str) -> list[dict[str, Any]]:
-        """The runs that there are of a model, the best first."""
+        """The runs of a model that have been done, the best first."""
+        settings = self.make_settings(part, architecture)
+        # The runs differ in the learning rate. Without the text, as when steps are timed, nothing is said of it.
+        ignored = ["learning_rate"] if self.digest else ["learning_rate", "text"]
         paths = (self.folder / "runs").glob(f"{part}_{architecture}_*.json")
-        return sorted((json.loads(path.read_text()) for path in paths), key=lambda run: run["losses"][-1])
+        return sorted((read_run(path, settings, ignored) for path in paths), key=lambda run: run["losses"][-1])
+
+    @property
+    def timing_settings(self) -> dict[str, Any]:
+        """The settings that the time of a step depends on."""
+        settings = make_settings(self.comparison, self.training_args, None)
+        return {name: value for name, value in settings.items() if name in TIMED}
 
     def load_timing(self) -> dict[str, Any] | None:
         """What `time_steps` measured, if it did."""
         path = self.folder / "runs" / "timing.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_run(path, self.timing_settings) if path.exists() else None
 
     def time_steps(self) -> None:
         """Time a step of every model, in turn."""
@@ -134,13 +170,13 @@ class Headline:
         ids = torch.randint(self.comparison.vocab_size, (args.train_batch_size, self.comparison.block_length))
         steps = {name: make_step(make_model(name, self.comparison), args, ids) for name in self.args.architectures}
         timings = summarize_times(time_in_turn(steps, self.args.num_rounds, device), "dense")
-        record = {name: asdict(timing) for name, timing in timings.items()}
+        times = {name: asdict(timing) for name, timing in timings.items()}
         if not device.startswith("cuda"):
-            for timing in record.values():
+            for timing in times.values():
                 del timing["seconds"]  # of no use on another machine
-        (self.folder / "runs" / "timing.json").write_text(
-            json.dumps({"machine": describe_machine(device), "steps": record}, indent=2) + "\n"
-        )
+        record = {"settings": self.timing_settings, "machine": describe_machine(device), "steps": times}
+        (self.folder / "runs").mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "runs" / "timing.json", record)
 
     def finished(self, timing: dict[str, Any] | None) -> list[dict[str, Any]]:
         """The best long run of each model, with the time of its steps relative to those of the dense model."""
@@ -153,24 +189,24 @@ class Headline:
             runs.append(finalists[0] | {"other_learning_rates": other_losses, "relative_step_time": step_time})
         return runs
 
-    def write(self) -> None:
-        """Write what is known so far."""
+    def write(self) -> str | None:
+        """Write what is known so far, once there is a dense model; returns the table."""
         timing = self.load_timing()
         runs = self.finished(timing)
         if not any(run["architecture"] == "dense" for run in runs):
-            return
+            return None
         add_headline(runs)
         training = {name: getattr(self.training_args, name) for name in RECORDED}
         record = {
             "results": runs,
             "tuning": {name: self.load_runs("tuning", name) for name in ARCHITECTURES},
-            "arguments": asdict(self.comparison) | {"tuning_share": self.args.tuning_share},
+            "arguments": describe_arguments(self.comparison) | {"tuning_share": self.args.tuning_share},
             "training": training | {"lr_scheduler_type": str(self.training_args.lr_scheduler_type)},
             "timing": timing,
         }
-        (self.folder / "headline.json").write_text(json.dumps(record, indent=2) + "\n")
-        (self.folder / "headline.md").write_text(make_table(runs))
-        draw(runs, self.folder / "headline.png")
+        table = make_table(runs)
+        write_results(self.folder, "headline", record, table, draw(runs))
+        return table
 
 
 def add_headline(runs: list[dict[str, Any]]) -> None:
@@ -208,7 +244,7 @@ def make_table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(runs: list[dict[str, Any]], path: Path) -> None:
+def draw(runs: list[dict[str, Any]]) -> Figure:
     """Losses over steps and over time."""
     dense = next(run for run in runs if run["architecture"] == "dense")
     figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -228,27 +264,26 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     panels[0].set_ylim(lowest - 0.05, final + 3 * max(0.1, final - lowest))
     panels[0].set_ylabel("validation loss (nats per token)")
     panels[0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main(args: Arguments, comparison: ComparisonArguments, training_args: TrainingArguments) -> None:
-    """Choose learning rates, train, time steps, and write what is known after each."""
+    """Choose learning rates, train, time steps, and write the results after each."""
     headline = Headline(args, comparison, training_args)
     for name in args.architectures:
         if "tuning" in args.parts:
             for learning_rate in args.learning_rates:
-                headline.run(name, learning_rate, round(args.tuning_share * training_args.max_steps), "tuning")
+                headline.run("tuning", name, learning_rate)
         if "training" in args.parts:
             tuned = [run["learning_rate"] for run in headline.load_runs("tuning", name)]
             candidates = [rate for rate in tuned if rate in args.learning_rates] or args.learning_rates
             for learning_rate in candidates[: args.num_finalists]:
-                headline.run(name, learning_rate, training_args.max_steps, "training")
+                headline.run("training", name, learning_rate)
                 headline.write()
     if "timing" in args.parts:
         headline.time_steps()
-    headline.write()
-    if (headline.folder / "headline.md").exists():
-        print((headline.folder / "headline.md").read_text())
+    if table := headline.write():
+        print(table)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-r"""Measure one feed-forward layer by itself: MoT against its alternatives, side by side.
+r"""Measure one feed-forward layer on its own: MoT against its alternatives, side by side.
 
-The candidates have the same input, about the same FLOPs and, but for the dense layer, the very same parameters:
+The candidates have the same input, about the same FLOPs and, except for the dense layer, the same parameters:
 
-- `dense`: the SwiGLU layer of Qwen3 that a MoT layer replaces, and the reference;
+- `dense`: the reference, the SwiGLU layer of Qwen3 that a MoT layer replaces;
 - `cross_example`: a MoT layer as it trains, with the statistics of its groups;
-- `einsum`: the same mathematics written plainly, with a copy at every change of layout and without statistics;
+- `einsum`: the same computation in plain einsums, with a copy at every change of layout and without statistics;
 - `qwen3_moe`: the layer of Qwen3-MoE, in which a token goes to the K = E / G experts that the router likes best;
 - `per_sequence` and `moe`: the MoT layer in its other modes, with the same K.
 
-They take turns, round after round, in a forward pass without gradients and in a forward and a backward pass, each
-after a first run that gets back from the system what memory the others did not need. A time is the median over rounds
-of the ratio to the dense layer in the same round. FLOPs are those of matrix products; the share of the matmul rate is
-the speed at which they are done relative to that of one large product. Peak memory is what a run takes beyond
-parameters and input; with a backward pass, gradients of all parameters are in it. Close other programs. Writes
-layer.json, layer.md and layer.png into --output_dir, with absolute times only from a GPU. The stored results:
+They take turns, round after round, in a forward pass without gradients and in a forward and a backward pass. Each turn
+begins with a run that is not timed: it gets back the memory that the system took from an idle candidate. A time is the
+median over rounds of the ratio to the dense layer in the same round. FLOPs are those of matrix products; the share of
+the matmul rate is their speed relative to one large product. Peak memory is what a run takes beyond parameters and
+input; a backward pass includes the gradients of all parameters. Close other programs. Writes layer.json, layer.md and
+layer.png into --output_dir, with absolute times only on a GPU. The stored results:
 
     python -m scripts.benchmarks.layer.run --hidden_sizes 256 512 --num_rounds 5 \
         --output_dir scripts/benchmarks/layer/results/cpu
@@ -28,12 +28,10 @@ On a GPU, eager and compiled:
 """
 
 import gc
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import product
 from math import lcm
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -47,8 +45,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from mot_hf import MoTConfig
-from mot_hf.modeling.companions_mot import absorb
-from mot_hf.modeling.mixing_mot import MixingContext, find_spans
+from mot_hf.modeling.companions_mot import update_companions
+from mot_hf.modeling.mixing_mot import MixingContext, find_position_buckets
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 from scripts.benchmarks.measuring import (
     Work,
@@ -59,6 +57,7 @@ from scripts.benchmarks.measuring import (
     summarize_times,
     time_in_turn,
 )
+from scripts.benchmarks.results import describe_arguments, write_results
 
 REFERENCE = "dense"
 CANDIDATES = {
@@ -93,16 +92,17 @@ class Arguments:
     experts_per_member: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "values of E / G"})
     width_ratio: float = field(default=2.75, metadata={"help": "width of the dense layer by D, before rounding"})
     candidates: list[str] = field(
-        default_factory=lambda: list(CANDIDATES), metadata={"help": f"of {', '.join(CANDIDATES)}; always with dense"}
+        default_factory=lambda: list(CANDIDATES),
+        metadata={"help": f"any of {', '.join(CANDIDATES)}; dense is always measured"},
     )
-    phases: list[str] = field(default_factory=lambda: list(PHASES), metadata={"help": f"of {', '.join(PHASES)}"})
+    phases: list[str] = field(default_factory=lambda: list(PHASES), metadata={"help": f"any of {', '.join(PHASES)}"})
     num_rounds: int = field(default=7, metadata={"help": "rounds, after one that is not counted"})
     device: str = field(default="cpu", metadata={"help": "device"})
     dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "dtype of all tensors"})
     torch_compile: bool = field(default=False, metadata={"help": "whether to compile the candidates"})
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured before anything is."""
+        """Refuse what cannot be measured, before measuring anything."""
         for name, known in (("candidates", CANDIDATES), ("phases", PHASES)):
             for word in getattr(self, name):
                 if word not in known:
@@ -122,15 +122,15 @@ class Arguments:
 
 
 class MoTLayer(nn.Module):
-    """A MoT layer in one mode, on tokens whose spans of positions `[B, T]` are known."""
+    """A MoT layer in one mode, on tokens whose position buckets `[B, T]` are known."""
 
-    def __init__(self, block: MoTSparseBlock, mode: str, spans: Tensor) -> None:
+    def __init__(self, block: MoTSparseBlock, mode: str, buckets: Tensor) -> None:
         super().__init__()
-        self.block, self.mode, self.spans = block, mode, spans
+        self.block, self.mode, self.buckets = block, mode, buckets
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map tokens `[B, T, D]` to outputs of the same shape."""
-        context = MixingContext(self.mode, self.spans)
+        context = MixingContext(self.mode, self.buckets)
         output = self.block(hidden_states, context)
         if self.mode == "cross_example":  # kept, or compiled code would leave them out
             self.statistics = context.average(self.block.layer_idx, self.block.config.group_size)
@@ -138,7 +138,7 @@ class MoTLayer(nn.Module):
 
 
 class EinsumLayer(nn.Module):
-    """Mode `cross_example` for full groups as one would write it down, with the parameters of a MoT layer."""
+    """Mode `cross_example` for full groups in plain einsums, with the parameters of a MoT layer."""
 
     def __init__(self, block: MoTSparseBlock) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class EinsumLayer(nn.Module):
 
 
 def make_config(args: Arguments, hidden_size: int, experts_per_member: int) -> MoTConfig:
-    """The sizes of all candidates; experts of any number of `experts_per_member` are multiples of 8 wide."""
+    """The sizes of all candidates; for every value of `experts_per_member`, experts are multiples of 8 wide."""
     step = 8 * lcm(*args.experts_per_member)
     config = MoTConfig(
         hidden_size=hidden_size,
@@ -175,17 +175,17 @@ def make_config(args: Arguments, hidden_size: int, experts_per_member: int) -> M
 
 
 @torch.no_grad()
-def make_modules(config: MoTConfig, x: Tensor, spans: Tensor) -> tuple[Qwen3MLP, MoTSparseBlock]:
+def make_modules(config: MoTConfig, x: Tensor, buckets: Tensor) -> tuple[Qwen3MLP, MoTSparseBlock]:
     """A dense and a MoT layer with random weights; the latter has the statistics of the input."""
     with x.device:
         dense, block = Qwen3MLP(config).to(x.dtype), MoTSparseBlock(config, layer_idx=0).to(x.dtype)
     for weight in (*dense.parameters(), *block.parameters()):
         nn.init.normal_(weight, std=0.02)
     nn.init.normal_(block.gate.weight, std=LOGIT_STD / config.hidden_size**0.5)
-    context = MixingContext("cross_example", spans)
+    context = MixingContext("cross_example", buckets)
     block(x, context)
     statistics, num_tokens = context.average(0, config.group_size)
-    absorb([block.companions], [statistics], num_tokens)
+    update_companions([block.companions], [statistics], num_tokens)
     return dense, block
 
 
@@ -200,19 +200,19 @@ def make_qwen3_moe(block: MoTSparseBlock) -> Qwen3MoeSparseMoeBlock:
 
 def make_layers(config: MoTConfig, x: Tensor, candidates: list[str]) -> dict[str, nn.Module]:
     """The candidates by name, the dense layer first."""
-    spans = find_spans(x, None, None, 0)
-    dense, block = make_modules(config, x, spans)
+    buckets = find_position_buckets(x, None, None, 0)
+    dense, block = make_modules(config, x, buckets)
     makers: dict[str, Callable[[], nn.Module]] = {
         "dense": lambda: dense,
         "einsum": lambda: EinsumLayer(block),
         "qwen3_moe": lambda: make_qwen3_moe(block),
     }
     names = [name for name in CANDIDATES if name == REFERENCE or name in candidates]
-    return {name: makers[name]() if name in makers else MoTLayer(block, name, spans) for name in names}
+    return {name: makers[name]() if name in makers else MoTLayer(block, name, buckets) for name in names}
 
 
 def make_work(layer: nn.Module, x: Tensor, gradient: Tensor, phase: str) -> Work:
-    """What is timed."""
+    """The work to time."""
     parameters, tokens = list(layer.parameters()), x.detach()
 
     @torch.no_grad()
@@ -269,7 +269,7 @@ def measure_phase(args: Arguments, works: dict[str, Work], flops: dict[str, int]
 
 
 def group_results(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The candidates' results by what they have in common."""
+    """The candidates' results by the cell and phase that they share."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         name = "D {hidden_size}, {num_tokens} tokens, E {num_experts}, {phase}".format(**result)
@@ -297,7 +297,7 @@ def summarise(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
+def draw(results: list[dict[str, Any]]) -> Figure:
     """Speed over width: a row of panels for each number of tokens and of experts, a column for each phase."""
     rows = list(dict.fromkeys((result["num_tokens"], result["num_experts"]) for result in results))
     phases = list(dict.fromkeys(result["phase"] for result in results))
@@ -309,7 +309,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         panels[row, column].set_title(f"{phase}, E = {num_experts}, {num_tokens} tokens", fontsize=10)
     legend = {"loc": "outside lower center", "ncols": len(phases) + 1, "frameon": False}
     figure.legend(*panels[0, 0].get_legend_handles_labels(), **legend)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def draw_panel(axes: Any, results: list[dict[str, Any]]) -> None:
@@ -330,25 +330,23 @@ def draw_panel(axes: Any, results: list[dict[str, Any]]) -> None:
 
 
 def main(args: Arguments) -> None:
-    """Measure cell after cell, and write what is known after each."""
+    """Measure cell after cell, and write the results after each."""
     sizes = product(sorted(args.hidden_sizes), args.num_tokens, args.experts_per_member)
     cells = [(make_config(args, hidden_size, members), num_tokens) for hidden_size, num_tokens, members in sizes]
     on_gpu = args.device.startswith("cuda")
     rate = measure_matmul_rate(args.device, getattr(torch, args.dtype))
-    record: dict[str, Any] = {"arguments": asdict(args), "machine": describe_machine(args.device), "results": []}
+    machine = describe_machine(args.device)
+    record: dict[str, Any] = {"arguments": describe_arguments(args), "machine": machine, "results": []}
     if on_gpu:
         record["matmul_flops_per_second"] = rate
-    folder, console = Path(args.output_dir), Console()
-    folder.mkdir(parents=True, exist_ok=True)
+    console = Console()
     for config, num_tokens in cells:
         results = measure_cell(args, config, num_tokens, rate)
         gc.collect()  # modules and compiled code hold on to parameters, and there is no memory for those of two cells
         print_tables(results, console)
         record["results"] += results
-        (folder / "layer.json").write_text(json.dumps(record, indent=2) + "\n")
-        (folder / "layer.md").write_text(summarise(record["results"]))
-        draw(record["results"], folder / "layer.png")
-    console.print(f"results   {folder}")
+        write_results(args.output_dir, "layer", record, summarise(record["results"]), draw(record["results"]))
+    console.print(f"results   {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure what a model loses when it answers without companions: loss by mixing mode and by experts per token.
+r"""Measure what a model loses when it answers without companions: loss by mixing mode and by experts per token.
 
 For every checkpoint: mode cross_example as it was trained, mode per_sequence for K = 0, 1, 2, 4, ... E experts per
 token, mode per_sequence at up to the dense layer's FLOPs with another constant for the experts that are not run, mode
@@ -13,33 +13,29 @@ overlap. Writes `modes.md`, `modes.png` and `modes.json` to the output folder. T
     python -m scripts.benchmarks.modes.run --runs runs/clm32 runs/clm256 runs/mlm32 runs/mlm256 \
         --output_dir scripts/benchmarks/modes/results
 
-The stored results are of models that began with the paper's controllers: `--router_initializer_range 0.02`.
+The stored results come from models that started with the paper's controllers: `--router_initializer_range 0.02`.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, DataCollatorForLanguageModeling, HfArgumentParser
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
 import mot_hf
 from mot_hf import MoTPreTrainedModel
 from mot_hf.calibration import calibrate
-from mot_hf.data.blocks import make_blocks
-from mot_hf.data.corpus import load_corpus
-from mot_hf.data.default_corpus import default_corpus_info
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
+from scripts.benchmarks.measuring import describe_machine, find_device
+from scripts.benchmarks.results import describe_arguments, write_results
+from scripts.benchmarks.rows import describe_corpus, load_rows, make_batches
 
 Batches = list[dict[str, Tensor]]
 
@@ -54,18 +50,18 @@ class Arguments:
     block_length: int = field(default=64, metadata={"help": "tokens in a row, as in training"})
     source: str | None = field(default=None, metadata={"help": "text; by default Python's standard library"})
     max_rows: int = field(default=1024, metadata={"help": "validation rows, a multiple of 4 groups"})
-    calibration_batches: int = field(default=100, metadata={"help": "training groups of the exact calibration"})
+    calibration_batches: int = field(default=100, metadata={"help": "training groups for the exact calibration"})
     seed: int = field(default=0, metadata={"help": "seed of the order of rows and of the masks"})
 
 
 @contextmanager
 def output_at_mean_input(model: MoTPreTrainedModel) -> Iterator[None]:
-    """Let an expert that is not run be replaced by its output at its mean input, not by its mean output."""
+    """Replace an expert that is not run by its output at its mean input, instead of its mean output."""
     blocks = [module for module in model.modules() if isinstance(module, MoTSparseBlock)]
     mean_outputs = [block.companions.mean_output for block in blocks]
     for block in blocks:
-        slab = block.companions.mean_input[:, None].to(model.dtype)  # [E, 1, D]
-        block.companions.mean_output = block.experts(slab)[:, 0].float()  # [E, D]
+        expert_inputs = block.companions.mean_input[:, None].to(model.dtype)  # [E, 1, D]
+        block.companions.mean_output = block.experts(expert_inputs)[:, 0].float()  # [E, D]
     yield
     for block, mean_output in zip(blocks, mean_outputs, strict=True):
         block.companions.mean_output = mean_output
@@ -111,24 +107,20 @@ def load_batches(args: Arguments, model_dir: Path, model: MoTPreTrainedModel) ->
     """Validation rows and training rows in full groups, masked for a masked language model."""
     group_size = model.config.group_size
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    rows = make_blocks(
-        load_corpus(args.source), tokenizer, block_length=args.block_length, group_size=group_size, seed=args.seed
-    )
+    rows = load_rows(tokenizer, args.source, block_length=args.block_length, group_size=group_size, seed=args.seed)
     num_rows = min(args.max_rows, len(rows["validation"])) // (4 * group_size) * (4 * group_size)
     if not num_rows:
         raise ValueError(
-            f"`max_rows={args.max_rows}` or the validation text is too small: {4 * group_size} rows at least."
+            f"`max_rows={args.max_rows}` or the validation text is too small: {4 * group_size} rows are the least."
         )
 
-    def collate(split: str, batch_size: int, num_batches: int) -> Batches:
-        collator = DataCollatorForLanguageModeling(tokenizer, mlm=not model.config.is_causal, seed=args.seed)
-        loader = DataLoader(rows[split], batch_size=batch_size, collate_fn=collator, drop_last=True)
-        return [
-            {name: value.to(model.device) for name, value in batch.items()} for batch in islice(loader, num_batches)
-        ]
+    def load(split: str, batch_size: int, num_batches: int) -> Batches:
+        masking = {"masked": not model.config.is_causal, "seed": args.seed}
+        batches = make_batches(rows[split], tokenizer, batch_size, num_batches, **masking)
+        return [{name: value.to(model.device) for name, value in batch.items()} for batch in batches]
 
-    validation = collate("validation", 4 * group_size, num_rows // (4 * group_size))
-    return validation, collate("train", group_size, args.calibration_batches)
+    validation = load("validation", 4 * group_size, num_rows // (4 * group_size))
+    return validation, load("train", group_size, args.calibration_batches)
 
 
 def evaluate_checkpoint(args: Arguments, run: str, step: int) -> dict[str, Any]:
@@ -136,12 +128,12 @@ def evaluate_checkpoint(args: Arguments, run: str, step: int) -> dict[str, Any]:
     model_dir = Path(run) / f"checkpoint-{step}"
     (architecture,) = AutoConfig.from_pretrained(model_dir).architectures
     model = getattr(mot_hf, architecture).from_pretrained(model_dir)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(find_device())
     return {"run": Path(run).name, "step": step, **evaluate(model, *load_batches(args, model_dir, model))}
 
 
 def name_of(result: dict[str, Any]) -> str:
-    """What a table and a picture call a model."""
+    """The name of a model in the table and the picture."""
     kind = "causal" if result["is_causal"] else "masked"
     return f"{kind}, E = {result['num_experts']}, G = {result['group_size']}"
 
@@ -169,8 +161,8 @@ def make_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """For every model, by how much mode per_sequence is behind cross_example, over the FLOPs of the experts run."""
+def draw(results: list[dict[str, Any]]) -> Figure:
+    """How far mode per_sequence is behind cross_example, over the FLOPs of the experts run: a panel for each model."""
     names = list(dict.fromkeys(map(name_of, results)))
     figure = Figure(figsize=(4.2 * len(names), 3.8), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False, sharey=True)[0], names, strict=True):
@@ -187,25 +179,19 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
     figure.axes[0].set_ylabel("per_sequence - cross_example\n(nats per predicted token)")
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main(args: Arguments) -> None:
     """Evaluate every checkpoint, then write the numbers, the table and the picture."""
     results = [evaluate_checkpoint(args, run, step) for run in args.runs for step in args.steps]
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    corpus = asdict(default_corpus_info())
-    del corpus["source"]  # a folder of this machine
     record = {
         "results": results,
-        "arguments": asdict(args),
-        "corpus": args.source or corpus,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "arguments": describe_arguments(args),
+        "corpus": describe_corpus(args.source),
+        "machine": describe_machine(find_device()),
     }
-    (folder / "modes.json").write_text(json.dumps(record, indent=2) + "\n")
-    (folder / "modes.md").write_text(make_table(results))
-    draw(results, folder / "modes.png")
+    write_results(args.output_dir, "modes", record, make_table(results), draw(results))
     print(make_table(results))
 
 

@@ -1,21 +1,19 @@
-"""Measure how `companion_momentum` matters: one training run, statistics gathered with several momenta at once.
+r"""Measure the effect of `companion_momentum`: one training run that gathers statistics with several momenta at once.
 
 Prints the loss in mode per_sequence with the statistics of every momentum and with exactly calibrated ones, next to
 the loss in cross_example, and writes them to `momenta.json`. The second command keeps the learning rate at its peak,
-so that the weights still move fast at the end.
+so that the weights still move fast at the end. Their results are stored as decaying.json and constant.json.
 
     python -m scripts.benchmarks.momenta.run scripts/recipes/small_clm.yaml --output_dir runs/momenta --max_steps 1000
     python -m scripts.benchmarks.momenta.run scripts/recipes/small_clm.yaml --output_dir runs/momenta_constant \
         --max_steps 1000 --lr_scheduler_type constant_with_warmup --lr_scheduler_kwargs "{}"
 
-The stored results are of models that began with the paper's controllers: `--router_initializer_range 0.02`.
+The stored results come from models that started with the paper's controllers: `--router_initializer_range 0.02`.
 """
 
 import copy
-import json
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,10 +21,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mot_hf import MoTPreTrainedModel
 from mot_hf.calibration import calibrate
-from mot_hf.modeling.companions_mot import MoTCompanions, absorb
+from mot_hf.modeling.companions_mot import MoTCompanions, update_companions
 from mot_hf.modeling.mixing_mot import MixingContext
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 from mot_hf.training import CorpusArguments, ModelArguments, parse_arguments, train_language_model
+from scripts.benchmarks.measuring import describe_machine
+from scripts.benchmarks.results import describe_arguments, write_results
+from scripts.benchmarks.rows import describe_corpus
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Arguments:
     momenta: list[float] = field(
         default_factory=lambda: [1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001], metadata={"help": "momenta to compare"}
     )
-    calibration_batches: int = field(default=100, metadata={"help": "training groups of the exact calibration"})
+    calibration_batches: int = field(default=100, metadata={"help": "training groups for the exact calibration"})
 
 
 class GatherWithMomenta(TrainerCallback):
@@ -47,20 +48,20 @@ class GatherWithMomenta(TrainerCallback):
         self.companions: dict[float, dict[int, MoTCompanions]] = {}
 
     def on_train_begin(self, *args: Any, model: MoTPreTrainedModel, **kwargs: Any) -> None:
-        """Make companions for each momentum, and let them see what the layers leave behind."""
+        """Make companions for each momentum, and update them whenever a layer has run."""
         blocks = mot_blocks(model)
         for momentum in self.momenta:
             config = copy.deepcopy(model.config)
             config.companion_momentum = momentum
             self.companions[momentum] = {block.layer_idx: MoTCompanions(config).to(model.device) for block in blocks}
         for block in blocks:
-            block.register_forward_hook(self._absorb)
+            block.register_forward_hook(self._update_companions)
 
-    def _absorb(self, block: nn.Module, inputs: tuple[Tensor, MixingContext], output: Tensor) -> None:
+    def _update_companions(self, block: nn.Module, inputs: tuple[Tensor, MixingContext], output: Tensor) -> None:
         if block.training:
             statistics, num_tokens = inputs[1].average(block.layer_idx, block.config.group_size)
             for companions in self.companions.values():
-                absorb([companions[block.layer_idx]], [statistics], num_tokens)
+                update_companions([companions[block.layer_idx]], [statistics], num_tokens)
 
 
 def mot_blocks(model: nn.Module) -> list[MoTSparseBlock]:
@@ -87,7 +88,14 @@ def main(
         losses[f"momentum {momentum:g}"] = evaluate(trainer, "per_sequence")
     calibrate(trainer.model, islice(trainer.get_train_dataloader(), args.calibration_batches))
     losses["calibrated"] = evaluate(trainer, "per_sequence")
-    (Path(training_args.output_dir) / "momenta.json").write_text(json.dumps(losses, indent=2) + "\n")
+    training = {name: getattr(training_args, name) for name in ("max_steps", "learning_rate", "seed")}
+    record = {
+        "results": losses,
+        "arguments": describe_arguments(args, corpus_args) | model_args.config_fields() | training,
+        "corpus": describe_corpus(corpus_args.source),
+        "machine": describe_machine(str(training_args.device)),
+    }
+    write_results(training_args.output_dir, "momenta", record)
     for name, loss in losses.items():
         print(f"{name:16} {loss:.5f}")
 

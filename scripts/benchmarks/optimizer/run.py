@@ -1,17 +1,18 @@
 r"""Measure what the optimizer of a MoT model costs, and what helps.
 
-A MoT layer has `group_size` times the parameters of the dense layer whose FLOPs it has, so gradients and optimizer are
-what a MoT model pays with. For that model and the dense one, each optimizer takes turns with a forward and backward
-pass of a micro-batch, whose gradients it steps with. Time is that of a step relative to the pass in the same round,
-the median over rounds. It does not depend on the number of tokens, so its share of a whole step falls with them: that
-is computed from the two times, for steps of several micro-batches. Bytes per parameter are those that the tensors
-hold, and what a step takes beyond them at its peak. The bytes per device of sharded training are calculated from them.
+A MoT layer has `group_size` times the parameters of the dense layer with the same FLOPs, so its price lies in
+gradients and optimizer. For both models, each optimizer takes turns with a forward and backward pass of a micro-batch,
+and steps with its gradients. The time of a step is relative to the pass in the same round; the median over rounds
+counts. It does not depend on the number of tokens, so its share of a whole step falls with them: the share is computed
+from the two times, for steps of several micro-batches. Bytes per parameter are those of the tensors, and what a step
+takes beyond them at its peak. The bytes per device of sharded training are calculated from them.
 
 Optimizers are made as the `Trainer` makes them for `--optim`; `adamw_torch` is the loop over parameters on a CPU and
-"foreach" on a GPU. Those in bfloat16 have parameters, gradients and states in it, as of a model that is loaded with
-`dtype="bfloat16"`. torchao's compile themselves at the first step, on a CPU too. What is not installed is skipped and
-named. SGD, without momentum, is the least that an optimizer can do. Close other programs. Writes optimizer.json,
-optimizer.md and optimizer.png into --output_dir, with absolute times only from a GPU. The stored results:
+"foreach" on a GPU. Those in bfloat16 have parameters, gradients and states in bfloat16, like a model that is loaded
+with `dtype="bfloat16"`. torchao's compile themselves at the first step, on a CPU too. Optimizers that are not
+installed are named and skipped. SGD, without momentum, is the least that an optimizer can do. Close other programs.
+Writes optimizer.json, optimizer.md and optimizer.png into --output_dir, with absolute times only on a GPU. The stored
+results:
 
     python -m scripts.benchmarks.optimizer.run --output_dir scripts/benchmarks/optimizer/results/cpu
 
@@ -22,11 +23,9 @@ On a GPU:
 """
 
 import gc
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +37,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from mot_hf import MoTConfig, MoTForCausalLM
 from scripts.benchmarks.measuring import describe_machine, measure_peak_memory, summarize_times, time_in_turn
+from scripts.benchmarks.results import describe_arguments, write_results
 
 PASS = "forward and backward"
 HELD = ("parameters", "gradients", "states")
@@ -71,7 +71,7 @@ class Arguments:
 
     output_dir: str = field(default="runs/optimizer", metadata={"help": "folder for the results"})
     optimizers: list[str] = field(
-        default_factory=lambda: list(CHOICES), metadata={"help": f"of {'; '.join(CHOICES)}: each in quotes"}
+        default_factory=lambda: list(CHOICES), metadata={"help": f"any of {'; '.join(CHOICES)}: each in quotes"}
     )
     hidden_size: int = field(default=512, metadata={"help": "model width D"})
     intermediate_size: int = field(default=1408, metadata={"help": "width of the dense feed-forward layers"})
@@ -84,13 +84,15 @@ class Arguments:
     step_rows: list[int] = field(
         default_factory=lambda: [32, 128, 512], metadata={"help": "rows of a step, for the optimizer's share"}
     )
-    num_devices: list[int] = field(default_factory=lambda: [8, 64], metadata={"help": "devices of sharding"})
+    num_devices: list[int] = field(
+        default_factory=lambda: [8, 64], metadata={"help": "numbers of devices to shard over"}
+    )
     num_rounds: int = field(default=7, metadata={"help": "rounds, after one that is not counted"})
     device: str = field(default="cpu", metadata={"help": "device"})
     bf16: bool = field(default=False, metadata={"help": "whether to use bfloat16 autocast in forward and backward"})
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured before anything is."""
+        """Refuse what cannot be measured, before measuring anything."""
         for name in self.optimizers:
             if name not in CHOICES:
                 raise ValueError(f"`optimizers` has {name!r}, which must be one of: {'; '.join(CHOICES)}.")
@@ -139,7 +141,7 @@ def take_parameters(model: MoTForCausalLM, dtype: torch.dtype) -> Sequence[Tenso
 
 
 def make_optimizer(choice: Choice, parameters: Sequence[Tensor]) -> Optimizer:
-    """The optimizer that the `Trainer` makes; raises ImportError where its library is not installed."""
+    """The optimizer that the `Trainer` makes; raises ImportError if its library is not installed."""
     arguments = TrainingArguments(
         optim=choice.optim, optim_args=choice.optim_args, learning_rate=1e-6, report_to="none"
     )
@@ -148,7 +150,7 @@ def make_optimizer(choice: Choice, parameters: Sequence[Tensor]) -> Optimizer:
 
 
 def count_bytes(tensors: Iterable[Any]) -> int:
-    """Bytes of the memory that lies behind tensors, also those made of several, each part of it once."""
+    """Bytes of the memory behind tensors, also of tensors made of several; shared memory counts once."""
     parts, memory = [tensor for tensor in tensors if isinstance(tensor, Tensor)], {}
     while parts:
         tensor = parts.pop()
@@ -190,7 +192,7 @@ def measure_optimizer(args: Arguments, model: MoTForCausalLM, ids: Tensor, choic
 
 
 def shard(held: dict[str, int], num_devices: int) -> dict[str, float]:
-    """Bytes that each device holds where states, or states, gradients and parameters are divided among them."""
+    """Bytes on each device if states, or states, gradients and parameters, are divided among them."""
     rest = held["parameters"] + held["gradients"]
     return {"zero_1": rest + held["states"] / num_devices, "fsdp": (rest + held["states"]) / num_devices}
 
@@ -238,13 +240,13 @@ def tabulate(args: Arguments, name: str, model: dict[str, Any]) -> str:
 
 
 def name_optim(result: dict[str, Any]) -> str:
-    """What a user gives to the `Trainer`."""
+    """The `Trainer`'s arguments for an optimizer."""
     extra = f" `--optim_args {result['optim_args']}`" if result["optim_args"] else ""
     return f"`{result['optim']}`{extra}"
 
 
 def make_cells(result: dict[str, Any]) -> list[str]:
-    """What a table says of an optimizer."""
+    """An optimizer's cells of the table."""
     sizes = result["bytes_per_parameter"]
     cells = [f"{result['relative_time']:.3f}"]
     cells.append(" to ".join(f"{ratio:.3f}" for ratio in result["relative_time_quartiles"]))
@@ -253,14 +255,14 @@ def make_cells(result: dict[str, Any]) -> list[str]:
     return [*cells, f"{sum(sizes[part] for part in HELD):.2f}", f"{sizes['peak']:.2f}"]
 
 
-def draw(args: Arguments, models: dict[str, Any], path: Path) -> None:
+def draw(args: Arguments, models: dict[str, Any]) -> Figure:
     """The optimizer's share of a step over its tokens, and the memory behind a parameter."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_shares(left, models, [rows * args.num_columns for rows in args.step_rows])
     draw_memory(right, models["MoT"]["optimizers"])
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def draw_shares(axes: Axes, models: dict[str, Any], num_tokens: list[int]) -> None:
@@ -279,7 +281,7 @@ def draw_shares(axes: Axes, models: dict[str, Any], num_tokens: list[int]) -> No
 
 
 def draw_memory(axes: Axes, results: dict[str, Any]) -> None:
-    """Draw a bar for each optimizer, made of what is held and what a step takes beyond it."""
+    """Draw a bar for each optimizer: what it holds, and what a step takes beyond that."""
     left = [0.0] * len(results)
     for part, shade in zip((*HELD, "peak"), ("0.2", "0.45", "0.7", "0.9"), strict=True):
         widths = [result["bytes_per_parameter"][part] for result in results.values()]
@@ -291,19 +293,17 @@ def draw_memory(axes: Axes, results: dict[str, Any]) -> None:
 
 
 def main(args: Arguments) -> None:
-    """Measure both models, and write what is known."""
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"arguments": asdict(args), "machine": describe_machine(args.device), "models": {}}
+    """Measure both models, and write the results after each."""
+    machine = describe_machine(args.device)
+    record: dict[str, Any] = {"arguments": describe_arguments(args), "machine": machine, "models": {}}
     tables = []
     for name in ("MoT", "dense"):
         record["models"][name] = measure_model(args, name)
         gc.collect()  # a model refers to itself
         tables.append(tabulate(args, name, record["models"][name]))
         print(tables[-1])
-        (folder / "optimizer.json").write_text(json.dumps(record, indent=2) + "\n")
-        (folder / "optimizer.md").write_text("\n".join(tables))
-    draw(args, record["models"], folder / "optimizer.png")
+        figure = draw(args, record["models"]) if len(tables) == 2 else None  # it compares the two
+        write_results(args.output_dir, "optimizer", record, "\n".join(tables), figure)
 
 
 if __name__ == "__main__":

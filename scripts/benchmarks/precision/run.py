@@ -1,25 +1,22 @@
 r"""Train dense, MoT and Qwen3-MoE models in lower and lower precision: which degrades least?
 
-All have the same FLOPs, rows and steps, as in `benchmarks/headline`, whose learning rates they take. The precisions:
+All have the same FLOPs, rows and steps, as in `benchmarks/headline`, and the learning rates that were best there. The
+precisions:
 
 - `float32`: parameters and computation;
 - `mixed`: autocast to bfloat16, with parameters, gradients and optimizer in float32, as `--bf16 true` trains;
-- `bfloat16`: parameters, gradients and optimizer too. The paper says that MoT loses less by it than sparse MoE.
+- `bfloat16`: parameters, gradients and optimizer too. The paper says that it costs MoT less than sparse MoE.
 
-Every run is a file in OUTPUT_DIR/runs and is not repeated if it is there. Writes precision.json, precision.md and
-precision.png. The stored results, and the same on a GPU:
+Every run is a file in OUTPUT_DIR/runs and is not repeated if the file exists; a file that was made with other settings
+is refused. Writes precision.json, precision.md and precision.png. The stored results, and the same on a GPU:
 
-    python -m scripts.benchmarks.precision.run scripts/benchmarks/headline/recipes/cpu.yaml --max_steps 800 \
-        --output_dir scripts/benchmarks/precision/results/cpu --architectures dense mot qwen3_moe \
-        --learning_rates 1.6e-2 8e-3 1.6e-2
-    python -m scripts.benchmarks.precision.run scripts/benchmarks/headline/recipes/gpu.yaml --max_steps 1500 \
-        --output_dir scripts/benchmarks/precision/results/gpu --architectures dense mot qwen3_moe \
-        --learning_rates 4e-3 4e-3 4e-3
+    python -m scripts.benchmarks.precision.run scripts/benchmarks/precision/recipes/cpu.yaml
+    python -m scripts.benchmarks.precision.run scripts/benchmarks/precision/recipes/gpu.yaml
 """
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +26,16 @@ from matplotlib.figure import Figure
 from transformers import TrainingArguments, set_seed
 
 from mot_hf.training import parse_arguments
-from scripts.benchmarks.comparison import (
-    ARCHITECTURES,
-    ComparisonArguments,
-    load_text,
-    make_model,
-    run_once,
-    train_model,
-)
-from scripts.benchmarks.measuring import describe_machine
+from scripts.benchmarks.comparison import ARCHITECTURES, ComparisonArguments, load_text, make_model, train_model
+from scripts.benchmarks.results import describe_arguments, write_results
+from scripts.benchmarks.runs import Run, digest_rows, make_settings
 
 PRECISIONS = ("float32", "mixed", "bfloat16")
 
 
 @dataclass
 class Arguments:
-    """What is run."""
+    """Which models to train, and in which precisions."""
 
     architectures: list[str] = field(default_factory=lambda: list(ARCHITECTURES), metadata={"help": "models to train"})
     learning_rates: list[float] = field(
@@ -55,7 +46,7 @@ class Arguments:
     )
 
     def __post_init__(self) -> None:
-        """Refuse what does not fit before anything is trained."""
+        """Refuse unknown words and missing learning rates before anything is trained."""
         for name, known in (("architectures", ARCHITECTURES), ("precisions", PRECISIONS)):
             for word in getattr(self, name):
                 if word not in known:
@@ -75,7 +66,7 @@ def train(
     training_args: TrainingArguments,
     text: DatasetDict,
 ) -> dict[str, Any]:
-    """Train a model in one precision; what came of it."""
+    """Train a model in one precision and return its losses."""
     set_seed(training_args.seed)
     model = make_model(architecture, comparison)
     if precision == "bfloat16":
@@ -85,7 +76,7 @@ def train(
 
 
 def make_table(runs: list[dict[str, Any]]) -> str:
-    """Final losses in Markdown, and what they are above the first precision's."""
+    """Final losses in Markdown, and their differences from the first precision's."""
     losses = {(run["architecture"], run["precision"]): run["losses"][-1] for run in runs}
     architectures = [name for name in ARCHITECTURES if any(name == of for of, _ in losses)]
     precisions = [name for name in PRECISIONS if any(name == of for _, of in losses)]
@@ -100,7 +91,7 @@ def make_table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(runs: list[dict[str, Any]], path: Path) -> None:
+def draw(runs: list[dict[str, Any]]) -> Figure:
     """Validation losses over the steps, a panel for each architecture."""
     names = [name for name in ARCHITECTURES if any(run["architecture"] == name for run in runs)]
     figure = Figure(figsize=(4 * len(names), 3.8), layout="constrained")
@@ -114,28 +105,36 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("validation loss (nats per token)")
     panels[0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    return figure
+
+
+def plan_runs(
+    args: Arguments, comparison: ComparisonArguments, training_args: TrainingArguments, text: DatasetDict
+) -> list[Run]:
+    """A run for every architecture and precision."""
+    learning_rates = zip(args.architectures, args.learning_rates, strict=True)
+    digest, runs = digest_rows(text), []
+    for (architecture, learning_rate), precision in product(learning_rates, args.precisions):
+        own = {"architecture": architecture, "learning_rate": learning_rate, "precision": precision}
+        settings = make_settings(comparison, training_args, digest, **own, bf16=precision == "mixed")
+        path = Path(training_args.output_dir) / "runs" / f"{architecture}_{precision}.json"
+        work = partial(train, architecture, learning_rate, precision, comparison, training_args, text)
+        runs.append(Run(path, settings, work))
+    return runs
 
 
 def main(args: Arguments, comparison: ComparisonArguments, training_args: TrainingArguments) -> None:
-    """Train every architecture in every precision, and write what is known after each."""
-    folder = Path(training_args.output_dir)
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
-    text = load_text(comparison)
-    runs = []
-    for architecture, learning_rate in zip(args.architectures, args.learning_rates, strict=True):
-        for precision in args.precisions:
-            run = partial(train, architecture, learning_rate, precision, comparison, training_args, text)
-            runs.append(run_once(folder / "runs" / f"{architecture}_{precision}.json", run))
-            record = {
-                "results": runs,
-                "arguments": asdict(comparison) | {"max_steps": training_args.max_steps},
-                "machine": describe_machine(str(training_args.device)),
-            }
-            (folder / "precision.json").write_text(json.dumps(record, indent=2) + "\n")
-            (folder / "precision.md").write_text(make_table(runs))
-            draw(runs, folder / "precision.png")
-    print(make_table(runs))
+    """Train every architecture in every precision, and write the results after each."""
+    runs = plan_runs(args, comparison, training_args, load_text(comparison))
+    for run in runs:
+        run.check()
+    arguments = describe_arguments(comparison) | {"max_steps": training_args.max_steps}
+    results = []
+    for run in runs:
+        results.append(run.finish())
+        record = {"results": results, "arguments": arguments}
+        write_results(training_args.output_dir, "precision", record, make_table(results), draw(results))
+    print(make_table(results))
 
 
 if __name__ == "__main__":

@@ -1,42 +1,42 @@
-"""Measure what quantization saves and costs: bytes held and validation loss of a model, stored in several ways.
+r"""Measure what quantization saves and costs: size and validation loss of a model that is stored in several ways.
 
-Most weights of a MoT model are its experts', which are 3-D parameters: what quantizes linear layers alone leaves them
-as they are. So int8 is measured for linear layers, and for linear layers and experts. Router, companions, embeddings
-and head are never quantized. All on the same validation rows in mode per_sequence. Writes `quantization.md` and
-`quantization.json` to the output folder. Needs torchao and bitsandbytes. The stored results:
+Most weights of a MoT model belong to its experts, which are 3-D parameters: methods that quantize only linear layers
+leave them as they are. So int8 is measured for linear layers, and for linear layers and experts. Router, companions,
+embeddings and head are never quantized. All on the same validation rows in mode per_sequence. Writes `quantization.md`
+and `quantization.json` to the output folder. Needs torchao and bitsandbytes. The stored results:
 
     python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/clm32
     python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/clm256 --num_experts 256
     python -m scripts.benchmarks.quantization.run --models runs/clm32 runs/clm256 \
         --output_dir scripts/benchmarks/quantization/results
 
-The stored results are of models that began with the paper's controllers: `--router_initializer_range 0.02`.
+The stored results come from models that started with the paper's controllers: `--router_initializer_range 0.02`.
 """
 
-import json
 import logging
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, TorchAoConfig
 
 from mot_hf import MoTPreTrainedModel
-from mot_hf.data.blocks import make_blocks
-from mot_hf.data.corpus import load_corpus
-from mot_hf.data.default_corpus import default_corpus_info
 from mot_hf.modeling.modeling_mot import MoTExperts
+from scripts.benchmarks.comparison import validation_loss
+from scripts.benchmarks.measuring import describe_machine
+from scripts.benchmarks.results import describe_arguments, write_results
+from scripts.benchmarks.rows import describe_corpus, load_rows
 
-# The experts' parameters bear names like those of linear layers: q_proj, down_proj, experts.gate_up_proj.
+# The experts' parameters have names like those of linear layers: q_proj, down_proj, experts.gate_up_proj.
 ALL_PROJECTIONS = FqnToConfig({"re:.*_proj": Int8WeightOnlyConfig()})
-# torchao's tensors know the operations of the loop over experts, not those of grouped_mm.
+# torchao's tensors support the operations of the loop over experts, but not grouped_mm.
 IN_A_LOOP = {"experts_implementation": "eager"}
 
-# What from_pretrained is given; the first is what the others are compared with.
+# Arguments of from_pretrained. All others are compared with the first.
 WAYS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": torch.float32},
     "bfloat16": {"dtype": torch.bfloat16},
@@ -70,14 +70,14 @@ class Arguments:
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """Bytes that a tensor holds; those of a quantized one are its integers', scales' and zero points'."""
+    """Bytes of a tensor; a quantized one consists of integers, scales and zero points."""
     if hasattr(tensor, "__tensor_flatten__"):
         return sum(bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()
 
 
 def count_shares(model: MoTPreTrainedModel) -> dict[str, float]:
-    """Shares of the parameters that are in linear layers, the head left out, and in experts."""
+    """Shares of the parameters in linear layers, without the head, and in experts."""
     head = model.get_output_embeddings()
     total = sum(parameter.numel() for parameter in model.parameters())
     linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
@@ -88,37 +88,26 @@ def count_shares(model: MoTPreTrainedModel) -> dict[str, float]:
     }
 
 
-def load_rows(model_dir: str, args: Arguments, group_size: int) -> list[Tensor]:
-    """Batches of validation rows `[B, T]`, those of `benchmarks/modes`."""
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    corpus = load_corpus(args.source)
-    rows = make_blocks(corpus, tokenizer, block_length=args.block_length, group_size=group_size)["validation"]
-    return list(torch.tensor(rows[: args.max_rows]["input_ids"]).split(args.batch_size))
-
-
-@torch.no_grad()
-def mean_loss(model: MoTPreTrainedModel, batches: list[Tensor]) -> float:
-    """Mean loss in nats per predicted token."""
-    on_device = [rows.to(model.device) for rows in batches]
-    losses = [model(rows, labels=rows).loss.item() * len(rows) for rows in on_device]
-    return sum(losses) / sum(map(len, batches))
-
-
-def measure_way(model_dir: str, arguments: dict[str, Any], batches: list[Tensor]) -> dict[str, float]:
-    """Load a model in one way, and measure the bytes it holds and its loss."""
+def measure_way(model_dir: str, arguments: dict[str, Any], rows: Dataset, batch_size: int) -> dict[str, float]:
+    """Load a model in one way, and measure its bytes and its loss in nats per predicted token."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, **arguments).set_mixing(inference_mixing="per_sequence")
-    return {"bytes": sum(map(bytes_of, model.state_dict().values())), "loss": mean_loss(model, batches)}
+    num_bytes = sum(map(bytes_of, model.state_dict().values()))
+    return {"bytes": num_bytes, "loss": validation_loss(model, rows, batch_size)}
 
 
 def measure(model_dir: str, args: Arguments) -> dict[str, Any]:
     """Measure a model stored in every way."""
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    batches = load_rows(model_dir, args, model.config.group_size)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    rows = load_rows(tokenizer, args.source, block_length=args.block_length, group_size=model.config.group_size)[
+        "validation"
+    ]
+    rows = rows.select(range(min(args.max_rows, len(rows)))).with_format("torch")
     return {
         "model": Path(model_dir).name,
         "num_experts": model.config.num_experts,
         "shares": count_shares(model),
-        "ways": {name: measure_way(model_dir, arguments, batches) for name, arguments in WAYS.items()},
+        "ways": {name: measure_way(model_dir, arguments, rows, args.batch_size) for name, arguments in WAYS.items()},
     }
 
 
@@ -145,18 +134,13 @@ def main(args: Arguments) -> None:
     # It warns in every layer and batch that it computes in float16.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     results = [measure(model_dir, args) for model_dir in args.models]
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    corpus = asdict(default_corpus_info())
-    del corpus["source"]  # a folder of this machine
     record = {
         "results": results,
-        "arguments": asdict(args),
-        "corpus": args.source or corpus,
-        "versions": {name: version(name) for name in ("torch", "transformers", "torchao", "bitsandbytes")},
+        "arguments": describe_arguments(args),
+        "corpus": describe_corpus(args.source),
+        "machine": describe_machine("cpu", "torchao", "bitsandbytes"),
     }
-    (folder / "quantization.json").write_text(json.dumps(record, indent=2) + "\n")
-    (folder / "quantization.md").write_text(make_table(results))
+    write_results(args.output_dir, "quantization", record, make_table(results))
     print(make_table(results))
 
 

@@ -1,22 +1,17 @@
-r"""Train MoT models that differ in one setting each, alike on the same rows: what do E, G and the start bring?
+r"""Train MoT models that each differ in one setting on the same rows: what do E, G and the initial weights bring?
 
 A variant is a list of fields of `ComparisonArguments` (sizes, `router_initializer_range`) or `TrainingArguments` with
 their values, such as `num_experts=64` or `group_size=16,num_experts=64`; `base` changes nothing, and `dense` is the
-dense model of equal FLOPs. Every run is a file in OUTPUT_DIR/runs and is not repeated if it is there. Writes
-settings.json, settings.md and settings.png: validation losses (mode `per_sequence`) at the end and at the first
-evaluation past half of the steps, parameters, and FLOPs of the training pass relative to the first variant. The stored
-results:
+dense model of equal FLOPs. Every run is a file in OUTPUT_DIR/runs and is not repeated if the file exists; a file that
+was made with other settings is refused. Writes settings.json, settings.md and settings.png: validation losses (mode
+`per_sequence`) at the end and at the first evaluation past half of the steps, parameters, and FLOPs of the training
+pass relative to the first variant. The stored results:
 
-    python -m scripts.benchmarks.settings.run scripts/benchmarks/headline/recipes/cpu.yaml \
-        --output_dir scripts/benchmarks/settings/results \
-        --max_steps 800 --learning_rate 8e-3 --variants base dense router_initializer_range=0.02 num_experts=32 \
-        num_experts=64 num_experts=256 group_size=16,num_experts=64 per_device_train_batch_size=64,max_steps=1600
+    python -m scripts.benchmarks.settings.run scripts/benchmarks/settings/recipes/cpu.yaml
 """
 
 import dataclasses
-import json
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +22,10 @@ from matplotlib.figure import Figure
 from transformers import TrainingArguments, set_seed
 
 from mot_hf.training import parse_arguments
-from scripts.benchmarks.comparison import ComparisonArguments, load_text, make_model, run_once, train_model
+from scripts.benchmarks.comparison import ComparisonArguments, load_text, make_model, train_model
 from scripts.benchmarks.measuring import count_flops
+from scripts.benchmarks.results import describe_arguments, write_results
+from scripts.benchmarks.runs import Run, digest_rows, make_settings
 
 
 @dataclass
@@ -38,16 +35,13 @@ class Arguments:
     variants: list[str] = field(
         default_factory=lambda: ["base"], metadata={"help": "'base', 'dense', or fields with their values"}
     )
-    learning_rates: list[float] = field(
-        default_factory=list, metadata={"help": "of benchmarks/headline; here `learning_rate` is for all variants"}
-    )
 
 
 def parse_variant(variant: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields of `ComparisonArguments` and of `TrainingArguments` that a variant changes.
 
     Raises:
-        ValueError: A part of the variant is no field with a value.
+        ValueError: A part of the variant is not a field with a value.
     """
     of_model: dict[str, Any] = {}
     of_training: dict[str, Any] = {}
@@ -56,7 +50,7 @@ def parse_variant(variant: str) -> tuple[dict[str, Any], dict[str, Any]]:
     for part in [] if variant in ("base", "dense") else variant.split(","):
         name, _, value = part.partition("=")
         if name not in known or not value:
-            raise ValueError(f"`variants` has {variant!r}, of which {part!r} is no FIELD=VALUE of a known field.")
+            raise ValueError(f"`variants` has {variant!r}, but {part!r} is not FIELD=VALUE with a known field.")
         known[name][name] = yaml.safe_load(value)
     return of_model, of_training
 
@@ -68,18 +62,23 @@ def count_training_flops(comparison: ComparisonArguments, architecture: str, num
     return count_flops(lambda: model(ids, labels=ids).loss.backward()) / ids.numel()
 
 
-def train_variant(
-    variant: str, comparison: ComparisonArguments, training_args: TrainingArguments, text: DatasetDict
-) -> dict[str, Any]:
-    """Train one variant; what came of it."""
+def plan_run(
+    variant: str, comparison: ComparisonArguments, training_args: TrainingArguments, text: DatasetDict, digest: str
+) -> Run:
+    """The run of one variant."""
     of_model, of_training = parse_variant(variant)
     sizes = dataclasses.replace(comparison, **of_model)
     architecture = "dense" if variant == "dense" else "mot"
-    set_seed(training_args.seed)
-    model = make_model(architecture, sizes)
-    result = train_model(model, training_args, text, **of_training)
-    flops = count_training_flops(sizes, architecture, sizes.group_size)
-    return {"variant": variant, "num_parameters": model.num_parameters(), "flops_per_token": flops} | result
+    settings = make_settings(sizes, training_args, digest, architecture=architecture, **of_training)
+
+    def train() -> dict[str, Any]:
+        set_seed(training_args.seed)
+        model = make_model(architecture, sizes)
+        result = train_model(model, training_args, text, **of_training)
+        flops = count_training_flops(sizes, architecture, sizes.group_size)
+        return {"variant": variant, "num_parameters": model.num_parameters(), "flops_per_token": flops} | result
+
+    return Run(Path(training_args.output_dir) / "runs" / f"{variant}.json", settings, train)
 
 
 def make_table(runs: list[dict[str, Any]]) -> str:
@@ -95,7 +94,7 @@ def make_table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(runs: list[dict[str, Any]], path: Path) -> None:
+def draw(runs: list[dict[str, Any]]) -> Figure:
     """Validation losses over the share of the training."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -107,26 +106,25 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("validation loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main(args: Arguments, comparison: ComparisonArguments, training_args: TrainingArguments) -> None:
-    """Train every variant, and write what is known after each."""
+    """Train every variant, and write the results after each."""
     for variant in args.variants:
         parse_variant(variant)
-    folder = Path(training_args.output_dir)
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
     text = load_text(comparison)
-    runs = []
-    for variant in args.variants:
-        run = partial(train_variant, variant, comparison, training_args, text)
-        runs.append(run_once(folder / "runs" / f"{variant}.json", run))
-        training = {"max_steps": training_args.max_steps, "learning_rate": training_args.learning_rate}
-        record = {"results": runs, "arguments": asdict(comparison) | training}
-        (folder / "settings.json").write_text(json.dumps(record, indent=2) + "\n")
-        (folder / "settings.md").write_text(make_table(runs))
-        draw(runs, folder / "settings.png")
-    print(make_table(runs))
+    digest = digest_rows(text)
+    runs = [plan_run(variant, comparison, training_args, text, digest) for variant in args.variants]
+    for run in runs:
+        run.check()
+    training = {"max_steps": training_args.max_steps, "learning_rate": training_args.learning_rate}
+    results = []
+    for run in runs:
+        results.append(run.finish())
+        record = {"results": results, "arguments": describe_arguments(comparison) | training}
+        write_results(training_args.output_dir, "settings", record, make_table(results), draw(results))
+    print(make_table(results))
 
 
 if __name__ == "__main__":

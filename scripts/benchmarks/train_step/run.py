@@ -7,19 +7,19 @@ All models have the same attention, embeddings, dense layers and FLOPs per token
 - Qwen3-MoE: that of transformers with the parameters of the MoT model, K = E / G experts a token, the kernel
   `grouped_mm` and the load-balancing loss, which mode `moe` has too.
 
-A round takes two steps with each of them, in turn, of which the second counts. A figure is the median over rounds, of
-times relative to the dense model in the same round. The optimizer (AdamW, fused, the `Trainer`'s default) is timed by
-itself: it has `group_size` times the parameters to update in a MoT layer, however many tokens a step has. FLOPs are
-those of forward and backward; their share of what the machine does in one large product is the "share of the matmul
-rate". Peak memory is what forward and backward take beyond parameters and optimizer, with all gradients.
-`MixingMonitor` is timed too, as a share of the steps that log (never compiled). Close other programs. Writes
-train.json, train.md and train.png into --output_dir, with absolute speeds only from a GPU. The stored results:
+In a round, each of them takes two steps, and the second counts. A figure is the median over rounds of times relative
+to the dense model in the same round. The optimizer (AdamW, fused, the `Trainer`'s default) is timed separately: in a
+MoT layer it has `group_size` times the parameters to update, however many tokens a step has. FLOPs are those of
+forward and backward; the "share of the matmul rate" is their speed relative to one large product. Peak memory is what
+forward and backward take beyond parameters and optimizer, with all gradients. `MixingMonitor` is timed too, as a share
+of the steps that log (never compiled). Close other programs. Writes train.json, train.md and train.png into
+--output_dir, with absolute speeds only on a GPU. The stored results:
 
     python -m scripts.benchmarks.train_step.run --hidden_sizes 256 --num_rounds 5 \
         --output_dir scripts/benchmarks/train_step/results/cpu
 
-On a GPU, eager and compiled. `--bf16 true` is autocast, which `grouped_mm` does not know: in Qwen3-MoE and the modes
-other than `cross_example` the experts then multiply in the dtype of their parameters, float32, and are slow. With
+On a GPU, eager and compiled. `--bf16 true` is autocast, which does not cover `grouped_mm`: in Qwen3-MoE and the modes
+other than `cross_example`, the experts then multiply in the dtype of their parameters, float32, and are slow. With
 `--dtype bfloat16` they are not:
 
     python -m scripts.benchmarks.train_step.run --device cuda --bf16 true --num_rows 256 --hidden_sizes 512 1024 \
@@ -32,13 +32,11 @@ other than `cross_example` the experts then multiply in the dtype of their param
 
 import copy
 import gc
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import product
 from math import gcd
-from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -69,9 +67,10 @@ from scripts.benchmarks.measuring import (
     read_clock,
     summarize_times,
 )
+from scripts.benchmarks.results import describe_arguments, write_results
 
 REFERENCE = "dense"
-# What is reported, and the phases that it adds up.
+# What is reported, and the phases that add up to it.
 SPANS = {
     "forward": ("forward",),
     "backward": ("backward",),
@@ -102,7 +101,7 @@ class Arguments:
     torch_compile: bool = field(default=False, metadata={"help": "whether to compile the models"})
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be compared before anything is measured."""
+        """Refuse what cannot be compared, before measuring anything."""
         if self.num_rows % self.group_size != 0:
             raise ValueError(
                 f"`num_rows` must be a multiple of `group_size` ({self.group_size}), so that groups are full, "
@@ -148,13 +147,13 @@ class Candidate:
         return {"forward": forward - start, "backward": backward - forward, "optimizer": optimizer - backward}
 
     def take_turn(self, ids: Tensor, args: Arguments) -> dict[str, float]:
-        """As `time_step`, after a step that gets back from the system what memory the other models did not need."""
+        """As `time_step`, after a step that gets back the memory that the system took while other models ran."""
         self.time_step(ids, args)
         return self.time_step(ids, args)
 
 
 def make_config(args: Arguments, hidden_size: int, num_experts: int) -> MoTConfig:
-    """The sizes of all models; experts are a multiple of 8 wide, which `grouped_mm` wants in bfloat16."""
+    """The sizes of all models; experts are a multiple of 8 wide, as `grouped_mm` needs in bfloat16."""
     step = 8 * num_experts // gcd(num_experts, args.group_size)
     return MoTConfig(
         vocab_size=args.vocab_size,
@@ -260,7 +259,7 @@ def summarize(
     memory: dict[str, int],
     matmul_rate: float,
 ) -> dict[str, dict[str, Any]]:
-    """What is known of each model."""
+    """The figures of each model."""
     timings = {
         span: summarize_times(
             {name: [sum(times[name][phase] for phase in phases) for times in rounds] for name in flops}, REFERENCE
@@ -299,7 +298,7 @@ def tabulate(sizes: list[dict[str, Any]]) -> str:
 
 
 def make_cells(model: dict[str, Any]) -> dict[str, str]:
-    """What a table says of a model, by column."""
+    """A model's line of the table, by column."""
     cells = {span: f"{time['relative_time']:.2f}" for span, time in model["times"].items()}
     cells["quartiles"] = " to ".join(f"{ratio:.2f}" for ratio in model["times"]["step"]["relative_time_quartiles"])
     cells["optimizer's share"] = f"{model['optimizer_share_of_a_step']:.1%}"
@@ -311,7 +310,7 @@ def make_cells(model: dict[str, Any]) -> dict[str, str]:
     return cells
 
 
-def draw(sizes: list[dict[str, Any]], path: Path) -> None:
+def draw(sizes: list[dict[str, Any]]) -> Figure:
     """Relative times by phase, with their quartiles: a panel for each size."""
     figure = Figure(figsize=(max(7, 4.5 * len(sizes)), 4), layout="constrained")
     panels = figure.subplots(1, len(sizes), squeeze=False, sharey=True)[0]
@@ -330,25 +329,22 @@ def draw(sizes: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3, axis="y")
     panels[0].set_ylabel("time relative to the dense model")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main(args: Arguments) -> None:
-    """Measure size after size, and write what is known after each."""
+    """Measure size after size, and write the results after each."""
     configs = [make_config(args, *size) for size in product(args.hidden_sizes, args.num_experts)]
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     dtype = torch.bfloat16 if args.bf16 else getattr(torch, args.dtype)
     matmul_rate = measure_matmul_rate(args.device, dtype)
-    record: dict[str, Any] = {"arguments": asdict(args), "machine": describe_machine(args.device), "sizes": []}
+    machine = describe_machine(args.device)
+    record: dict[str, Any] = {"arguments": describe_arguments(args), "machine": machine, "sizes": []}
     if args.on_gpu:
         record["matmul_flops_per_second"] = matmul_rate
     for config in configs:
         record["sizes"].append(measure_size(args, config, matmul_rate))
         gc.collect()  # models refer to themselves, and two sizes do not fit in memory
-        (folder / "train.json").write_text(json.dumps(record, indent=2) + "\n")
-        (folder / "train.md").write_text(tabulate(record["sizes"]))
-        draw(record["sizes"], folder / "train.png")
+        write_results(args.output_dir, "train", record, tabulate(record["sizes"]), draw(record["sizes"]))
         print(tabulate(record["sizes"][-1:]))
 
 

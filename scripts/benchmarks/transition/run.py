@@ -9,33 +9,29 @@ norm_topk_prob at its default, true):
     python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/scratch --mixing moe \
         --inference_mixing moe --output_router_logits true --norm_topk_prob false
 
-Writes transition.json, transition.md and transition.png. The stored results, runs being named UNTUNED:TUNED:SCRATCH:
+Writes transition.json, transition.md and transition.png. The stored results, with runs named UNTUNED:TUNED:SCRATCH:
 
     python -m scripts.benchmarks.transition.run --output_dir scripts/benchmarks/transition/results \
         --runs runs/untuned:runs/tuned:runs/scratch \
         runs/untuned_256:runs/tuned_256:runs/scratch_256
 
-The stored results are of models that began with the paper's controllers: `--router_initializer_range 0.02`.
+The stored results come from models that started with the paper's controllers: `--router_initializer_range 0.02`.
 """
 
-import json
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import mot_hf  # noqa: F401, registers the models
-from mot_hf.data.blocks import make_blocks
-from mot_hf.data.corpus import load_corpus
-from mot_hf.data.default_corpus import default_corpus_info
 from mot_hf.modeling.mixing_mot import MIXING_MODES
 from mot_hf.reporting.mixing_probe import measure_losses
 from mot_hf.storage.run_log import find_run, series
+from scripts.benchmarks.measuring import describe_machine
+from scripts.benchmarks.results import describe_arguments, write_results
+from scripts.benchmarks.rows import describe_corpus, load_rows, make_batches
 
 
 @dataclass
@@ -50,23 +46,16 @@ class Arguments:
     num_batches: int = field(default=32, metadata={"help": "validation batches of 32 rows"})
 
 
-def load_batches(args: Arguments, model_dir: Path, group_size: int) -> list[dict[str, Tensor]]:
-    """Validation rows in full groups."""
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    rows = make_blocks(load_corpus(args.source), tokenizer, block_length=args.block_length, group_size=group_size)[
-        "validation"
-    ]
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    return list(islice(DataLoader(rows, batch_size=32, collate_fn=collator, drop_last=True), args.num_batches))
-
-
 def evaluate(args: Arguments, run: str) -> dict[str, Any]:
-    """The final loss of a run in every mode, and the curves that it logged."""
+    """The final loss of a run in every mode, and its logged curves."""
     found = find_run(run)
     model = AutoModelForCausalLM.from_pretrained(found.model_dir).eval()
-    batches = load_batches(args, found.model_dir, model.config.group_size)
+    tokenizer = AutoTokenizer.from_pretrained(found.model_dir)
+    rows = load_rows(tokenizer, args.source, block_length=args.block_length, group_size=model.config.group_size)
+    batches = list(make_batches(rows["validation"], tokenizer, 32, args.num_batches))
     curves = {mode: series(found.log_history, f"eval_{mode}_loss") for mode in MIXING_MODES}
     return {
+        "run": Path(run).name,
         "switch": round(args.share * found.max_steps),
         "num_experts": model.config.num_experts,
         "final": {loss.mode: loss.loss for loss in measure_losses(model, batches)},
@@ -75,7 +64,7 @@ def evaluate(args: Arguments, run: str) -> dict[str, Any]:
 
 
 def find_recovery(tuned: dict[str, Any]) -> dict[str, Any]:
-    """The losses at the switch, and when mode moe had made up for it."""
+    """The losses at the switch, and the steps that mode moe took to recover."""
     switch = tuned["switch"]
     losses = {mode: dict(zip(*curve, strict=True)) for mode, curve in tuned["curves"].items()}
     before = losses["per_sequence"][switch]
@@ -108,7 +97,7 @@ def make_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
+def draw(results: list[dict[str, Any]]) -> Figure:
     """The losses of the tuned run by mode from the switch on, beside the other runs' final ones."""
     figure = Figure(figsize=(5 * len(results), 3.8), layout="constrained")
     for axes, result in zip(figure.subplots(1, len(results), squeeze=False)[0], results, strict=True):
@@ -131,7 +120,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             va="top",
         )
     figure.axes[0].set_ylabel("validation loss (nats per token)")
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def compare(args: Arguments, runs: str) -> dict[str, Any]:
@@ -149,14 +138,13 @@ def compare(args: Arguments, runs: str) -> dict[str, Any]:
 def main(args: Arguments) -> None:
     """Evaluate all runs, then write the numbers, the table and the picture."""
     results = [compare(args, runs) for runs in args.runs]
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    corpus = asdict(default_corpus_info())
-    del corpus["source"]  # a folder of this machine
-    record = {"results": results, "arguments": asdict(args), "corpus": args.source or corpus}
-    (folder / "transition.json").write_text(json.dumps(record, indent=2) + "\n")
-    (folder / "transition.md").write_text(make_table(results))
-    draw(results, folder / "transition.png")
+    record = {
+        "results": results,
+        "arguments": describe_arguments(args),
+        "corpus": describe_corpus(args.source),
+        "machine": describe_machine("cpu"),
+    }
+    write_results(args.output_dir, "transition", record, make_table(results), draw(results))
     print(make_table(results))
 
 

@@ -1,7 +1,7 @@
-r"""Train MoT models made of a dense Qwen3 model, and the dense model itself, on the same rows: who gets where, when?
+r"""Train MoT models made from a dense Qwen3 model, and that model itself, on the same rows: how good, and how soon?
 
-Every start is made of the dense model by `mot_hf.conversion.upcycle`, has feed-forward layers of its FLOPs, and is
-trained by the stock `Trainer` with the same arguments. Writes upcycling.json, upcycling.md and upcycling.png into
+Every start is made from the dense model by `mot_hf.conversion.upcycle`, has feed-forward layers of the same FLOPs, and
+is trained by the stock `Trainer` with the same arguments. Writes upcycling.json, upcycling.md and upcycling.png into
 --output_dir. `save_dense.py` makes the dense model of the stored results.
 
 How fast the starts get back to the dense loss:
@@ -10,26 +10,21 @@ How fast the starts get back to the dense loss:
         --output_dir scripts/benchmarks/upcycling/results/recovery \
         --max_steps 300 --eval_steps 25 --starts dense slices copies std_0.5 std_1 std_4 std_8 all_layers last_layer
 
-and what further training at equal FLOPs brings (the same with 1e-3, but for copies):
+and what further training at equal FLOPs brings (the same with 1e-3, without copies):
 
     python -m scripts.benchmarks.upcycling.run --model_dir runs/qwen3 \
         --output_dir scripts/benchmarks/upcycling/results/further_3e-3 \
         --learning_rate 3e-3 --max_steps 1500 --eval_steps 100 --starts dense slices copies last_layer
 """
 
-import json
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 from matplotlib.figure import Figure
-from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForLanguageModeling,
@@ -42,10 +37,10 @@ from transformers import (
 )
 
 from mot_hf.conversion.upcycle import load_dense_tokenizer, upcycle
-from mot_hf.data.blocks import make_blocks
-from mot_hf.data.corpus import load_corpus
-from mot_hf.data.default_corpus import default_corpus_info
 from mot_hf.storage.run_log import series
+from scripts.benchmarks.measuring import describe_machine
+from scripts.benchmarks.results import describe_arguments, write_results
+from scripts.benchmarks.rows import describe_corpus, load_rows, make_batches
 
 # What differs from the defaults of `upcycle`; the width of an expert follows from the number of experts.
 STARTS: dict[str, dict[str, Any]] = {
@@ -99,16 +94,10 @@ class Arguments:
                 raise ValueError(f"`starts` has {start!r}, which must be 'dense' or one of {', '.join(STARTS)}.")
 
 
-def load_rows(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
+def load_splits(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
     """Training and validation rows."""
-    rows = make_blocks(load_corpus(args.source), tokenizer, block_length=args.block_length, group_size=GROUP_SIZE)
+    rows = load_rows(tokenizer, args.source, block_length=args.block_length, group_size=GROUP_SIZE)
     return DatasetDict(train=rows["train"], validation=rows["validation"].select(range(args.num_eval_rows)))
-
-
-def make_groups(rows: Dataset, tokenizer: PreTrainedTokenizerBase, num_groups: int) -> Iterable[dict[str, Tensor]]:
-    """The first groups of rows."""
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    return islice(DataLoader(rows, batch_size=GROUP_SIZE, collate_fn=collator, drop_last=True), num_groups)
 
 
 def make_start(
@@ -125,8 +114,8 @@ def make_start(
         receipt = upcycle(
             args.model_dir,
             folder,
-            make_groups(rows["train"], tokenizer, args.num_calibration_batches),
-            make_groups(rows["validation"], tokenizer, len(rows["validation"]) // GROUP_SIZE),
+            make_batches(rows["train"], tokenizer, GROUP_SIZE, args.num_calibration_batches),
+            make_batches(rows["validation"], tokenizer, GROUP_SIZE, len(rows["validation"]) // GROUP_SIZE),
             group_size=GROUP_SIZE,
             num_experts=num_experts,
             **options,
@@ -141,7 +130,7 @@ def train_start(
     rows: DatasetDict,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
-    """Train from one start; what came of it."""
+    """Train from one start and return its losses."""
     model, receipt = make_start(args, start, rows, tokenizer)
     set_seed(training_args.seed)
     trainer = Trainer(
@@ -157,7 +146,7 @@ def train_start(
 
 
 def summarise(results: list[dict[str, Any]], dense_loss: float) -> str:
-    """A table in Markdown: losses, and the first evaluation that is no worse than the dense model was."""
+    """A table in Markdown: losses, and the first evaluation that is no worse than the dense model before training."""
     lines = [
         "| start | parameters | loss before | loss after | best | steps to the dense loss |",
         "|---|---|---|---|---|---|",
@@ -171,7 +160,7 @@ def summarise(results: list[dict[str, Any]], dense_loss: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(results: list[dict[str, Any]], dense_loss: float, path: Path) -> None:
+def draw(results: list[dict[str, Any]], dense_loss: float) -> Figure:
     """Validation losses over the steps."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
@@ -184,30 +173,29 @@ def draw(results: list[dict[str, Any]], dense_loss: float, path: Path) -> None:
     axes.set_ylabel("validation loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main(args: Arguments, training_args: TrainingArguments) -> None:
-    """Train from every start, and write what is known after each."""
+    """Train from every start, and write the results after each."""
     tokenizer = load_dense_tokenizer(args.model_dir)
-    rows = load_rows(args, tokenizer)
-    folder = Path(training_args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    corpus = asdict(default_corpus_info())
-    del corpus["source"]  # a folder of this machine
-    record: dict[str, Any] = {"arguments": {**asdict(args), "model_dir": Path(args.model_dir).name}, "results": []}
+    rows = load_splits(args, tokenizer)
     names = ("learning_rate", "max_steps", "seed", "warmup_steps", "weight_decay", "lr_scheduler_kwargs")
-    record["training"] = {name: getattr(training_args, name) for name in names}
-    record["training"]["lr_scheduler_type"] = str(training_args.lr_scheduler_type)
-    record["corpus"] = args.source or corpus
+    training = {name: getattr(training_args, name) for name in names}
+    record: dict[str, Any] = {
+        "arguments": describe_arguments(args) | {"model_dir": Path(args.model_dir).name},
+        "results": [],
+        "training": training | {"lr_scheduler_type": str(training_args.lr_scheduler_type)},
+        "corpus": describe_corpus(args.source),
+        "machine": describe_machine(str(training_args.device)),
+    }
     for start in args.starts:
         record["results"].append(train_start(args, training_args, start, rows, tokenizer))
         losses = [result["losses"][0] for result in record["results"] if result["start"] == "dense"]
         dense_loss = losses[0] if losses else record["results"][0]["receipt"]["difference"]["dense_loss"]
         record["dense_loss"] = dense_loss
-        (folder / "upcycling.json").write_text(json.dumps(record, indent=2) + "\n")
-        (folder / "upcycling.md").write_text(summarise(record["results"], dense_loss))
-        draw(record["results"], dense_loss, folder / "upcycling.png")
+        table, figure = summarise(record["results"], dense_loss), draw(record["results"], dense_loss)
+        write_results(training_args.output_dir, "upcycling", record, table, figure)
     print(summarise(record["results"], record["dense_loss"]))
 
 

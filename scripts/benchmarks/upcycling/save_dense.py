@@ -1,6 +1,6 @@
-r"""Save a model that was trained here without MoT layers as what it is, a dense Qwen3 model.
+r"""Save a model that was trained without MoT layers as a dense Qwen3 model.
 
-Makes dense models for `benchmarks/upcycling`, by the recipes of the MoT models that they are compared with:
+Makes the dense models of `benchmarks/upcycling`, with the recipes of the MoT models that they are compared with:
 
     python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/dense \
         --mlp_layer_types dense dense dense dense
@@ -27,7 +27,9 @@ def main(args: Arguments) -> None:
     """Load the model, and save its parameters under the other configuration."""
     model = MoTForCausalLM.from_pretrained(args.model_dir)
     if "sparse" in model.config.mlp_layer_types:
-        raise ValueError(f"`model_dir={args.model_dir!r}` holds a model with MoT layers, which is no dense one.")
+        raise ValueError(
+            f"`model_dir={args.model_dir!r}` is a model with MoT layers: give one that was trained without."
+        )
     shared = inspect.get_annotations(MoTConfig).keys() & inspect.get_annotations(Qwen3Config).keys()
     dense = Qwen3ForCausalLM(Qwen3Config(**{name: getattr(model.config, name) for name in shared}))
     dense.load_state_dict(model.state_dict())

@@ -41,6 +41,7 @@ EXTRAS["dev"] = [
     "pre-commit>=4.0",
     "pyright[nodejs]>=1.1.400",
     "pytest>=8.3",
+    "pytest-cov>=7.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.12",
@@ -70,7 +71,8 @@ setup(
     install_requires=["filelock>=3.15", "torch>=2.11", "transformers>=5.17,<5.25"],
     extras_require=EXTRAS,
     packages=[*find_packages(include=["mot_hf", "mot_hf.*"]), "mot_hf.modeling"],
+    py_modules=["mot_cli"],
     package_dir={"mot_hf": "mot_hf", "mot_hf.modeling": "modeling"},
     package_data={"mot_hf": ["py.typed"], "mot_hf.reporting": ["templates/*"]},
-    entry_points={"console_scripts": ["mot=mot_hf.cli:run"]},
+    entry_points={"console_scripts": ["mot=mot_cli:run"]},
 )

@@ -1,4 +1,4 @@
-"""MoT language models as plain checkpoints of transformers' Qwen3-MoE, which mode `moe` computes the same as.
+"""MoT language models as plain checkpoints of transformers' Qwen3-MoE, which computes the same as mode `moe`.
 
 Axes: E experts, D model width, F expert width.
 """
@@ -22,7 +22,7 @@ _DOWN = ".mlp.experts.down_proj"  # [E, D, F]
 
 
 class NotTunedError(ValueError):
-    """A model that was not tuned in mode `moe` was to be exported."""
+    """The model to export was not tuned in mode `moe`."""
 
 
 def export_qwen3_moe(
@@ -35,24 +35,24 @@ def export_qwen3_moe(
 ) -> Qwen3MoeConfig:
     """Exports a causal MoT model as a Qwen3-MoE model, with its tokenizer and generation settings.
 
-    The export computes what the model computes in mode `moe`, and needs nothing but transformers. The statistics of
-    the typical group, which only the other modes use, stay behind. Everything is checked before anything is written;
-    tensors are copied one by one, so memory holds about one layer's experts and one shard.
+    The export computes the same as the model in mode `moe`, and needs nothing but transformers. It leaves out the
+    running statistics, which only the other modes use. Everything is checked before anything is written. Tensors are
+    copied one by one, so the export needs memory for about one layer's experts and one shard.
 
     Args:
         model_dir (`str` or `Path`): Folder of the MoT model.
         output_dir (`str` or `Path`): Folder to write.
         force (`bool`, *optional*, defaults to `False`): Whether to replace a model that `output_dir` holds.
-        allow_untuned (`bool`, *optional*, defaults to `False`): Whether to export a model that was not tuned in mode
-            `moe` too.
-        max_shard_size (`int`, *optional*, defaults to 5 GB): Largest file, in bytes.
+        allow_untuned (`bool`, *optional*, defaults to `False`): Whether to export a model even if it was not tuned in
+            mode `moe`.
+        max_shard_size (`int`, *optional*, defaults to 5 GB): Size limit of a file, in bytes.
 
     Returns:
         [`Qwen3MoeConfig`]: Configuration of the exported model.
 
     Raises:
-        OSError: A file is missing, or `output_dir` may not be written to.
-        ValueError: The model is no causal MoT model, its files are damaged or do not fit each other, or it was not
+        OSError: A file is missing, or `output_dir` cannot be written to.
+        ValueError: The model is not a causal MoT model, its files are damaged or do not fit each other, or it was not
             tuned ([`NotTunedError`]).
     """
     _refuse_other_heads(CheckpointReader(model_dir))
@@ -70,7 +70,7 @@ def export_qwen3_moe(
     )
     if not allow_untuned and config.mixing != "moe" and "sparse" in config.mlp_layer_types:
         raise NotTunedError(
-            f"{str(model_dir)!r} was not tuned in mode 'moe', in which a Qwen3-MoE model answers (`mixing` is "
+            f"{str(model_dir)!r} was not tuned in mode 'moe', the only mode of a Qwen3-MoE model (`mixing` is "
             f"{config.mixing!r} in its config.json): tune it first, with scripts/transition_tune.py."
         )
     with writer:
@@ -85,7 +85,7 @@ def export_qwen3_moe(
 
 
 def make_qwen3_moe_config(config: MoTConfig) -> Qwen3MoeConfig:
-    """Makes the configuration of a Qwen3-MoE model that computes what a MoT model computes in mode `moe`.
+    """Makes the configuration of the Qwen3-MoE model that computes the same as a MoT model in mode `moe`.
 
     Args:
         config ([`MoTConfig`]): Configuration of the MoT model.
@@ -95,7 +95,7 @@ def make_qwen3_moe_config(config: MoTConfig) -> Qwen3MoeConfig:
     """
     kinds = inspect.get_annotations(Qwen3MoeConfig)
     shared = {name: getattr(config, name) for name in inspect.get_annotations(MoTConfig) if name in kinds}
-    # Types are exact there: a coefficient of 0 must be 0.0.
+    # Qwen3MoeConfig checks types strictly: a coefficient of 0 must be 0.0.
     shared |= {name: float(value) for name, value in shared.items() if kinds[name] is float}
     dense = [index for index, kind in enumerate(config.mlp_layer_types) if kind == "dense"]
     return Qwen3MoeConfig(
@@ -109,7 +109,7 @@ def make_qwen3_moe_config(config: MoTConfig) -> Qwen3MoeConfig:
 
 
 def find_limits(config: Qwen3MoeConfig) -> list[str]:
-    """Tells what transformers and llama.cpp will not do with a Qwen3-MoE model.
+    """Lists what transformers and llama.cpp cannot do with a Qwen3-MoE model.
 
     Args:
         config ([`Qwen3MoeConfig`]): Configuration of the model.
@@ -119,9 +119,9 @@ def find_limits(config: Qwen3MoeConfig) -> list[str]:
     """
     limits = []
     if config.mlp_only_layers:
-        limits.append(f"cannot take it: layers {config.mlp_only_layers} are dense, and it wants experts in all")
+        limits.append(f"cannot take it: layers {config.mlp_only_layers} are dense, but it needs experts in all")
     if config.attention_bias:
-        limits.append("cannot take it: it knows no bias of the attention's output (`attention_bias` is true)")
+        limits.append("cannot take it: it has no bias of the attention's output (`attention_bias` is true)")
     if not config.norm_topk_prob and config.num_experts_per_tok < config.num_experts:
         limits.append(
             "answers differently: it makes the weights of the selected experts sum to 1 (`norm_topk_prob` is false)"
@@ -140,7 +140,7 @@ def find_limits(config: Qwen3MoeConfig) -> list[str]:
         limits.insert(
             0,
             f"transformers runs experts of these widths (`hidden_size` {config.hidden_size}, `moe_intermediate_size` "
-            f"{config.moe_intermediate_size}) by from_pretrained(..., experts_implementation='eager') alone.",
+            f"{config.moe_intermediate_size}) only with from_pretrained(..., experts_implementation='eager').",
         )
     return limits
 
@@ -149,18 +149,18 @@ def _refuse_other_heads(reader: CheckpointReader) -> None:
     folder, head = str(reader.folder), find_class_name(reader)
     if head == MoTForMaskedLM.__name__:
         raise ValueError(
-            f"{folder!r} holds a masked language model, which attends to both sides: there is no bidirectional "
-            "Qwen3-MoE that it could become."
+            f"{folder!r} holds a masked language model, which attends to both sides; there is no "
+            "bidirectional Qwen3-MoE to export it to."
         )
     if head != MoTForCausalLM.__name__:
         raise ValueError(
-            f"{folder!r} holds a {head!r}, not a MoTForCausalLM: only causal language models are exported. Export "
-            "the language model, and fine-tune that."
+            f"{folder!r} holds a {head!r}, not a MoTForCausalLM: only causal language models can be exported. Export "
+            "the language model, and fine-tune the export."
         )
 
 
 def _split_experts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What a tensor becomes: experts are stored one by one, as transformers stores those of Qwen3-MoE."""
+    """What a tensor becomes. transformers stores the experts of Qwen3-MoE one by one."""
     experts = name.rpartition(".")[0]
     if name.endswith(_GATE_UP):
         for index, gate_up in enumerate(tensor):

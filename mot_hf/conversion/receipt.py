@@ -39,8 +39,8 @@ class Difference:
         dense_loss (`float`): Loss of the dense model, in nats per token.
         per_sequence_loss (`float`): Loss of the MoT model in mode `per_sequence`.
         cross_example_loss (`float`): Loss in mode `cross_example`.
-        mean_divergence (`float`): Kullback-Leibler divergence of the predictions in mode `per_sequence` from those of
-            the dense model, in nats per token.
+        mean_divergence (`float`): Kullback-Leibler divergence of the predictions in mode `per_sequence` from the dense
+            model's, in nats per token.
         mean_logit_difference (`float`): Mean absolute difference of the logits, in mode `per_sequence`.
         largest_logit_difference (`float`): The largest one.
     """
@@ -55,7 +55,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class UpcyclingReceipt:
-    """What was made of what.
+    """What an upcycled model was made from, and how.
 
     Args:
         source (`str`): Name of the dense model's folder.
@@ -65,7 +65,7 @@ class UpcyclingReceipt:
         logit_std (`float`): Standard deviation of the new controllers' logits.
         seed (`int`): Seed of the new controllers.
         sizes ([`Sizes`]): Parameters and FLOPs before and after.
-        difference ([`Difference`]): Loss and logits before any training, against the dense model's.
+        difference ([`Difference`]): Loss and logits before any training, compared with the dense model's.
     """
 
     source: str
@@ -136,10 +136,11 @@ def compare_predictions(
         raise ValueError("`batches` is empty: there is no text to compare the models on.")
     model.eval()
     dense.eval()
-    rows = [ids[None] for batch in batches for ids in batch["input_ids"]]  # [1, T]
+    texts = [batch["input_ids"].to(model.device) for batch in batches]  # [B, T]
+    rows = [ids[None] for text in texts for ids in text]  # [1, T]
     compared = torch.stack([_compare_row(model, dense, ids) for ids in rows])  # [rows, 5]
     dense_loss, loss, divergence, difference = compared[:, :4].mean(dim=0).tolist()
-    mixed = [model(batch["input_ids"], labels=batch["input_ids"], mixing="cross_example").loss for batch in batches]
+    mixed = [model(ids, labels=ids, mixing="cross_example").loss for ids in texts]
     return Difference(
         dense_loss=dense_loss,
         per_sequence_loss=loss,

@@ -1,4 +1,4 @@
-"""Models in folders that get exact statistics of the typical group, and stay what they are otherwise."""
+"""Calibration of a saved model: its running statistics change, and nothing else does."""
 
 import json
 import logging
@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -27,7 +28,7 @@ from mot_hf.storage.saved_model import open_model
 
 logger = logging.getLogger(__name__)
 
-# Part of the names of weight files while they take the place of others.
+# Part of the name of a weight file while it replaces another.
 _MARK = re.compile(r"\.calibrated-[0-9a-f]{8}(?=\.safetensors)")
 _SCRATCH = "unfinished-calibration-"
 _NEW_INDEX = f"{SAFE_WEIGHTS_INDEX_NAME}.new"
@@ -36,46 +37,59 @@ Loader = Callable[[MoTPreTrainedModel, PreTrainedTokenizerBase], Iterable[Mappin
 
 
 def calibrate_folder(
-    model_dir: str | os.PathLike[str], load_batches: Loader, *, output_dir: str | os.PathLike[str] | None = None
+    model_dir: str | os.PathLike[str],
+    load_batches: Loader,
+    *,
+    output_dir: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
 ) -> int:
-    """Replaces the statistics of the typical group in a model's folder by exact ones, or saves a copy that has them.
+    """Replaces the running statistics in a model's folder by exact ones, or saves a copy with exact ones.
 
-    Without `output_dir` only the files of weights change that hold statistics. The new ones are written beside the old
-    ones and take their place in one step, so that the folder holds either all old or all new statistics even if the
-    process is killed. No other process may write to the folder meanwhile.
+    Without `output_dir`, only the weight files with statistics in them change. The new ones are written beside the old
+    ones and replace them in one step, so even if the process is killed, the folder has either all old or all new
+    statistics. No other process may write to the folder meanwhile.
 
     Args:
         model_dir (`str` or `os.PathLike`): Folder of the model and its tokenizer.
         load_batches (`Callable`): Given the model and its tokenizer, returns the batches to calibrate on, see
             [`calibrate`].
         output_dir (`str` or `os.PathLike`, *optional*): New or empty folder for the copy. Defaults to `model_dir`.
+        device (`str`, *optional*): Device to compute on, by default the accelerator, if there is one.
+        dtype (`str`, *optional*, defaults to `"auto"`): Precision to compute in; `"auto"` takes the checkpoint's.
+            The statistics are float32, and the weights stay what they are.
 
     Returns:
-        `int`: Number of batches that were left out, since their statistics are not finite.
+        `int`: Number of batches that were left out because their statistics are not finite.
 
     Raises:
         OSError: A file is missing, `output_dir` is not empty or holds another model, a folder is in use, or the disk
             is full. Nothing has changed.
-        ValueError: The folder holds no complete MoT model with tokenizer, or no batch has finite statistics. Nothing
-            has changed.
+        ValueError: The folder holds no complete MoT model with tokenizer, no batch has finite statistics, or there is
+            no such device or dtype. Nothing has changed.
     """
-    reader = CheckpointReader(model_dir)
+    reader, load = CheckpointReader(model_dir), partial(open_model, device=device, dtype=dtype)
     if output_dir is not None and Path(output_dir).resolve() != reader.folder.resolve():
-        return _calibrate_copy(reader, Path(output_dir), load_batches)
+        return _calibrate_copy(reader, Path(output_dir), load, load_batches)
     settle_leftovers(reader.folder.resolve())
     refuse_full_disk(reader.folder, reader.count_bytes(reader.names))
     with lock_folder(reader.folder):
-        model, tokenizer = open_model(reader.folder)
+        model, tokenizer = load(reader.folder)
         num_left_out = calibrate(model, load_batches(model, tokenizer))
         _replace_statistics(reader.folder, _list_statistics(model))
     return num_left_out
 
 
-def _calibrate_copy(reader: CheckpointReader, output_dir: Path, load_batches: Loader) -> int:
+def _calibrate_copy(
+    reader: CheckpointReader,
+    output_dir: Path,
+    load: Callable[[Path], tuple[MoTPreTrainedModel, PreTrainedTokenizerBase]],
+    load_batches: Loader,
+) -> int:
     with CheckpointWriter(
         output_dir, source=reader.folder, force=False, min_size=reader.count_bytes(reader.names)
     ) as writer:
-        model, tokenizer = open_model(reader.folder)
+        model, tokenizer = load(reader.folder)
         num_left_out = calibrate(model, load_batches(model, tokenizer))
         statistics = _list_statistics(model)
         for name in reader.names:
@@ -89,13 +103,13 @@ def _calibrate_copy(reader: CheckpointReader, output_dir: Path, load_batches: Lo
 
 
 def _list_statistics(model: MoTPreTrainedModel) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if ".mlp.companions." in name}
+    return {name: value.cpu() for name, value in model.state_dict().items() if ".mlp.companions." in name}
 
 
 def _replace_statistics(folder: Path, statistics: Mapping[str, Tensor]) -> None:
-    """Let a folder's weights have other statistics, from one moment to the next."""
+    """Replace the statistics in a folder's weights, all in one step."""
     for name in _remove_unused(folder):
-        logger.warning("%s in %s, left by a run that was killed, is removed.", name, folder)
+        logger.warning("%s in %s was left by a run that was killed, and is removed.", name, folder)
     try:
         if (folder / SAFE_WEIGHTS_NAME).is_file():
             _write_marked(folder / SAFE_WEIGHTS_NAME, statistics).replace(folder / SAFE_WEIGHTS_NAME)
@@ -107,12 +121,12 @@ def _replace_statistics(folder: Path, statistics: Mapping[str, Tensor]) -> None:
 
 
 def _replace_in_shards(folder: Path, statistics: Mapping[str, Tensor]) -> None:
-    """Let the index name other shards, and give those the names of the old ones once nobody reads these."""
+    """Point the index to new shards, then rename these as soon as nothing reads the old ones."""
     index = (folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8")
     weight_map = json.loads(index)["weight_map"]
     names = sorted({weight_map[tensor] for tensor in statistics})
     for name in filter(_MARK.search, names):
-        logger.warning("%s in %s, named by a run that was killed, gets its usual name back.", name, folder)
+        logger.warning("%s in %s was named by a run that was killed, and gets its usual name back.", name, folder)
     marked = {name: _write_marked(folder / name, statistics) for name in names}
     marked_index = index
     for name, path in marked.items():
@@ -138,7 +152,7 @@ def _write_index(folder: Path, index: str) -> None:
 
 
 def _write_marked(path: Path, statistics: Mapping[str, Tensor]) -> Path:
-    """Write a file of weights with other statistics, under a name of its own."""
+    """Write a weight file with other statistics, under a new name."""
     token = token_hex(4)
     stem = _MARK.sub("", path.name).removesuffix(".safetensors")
     marked = path.with_name(f"{stem}.calibrated-{token}.safetensors")
@@ -160,7 +174,7 @@ def _write_marked(path: Path, statistics: Mapping[str, Tensor]) -> Path:
 
 
 def _remove_unused(folder: Path) -> list[str]:
-    """Remove what a calibration wrote and the index does not name, and list it."""
+    """Remove and list what a calibration wrote and the index does not name."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     used = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
     unused = [path for path in folder.glob("*.safetensors") if _MARK.search(path.name) and path.name not in used]

@@ -1,4 +1,4 @@
-"""A dense Qwen3 model becomes a MoT model of the same FLOPs.
+"""Turning a dense Qwen3 model into a MoT model of the same FLOPs.
 
 Axes: E experts, D model width, F expert width.
 """
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from mot_hf.calibration import calibrate
 from mot_hf.conversion.receipt import UpcyclingReceipt, compare_predictions, compare_sizes
+from mot_hf.devices import find_device, find_dtype
 from mot_hf.modeling import MoTConfig, MoTForCausalLM
 from mot_hf.storage import model_checks
 from mot_hf.storage.checkpoint_files import CheckpointReader
@@ -35,47 +36,54 @@ def upcycle(
     logit_std: float = 2.0,
     seed: int = 0,
     force: bool = False,
+    device: str | None = None,
+    dtype: str = "auto",
 ) -> UpcyclingReceipt:
-    """Makes a MoT model of a dense Qwen3 checkpoint, and saves it with a receipt.
+    """Makes a MoT model from a dense Qwen3 checkpoint, and saves it with a receipt.
 
     Expert e of a layer gets neurons `e * F` to `e * F + F - 1` of the dense feed-forward layer, counted modulo its
-    width: copies of it where the experts are as wide, slices where they are narrower; every neuron is there
-    `group_size` times. The controller is drawn so that each expert looks for tokens in a random direction. No start
-    computes the dense function exactly; of those that were tried this one comes nearest to its loss in the same number
-    of steps (see the README). Attention, norms and embeddings are copied.
+    width. Experts of the same width are copies of that layer, narrower ones are slices of it, and every neuron occurs
+    `group_size` times. The controller is drawn so that each expert looks for tokens in a random direction. No
+    initialization computes the dense function exactly; of those tried, this one gets closest to the dense loss in the
+    same number of steps (see the README). Attention, norms and embeddings are copied.
 
-    Tensors are read, converted and written one by one; the calibration needs the memory of one MoT model.
+    Tensors are read, converted and written one by one; the calibration needs memory for one MoT model.
 
     Args:
         dense_dir (`str` or `Path`): Folder of a Qwen3 causal language model with its tokenizer.
         output_dir (`str` or `Path`): Where to save the MoT model.
-        calibration_batches (`Iterable[Mapping[str, torch.Tensor]]`): Groups of rows for the statistics, in the tokens
-            of [`load_dense_tokenizer`].
-        validation_batches (`Iterable[Mapping[str, torch.Tensor]]`): Groups of rows, without padding, on which the two
-            models are compared.
+        calibration_batches (`Iterable[Mapping[str, torch.Tensor]]`): Groups of rows for the statistics, encoded
+            with the tokenizer of [`load_dense_tokenizer`].
+        validation_batches (`Iterable[Mapping[str, torch.Tensor]]`): Groups of rows, without padding, to compare the
+            two models on.
         group_size (`int`): Rows G of a group.
         num_experts (`int`): Experts E of a MoT layer; their width follows from equal FLOPs.
         dense_layers (`int`, *optional*): Number of early layers that stay dense. Defaults to half of them.
-        logit_std (`float`, *optional*, defaults to 2.0): Standard deviation of an expert's logits over tokens; large
-            values make it choose few tokens of a group, small ones the mean of all.
+        logit_std (`float`, *optional*, defaults to 2.0): Standard deviation of an expert's logits over tokens; with
+            large values it chooses few tokens of a group, with small ones it averages all of them.
         seed (`int`, *optional*, defaults to 0): Seed of the controllers.
         force (`bool`, *optional*, defaults to `False`): Whether to replace a model in `output_dir`.
+        device (`str`, *optional*): Device for calibration and comparison, by default the accelerator, if there is one.
+        dtype (`str`, *optional*, defaults to `"auto"`): Their precision; `"auto"` takes that of the checkpoint, which
+            the weights keep in any case.
 
     Returns:
         [`UpcyclingReceipt`]: What was made, also saved as `upcycling.json`.
 
     Raises:
-        OSError: The checkpoint is not complete, or `output_dir` may not be written to.
-        ValueError: It is no Qwen3 model that MoT can take over, its tensors do not fit its configuration, or the sizes
-            do not fit it.
+        OSError: The checkpoint is incomplete, or `output_dir` cannot be written to.
+        ValueError: It is not a Qwen3 model that can be converted, its tensors do not fit its configuration, the sizes
+            do not fit it, or there is no such device or dtype.
         StrictDataclassClassValidationError: `group_size`, `num_experts` or `dense_layers` do not fit the model.
     """
+    target, precision = find_device(device), find_dtype(dtype)
+    placement = {"device": target} if precision == "auto" else {"device": target, "dtype": precision}
     reader, dense_config = CheckpointReader(dense_dir), load_dense_config(dense_dir)
     config = make_config(dense_config, group_size=group_size, num_experts=num_experts, dense_layers=dense_layers)
     tokenizer = load_dense_tokenizer(reader.folder)
     model_checks.load_generation_config(reader)
     model_checks.make_empty_model(reader, Qwen3ForCausalLM, dense_config)
-    # The experts hold all neurons of the dense layers, and more than once.
+    # The experts contain all neurons of the dense layers, more than once.
     kept = (name for name in reader.names if not (config.tie_word_embeddings and name == "lm_head.weight"))
     writer = CheckpointWriter(output_dir, source=reader.folder, force=force, min_size=reader.count_bytes(kept))
     calibration_batches, validation_batches = list(calibration_batches), list(validation_batches)
@@ -85,13 +93,13 @@ def upcycle(
         for name, tensor in convert_tensors(reader, config, logit_std=logit_std, seed=seed):
             writer.add(name, tensor)
             tensors[name] = tensor
-        model = _assemble(config, tensors)
+        model = _assemble(config, tensors).to(**placement)
         del tensors
         calibrate(model, calibration_batches)
         for name, statistic in _companions(model).items():
-            writer.add(name, statistic)
+            writer.add(name, statistic.cpu())
 
-        dense = Qwen3ForCausalLM.from_pretrained(reader.folder, config=dense_config)
+        dense = Qwen3ForCausalLM.from_pretrained(reader.folder, config=dense_config).to(**placement)
         receipt = UpcyclingReceipt(
             source=reader.folder.resolve().name,
             group_size=group_size,
@@ -119,8 +127,8 @@ def load_dense_config(dense_dir: str | Path) -> Qwen3Config:
         `Qwen3Config`: Its configuration.
 
     Raises:
-        OSError: The checkpoint is not complete.
-        ValueError: It is a model of another architecture, or one with sliding windows.
+        OSError: The checkpoint is incomplete.
+        ValueError: The model has another architecture, or sliding windows.
     """
     reader = CheckpointReader(dense_dir)
     model_type, architectures = reader.config.get("model_type"), reader.config.get("architectures")
@@ -128,7 +136,7 @@ def load_dense_config(dense_dir: str | Path) -> Qwen3Config:
         what = repr(architectures) if architectures else "a model"
         raise ValueError(
             f"{str(dense_dir)!r} holds {what} of type {model_type!r}; only dense Qwen3 causal language models (type "
-            "'qwen3', Qwen3ForCausalLM) become MoT models."
+            "'qwen3', Qwen3ForCausalLM) can become MoT models."
         )
     config = model_checks.make_config(reader, Qwen3Config)
     if any(kind != "full_attention" for kind in config.layer_types):
@@ -148,14 +156,14 @@ def load_dense_tokenizer(dense_dir: str | Path) -> PreTrainedTokenizerBase:
         `PreTrainedTokenizerBase`: The tokenizer.
 
     Raises:
-        OSError: The checkpoint is not complete.
-        ValueError: It is no Qwen3 model that MoT can take over, there is no tokenizer, or it has more tokens than the
-            model.
+        OSError: The checkpoint is incomplete.
+        ValueError: It is not a Qwen3 model that can be converted, there is no tokenizer, or it has more tokens than
+            the model.
     """
     vocab_size = load_dense_config(dense_dir).vocab_size
     tokenizer = load_tokenizer(dense_dir, vocab_size)
     if tokenizer is None:
-        raise ValueError(f"{str(dense_dir)!r} holds no tokenizer: save the model's there.")
+        raise ValueError(f"{str(dense_dir)!r} holds no tokenizer: save the model's tokenizer there.")
     return tokenizer
 
 
@@ -231,7 +239,7 @@ def convert_tensors(
 
 
 def _assemble(config: MoTConfig, tensors: Mapping[str, Tensor]) -> MoTForCausalLM:
-    """The model whose parameters are these tensors, not copies of them, with statistics of zero."""
+    """A model whose parameters are these very tensors, not copies, with statistics of zero."""
     with torch.device("meta"):
         statistics = _companions(MoTForCausalLM(config))
     blank = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in statistics.items()}

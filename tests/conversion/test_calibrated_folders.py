@@ -130,8 +130,8 @@ def drop_tokenizer(folder: Path) -> None:
     [
         (drop_tensor, "down_proj"),
         (drop_statistics, "log_mass"),
-        (spoil_weights, "no finite numbers"),
-        (drop_tokenizer, "holds no tokenizer"),
+        (spoil_weights, "NaN or infinite values"),
+        (drop_tokenizer, "has no tokenizer"),
     ],
 )
 def test_a_damaged_model_is_refused_and_not_mended(
@@ -171,7 +171,7 @@ def test_a_folder_in_use_and_a_full_disk_change_nothing(model_dir: Path, monkeyp
     failure = run_beside(replace_on_a_full_disk)
     assert failure.startswith("OSError: Cannot write to ")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    with pytest.raises(OSError, match="make room, or choose a folder on another disk"):
+    with pytest.raises(OSError, match="free some space, or choose a folder on another disk"):
         calibrate_folder(model_dir, load_batches)
     assert contents(model_dir) == before
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 
+from mot_cli import app
 from mot_hf import (
     MoTForCausalLM,
     MoTForMaskedLM,
@@ -23,7 +24,6 @@ from mot_hf import (
     MoTModel,
     MoTPreTrainedModel,
 )
-from mot_hf.cli import app
 from mot_hf.conversion.export import NotTunedError, export_qwen3_moe, find_limits
 from mot_hf.data.blocks import make_blocks
 from mot_hf.data.corpus import load_corpus
@@ -162,7 +162,7 @@ def test_an_export_needs_nothing_but_transformers(tmp_path: Path) -> None:
     model = save_tuned(tmp_path / "mot", vocab_size=300)
     tokenizer = train_tokenizer(TEXTS, vocab_size=300)
     tokenizer.save_pretrained(tmp_path / "mot")
-    result = CliRunner().invoke(app, ["export", str(tmp_path / "mot"), str(tmp_path / "moe"), "--to", "qwen3_moe"])
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "mot"), str(tmp_path / "moe")])
     assert result.exit_code == 0, result.output
     assert f"qwen3_moe model saved in {tmp_path / 'moe'}" in result.output
     assert "warning: llama.cpp cannot take it: layers [0, 1] are dense" in result.output
@@ -210,7 +210,7 @@ def refuse(folder: Path, match: str, error: type[Exception] = ValueError) -> Non
 @pytest.mark.parametrize(
     ("head", "message"),
     [
-        (MoTForMaskedLM, "attends to both sides: there is no bidirectional Qwen3-MoE"),
+        (MoTForMaskedLM, "attends to both sides; there is no bidirectional Qwen3-MoE"),
         (MoTForSequenceClassification, "'MoTForSequenceClassification', not a MoTForCausalLM: only causal language"),
         (MoTForTokenClassification, "'MoTForTokenClassification', not a MoTForCausalLM: only causal language models"),
         (MoTModel, "holds a 'MoTModel', not a MoTForCausalLM"),
@@ -274,14 +274,14 @@ def cut_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (save_dense_config, "holds a model of type 'qwen3', not 'mot'"),
+        (save_dense_config, "contains a model of type 'qwen3', not 'mot'"),
         (drop_architectures, "holds a None, not a MoTForCausalLM"),
         (spoil_config, r"config\.json in .*mot' is not valid: .*num_experts_per_tok"),
-        (resize, r"another shape model\.embed_tokens\.weight \[97, 32\] instead of \[98, 32\], lm_head\.weight"),
-        (untie, r"has in excess lm_head\.weight"),
+        (resize, r"another shape for model\.embed_tokens\.weight \[97, 32\] instead of \[98, 32\], lm_head\.weight"),
+        (untie, r"has unexpected tensors lm_head\.weight"),
         (drop_tensor, r"lacks model\.layers\.2\.mlp\.gate\.weight"),
-        (cut_weights, r"model\.safetensors' is damaged or only partly there"),
-        (enlarge_tokenizer, "has 300 tokens, but the model only `vocab_size` = 97"),
+        (cut_weights, r"model\.safetensors' is damaged or incomplete"),
+        (enlarge_tokenizer, "has 300 tokens, but the model only has `vocab_size=97`"),
         (drop_tokenizer, "The tokenizer in .* cannot be read"),
         (cut_tokenizer, "The tokenizer in .* cannot be read"),
     ],
@@ -299,7 +299,7 @@ def test_an_output_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     (tmp_path / "moe").mkdir()
     (tmp_path / "moe" / "notes.txt").touch()
     refuse(tmp_path / "mot", "moe' is not empty", OSError)
-    with pytest.raises(OSError, match="is or holds the model that is read"):
+    with pytest.raises(OSError, match="is or contains the model being read"):
         export_qwen3_moe(tmp_path / "mot", tmp_path / "mot", force=True)
 
 
@@ -319,7 +319,7 @@ def test_a_model_that_was_not_tuned_is_refused_with_its_losses(source: Path, tmp
     command = ["export", str(model_dir), str(output_dir), "--source", str(source)]
     with pytest.raises(NotTunedError, match=r"not tuned in mode 'moe', .* with scripts/transition_tune\.py"):
         export_qwen3_moe(model_dir, output_dir)
-    with pytest.raises(ValueError, match=r"Its loss cannot be measured: .* holds no tokenizer"):
+    with pytest.raises(ValueError, match=r"Its loss cannot be measured: .* has no tokenizer"):
         CliRunner().invoke(app, command, catch_exceptions=False)
     tokenizer.save_pretrained(model_dir)
     with pytest.raises(ValueError, match="was not tuned in mode 'moe'") as error:
@@ -348,7 +348,7 @@ def test_force_replaces_an_earlier_export(tmp_path: Path) -> None:
     save_tuned(tmp_path / "mot", num_experts_per_tok=1)
     command = ["export", str(tmp_path / "mot"), str(tmp_path / "moe")]
     assert CliRunner().invoke(app, command).exit_code == 0
-    with pytest.raises(OSError, match="replace it with --force"):
+    with pytest.raises(OSError, match="replace the model in it with --force"):
         CliRunner().invoke(app, command, catch_exceptions=False)
     change_config(tmp_path / "mot", num_experts_per_tok=2)
     assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0
@@ -370,7 +370,7 @@ def test_what_others_will_not_do_is_told(tmp_path: Path) -> None:
             (sparse, []),
             (sparse | {"num_experts_per_tok": 8, "norm_topk_prob": False, "hidden_act": "swish"}, []),
             ({}, [r"cannot take it: layers \[0, 1\] are dense"]),
-            (sparse | {"attention_bias": True}, ["cannot take it: it knows no bias of the attention's output"]),
+            (sparse | {"attention_bias": True}, ["cannot take it: it has no bias of the attention's output"]),
             (
                 sparse | {"num_experts_per_tok": 1, "norm_topk_prob": False},
                 ["it makes the weights of the selected experts sum"],

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 from transformers import TrainingArguments as Arguments
 from typer.testing import CliRunner
 
+from mot_cli import app, run
 from mot_hf import MoTConfig, MoTForCausalLM
 from mot_hf.calibration import calibrate
-from mot_hf.cli import app, run
 from mot_hf.conversion.upcycle import upcycle
 from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.storage.model_files import RECEIPT_NAME
@@ -272,11 +272,11 @@ DAMAGES = {
     "of another architecture": "only dense Qwen3 causal language models",
     "with windows": "`use_sliding_window` is set",
     "without a tensor": r"lacks model\.layers\.2\.mlp\.up_proj\.weight",
-    "with a tensor too many": r"in excess model\.layers\.2\.mlp\.bias",
+    "with a tensor too many": r"unexpected tensors model\.layers\.2\.mlp\.bias",
     "of another shape": r"model\.norm\.weight \[31\] instead of \[32\]",
-    "with a foreign tokenizer": r"has 4\d\d tokens, but the model only `vocab_size` = 320",
+    "with a foreign tokenizer": r"has 4\d\d tokens, but the model only has `vocab_size=320`",
     "without tokenizer": "holds no tokenizer",
-    "half downloaded": "damaged or only partly there",
+    "half downloaded": "damaged or incomplete",
 }
 
 

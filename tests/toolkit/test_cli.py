@@ -1,23 +1,24 @@
 """The `mot` command."""
 
 import json
-import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from packaging.requirements import Requirement
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config
 from typer.testing import CliRunner
 
-import mot_hf.reporting
+from mot_cli import EXTRAS, app, run
 from mot_hf import MoTForCausalLM, MoTForMaskedLM
 from mot_hf.calibration import calibrate
-from mot_hf.cli import app, run
 from mot_hf.data.blocks import make_blocks
 from mot_hf.data.corpus import load_corpus
 from mot_hf.data.tokenizer import train_tokenizer
 from tests.models import companions_of, tiny_config, trained
+from tests.scripts.running import run_python
 
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b\n" * 10 for i in range(60)]
 
@@ -107,8 +108,8 @@ def test_what_the_user_can_mend_is_reported_without_a_traceback(
     MoTForCausalLM(tiny_config()).save_pretrained(tmp_path / "untold")
     (tmp_path / "empty").mkdir()
     for folder, message in (
-        ("dense", "holds a model of type 'qwen3', not 'mot'"),
-        ("untold", "untold' holds no tokenizer: save it there"),
+        ("dense", "contains a model of type 'qwen3', not 'mot'"),
+        ("untold", "untold' has no tokenizer: save it there"),
         ("empty", "config.json"),
     ):
         error = fail([command, str(tmp_path / folder)], monkeypatch, capsys)
@@ -120,8 +121,8 @@ def test_what_the_user_can_mend_is_reported_without_a_traceback(
 def test_a_folder_that_is_no_run_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "is no training run" in fail(["report", str(tmp_path)], monkeypatch, capsys)
-    assert "absent' is no folder" in fail(["report", str(tmp_path / "absent")], monkeypatch, capsys)
+    assert "is not a training run" in fail(["report", str(tmp_path)], monkeypatch, capsys)
+    assert "absent' is not a folder" in fail(["report", str(tmp_path / "absent")], monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("command", ["report", "card", "calibrate", "export", "push"])
@@ -138,14 +139,94 @@ def test_an_error_is_one_line_without_control_characters(
     assert r"\x1b[31m\n\x9b2J" in error
 
 
-def test_a_missing_extra_is_named(
+def test_a_missing_extra_is_named_before_anything_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(mot_hf, "reporting", mot_hf.reporting)  # so that the one of now is put back
-    for name in [name for name in sys.modules if name.startswith("mot_hf.reporting")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "matplotlib" in fail(["report", str(tmp_path)], monkeypatch, capsys)
+    monkeypatch.setattr("mot_cli.find_spec", lambda name: None if name in ("matplotlib", "datasets") else name)
+    error = fail(["report", str(tmp_path / "absent")], monkeypatch, capsys)
+    assert error == (
+        'error: `mot report` needs datasets, matplotlib, not installed here: pip install "mot_hf[train,report]"\n'
+    )
+    assert 'matplotlib, not installed here: pip install "mot_hf[report]"' in fail(["card", "x"], monkeypatch, capsys)
+    MoTForCausalLM(tiny_config()).save_pretrained(tmp_path / "untuned")
+    error = fail(["export", str(tmp_path / "untuned"), str(tmp_path / "moe")], monkeypatch, capsys)
+    assert "was not tuned in mode 'moe'" in error
+    assert 'datasets, not installed here: pip install "mot_hf[train]" --force exports it as it is' in error
+
+
+WITHOUT = """
+import sys
+sys.modules.update(dict.fromkeys({modules!r}))
+import mot_cli
+mot_cli.app({arguments!r}, standalone_mode=False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "extras"),
+    [
+        (["export", "tuned", "exported"], []),
+        (["calibrate", "tuned", "--source", "text", "--num-batches", "2", "--block-length", "16"], ["train"]),
+        (["card", "tuned"], ["report"]),
+    ],
+)
+def test_a_command_works_with_the_extras_that_it_names(
+    arguments: list[str], extras: list[str], source: Path, tmp_path: Path
+) -> None:
+    model_dir = save_model(MoTForCausalLM, tmp_path / "tuned")
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps(config | {"mixing": "moe"}))
+    modules = [module for extra, of_extra in EXTRAS.items() if extra not in extras for module in of_extra]
+    modules += [] if "train" in extras else ["peft"]  # which needs accelerate
+    run_python(tmp_path, "-c", WITHOUT.format(modules=modules, arguments=arguments))
+
+
+def test_help_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    code = (
+        "import sys, mot_cli; mot_cli.app(['push', '--help'], standalone_mode=False); print(*sys.modules, sep='\\n')"
+    )
+    printed = run_python(tmp_path, "-c", code).split()
+    assert "Usage:" in printed
+    assert "typer" in printed
+    assert not {"torch", "transformers", "mot_hf", "numpy"} & set(printed)
+
+
+def test_extras_are_those_of_the_distribution() -> None:
+    wanted = [Requirement(line) for line in requires("mot_hf") or () if "extra ==" in line]
+    names = {
+        extra: {one.name for one in wanted if one.marker and one.marker.evaluate({"extra": extra})} for extra in EXTRAS
+    }
+    assert set(EXTRAS["train"]) <= names["train"]
+    assert set(EXTRAS["report"]) <= names["report"]
+    assert names["serve"] == {"transformers"}
+
+
+def test_the_precision_is_that_of_the_computation_only(source: Path, tmp_path: Path) -> None:
+    model_dir = save_model(MoTForCausalLM, tmp_path / "model")
+    copies = {dtype: tmp_path / dtype for dtype in ("auto", "float32", "bfloat16")}
+    for dtype, folder in copies.items():
+        run_calibrate(model_dir, source, "--output-dir", str(folder), "--dtype", dtype, "--device", "cpu")
+    weights = {dtype: load_file(folder / "model.safetensors") for dtype, folder in copies.items()}
+    assert json.loads((copies["bfloat16"] / "config.json").read_text())["dtype"] == "float32"
+    for name, exact in weights["float32"].items():
+        assert torch.equal(weights["auto"][name], exact)
+        rough = weights["bfloat16"][name]
+        assert rough.dtype == exact.dtype
+        if name.endswith(("mean_input", "mean_output")):
+            assert not torch.equal(rough, exact)
+            torch.testing.assert_close(rough, exact, rtol=0.1, atol=0.02)
+        elif ".companions." not in name:
+            assert torch.equal(rough, exact)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
+@pytest.mark.parametrize("command", ["calibrate", "report"])
+def test_a_device_that_is_not_there_is_refused(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_dir = save_model(MoTForCausalLM, tmp_path / "model")
+    assert "`device='cuda'` cannot be used" in fail([command, str(model_dir), "--device", "cuda"], monkeypatch, capsys)
 
 
 def test_help_names_the_commands() -> None:

@@ -1,15 +1,18 @@
-"""The `mot` command."""
+"""The `mot` command.
+
+It lies outside `mot_hf`, which takes seconds to import: it registers the models, and so loads torch and transformers.
+The commands import what they need when they run.
+"""
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from huggingface_hub.errors import StrictDataclassError
-
-from mot_hf.terminal import clean, clean_messages, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,38 +20,94 @@ if TYPE_CHECKING:
 
     from mot_hf.modeling import MoTPreTrainedModel
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Tools for Mixture-of-Tokens models.")
+# The modules that the extras of setup.py bring, as far as a command imports them.
+EXTRAS = {
+    "train": ("accelerate", "datasets", "evaluate"),
+    "report": ("jinja2", "matplotlib"),
+    "serve": ("fastapi", "uvicorn", "openai"),
+}
+
+Device = Annotated[
+    str | None, typer.Option(help="Device to compute on, such as cuda:1; by default the accelerator, if there is one.")
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Precision to compute in; auto takes that of the checkpoint."),
+]
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Tools for Mixture of Tokens models.")
 
 
 @app.callback()
 def main() -> None:
-    """Tools for Mixture-of-Tokens models."""
+    """Tools for Mixture of Tokens models."""
 
 
-@app.command()
+def command(*extras: str, **settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a function a command of `mot`.
+
+    Args:
+        extras (`str`): Extras of the package that the command needs. If one is not installed, the command says so
+            before it does anything.
+        settings: Arguments of `typer.Typer.command`.
+
+    Returns:
+        `Callable`: The decorator.
+    """
+
+    def register(work: Callable[..., None]) -> Callable[..., None]:
+        @wraps(work)
+        def run_command(*args: Any, **kwargs: Any) -> None:
+            _require(work.__name__, extras)
+            from mot_hf.terminal import clean_messages
+
+            with clean_messages():
+                work(*args, **kwargs)
+
+        return app.command(**settings)(run_command)
+
+    return register
+
+
+def _require(name: str, extras: tuple[str, ...]) -> None:
+    missing = {extra: [module for module in EXTRAS[extra] if find_spec(module) is None] for extra in extras}
+    modules = [module for of_extra in missing.values() for module in of_extra]
+    if modules:
+        needed = ",".join(extra for extra, of_extra in missing.items() if of_extra)
+        raise ModuleNotFoundError(
+            f'`mot {name}` needs {", ".join(modules)}, not installed here: pip install "mot_hf[{needed}]"'
+        )
+
+
+@command("train")
 def calibrate(
     model_dir: Annotated[Path, typer.Argument(help="Folder of a MoT model and its tokenizer.")],
-    output_dir: Annotated[Path | None, typer.Option(help="New folder for a copy; by default MODEL_DIR.")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="New folder for a copy; by default MODEL_DIR itself changes.")
+    ] = None,
     source: Annotated[
         str | None, typer.Option(help="Text file, folder, glob or data set; by default Python's standard library.")
     ] = None,
     num_batches: Annotated[int, typer.Option(min=1, help="Batches of `group_size` rows to read at most.")] = 200,
     block_length: Annotated[int, typer.Option(min=1, help="Tokens in a row.")] = 128,
+    device: Device = None,
+    dtype: Dtype = "auto",
 ) -> None:
-    """Replace a model's statistics of the typical group by exact ones over some text."""
-    # Imported here so that `mot --help` is quick and needs no extra.
+    """Replace a model's running statistics by exact ones over some text. Needs the extra `train`."""
     from mot_hf.conversion.statistics import calibrate_folder
 
     num_left_out = calibrate_folder(
         model_dir,
         lambda model, tokenizer: _load_groups(model, tokenizer, source, "train", block_length, num_batches),
         output_dir=output_dir,
+        device=device,
+        dtype=dtype,
     )
-    left_out = f", without {num_left_out} batches whose statistics are not finite" if num_left_out else ""
+    left_out = f"; {num_left_out} batches with statistics that are not finite were left out" if num_left_out else ""
     _say(f"calibrated model saved in {output_dir or model_dir}{left_out}")
 
 
-@app.command()
+@command("train", "report")
 def report(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a training run: the `output_dir` of its Trainer.")],
     output: Annotated[Path | None, typer.Option(help="File to write; by default RUN_DIR/report.html.")] = None,
@@ -57,17 +116,22 @@ def report(
     ] = None,
     num_batches: Annotated[int, typer.Option(min=1, help="Batches of `group_size` rows to measure on at most.")] = 16,
     block_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in a row; by default what the model is meant for, at most 128.")
+        int | None, typer.Option(min=1, help="Tokens in a row; by default the model's maximum, at most 128.")
     ] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
 ) -> None:
-    """Write one HTML page about a training run: its losses, how its experts mix, and what each mixing mode costs."""
+    """Write one HTML page about a training run: losses, how the experts mix, and the loss of each mixing mode.
+
+    Needs the extras `train` and `report`.
+    """
     from mot_hf.data.sources import name_source
     from mot_hf.reporting.page import write_report
     from mot_hf.storage.run_log import find_run
     from mot_hf.storage.saved_model import open_model
 
     run = find_run(run_dir)
-    model, tokenizer = open_model(run.model_dir)
+    model, tokenizer = open_model(run.model_dir, device=device, dtype=dtype)
     block_length = block_length or min(128, model.config.max_position_embeddings)
     batches = _load_groups(model, tokenizer, source, "validation", block_length, num_batches)
     output = output or run_dir / "report.html"
@@ -75,91 +139,99 @@ def report(
     _say(f"report written to {output}")
 
 
-@app.command()
+@command("report")
 def card(
     model_dir: Annotated[Path, typer.Argument(help="Folder of a MoT model, such as that of a training run.")],
     output: Annotated[Path | None, typer.Option(help="File to write; by default MODEL_DIR/README.md.")] = None,
-    text_name: Annotated[str | None, typer.Option(help="What the training text is called.")] = None,
+    text_name: Annotated[str | None, typer.Option(help="Name of the training text.")] = None,
     license: Annotated[  # noqa: A002
         str | None, typer.Option(help="License of the weights, such as apache-2.0.")
     ] = None,
-    base_model: Annotated[str | None, typer.Option(help="Model that this one was made from.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Model that this one was trained from.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a card that someone wrote or changed.")] = False,
 ) -> None:
-    """Write the model card: sizes, mixing modes, training and metrics, and how to use the model."""
+    """Write the model card: sizes, mixing modes, training, metrics, and how to use the model.
+
+    Needs the extra `report`.
+    """
     from mot_hf.reporting.card import write_card
 
     facts = {"text_name": text_name, "license": license, "base_model": base_model}
     _say(f"model card written to {write_card(model_dir, output=output, force=force, **facts)}")
 
 
-@app.command()
+@command("report")
 def push(
     model_dir: Annotated[Path, typer.Argument(help="Folder of a MoT model.")],
     repo_id: Annotated[str, typer.Argument(help="Name on the Hub, such as me/my-model.")],
-    private: Annotated[bool, typer.Option("--private", help="Let only you see it, if it is new.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to upload to; by default the main one.")] = None,
-    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
 ) -> None:
-    """Upload a model with its code, card and tokenizer to the Hugging Face Hub."""
+    """Upload a model with its code, card and tokenizer to the Hugging Face Hub. Needs the extra `report`."""
     from mot_hf.hub import push_model
 
     address = push_model(model_dir, repo_id, private=private, revision=revision, message=message)
     _say(f"model uploaded to {address}")
 
 
-@app.command()
+@command()
 def export(
     model_dir: Annotated[Path, typer.Argument(help="Folder of a causal MoT model, tuned in mode `moe`.")],
     output_dir: Annotated[Path, typer.Argument(help="Folder to write.")],
-    to: Annotated[Literal["qwen3_moe"], typer.Option(help="Model type of transformers to export to.")] = "qwen3_moe",
     force: Annotated[
-        bool, typer.Option("--force", help="Export a model that was not tuned too, and replace a model in OUTPUT_DIR.")
+        bool, typer.Option("--force", help="Export even an untuned model, and replace a model in OUTPUT_DIR.")
     ] = False,
-    source: Annotated[
-        str | None, typer.Option(help="Text to measure a model on that was not tuned; see `mot report`.")
-    ] = None,
+    source: Annotated[str | None, typer.Option(help="Text to measure an untuned model on; see `mot report`.")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
 ) -> None:
-    """Make a model that was tuned in mode `moe` a plain Qwen3-MoE checkpoint, which needs only transformers."""
+    """Export a model tuned in mode `moe` as a plain Qwen3-MoE checkpoint, which needs nothing but transformers.
+
+    If the model is untuned, its loss is measured and shown, on DEVICE and in DTYPE. This needs the extra `train`.
+    """
     from mot_hf.conversion.export import NotTunedError, export_qwen3_moe, find_limits
 
     try:
         config = export_qwen3_moe(model_dir, output_dir, force=force, allow_untuned=force)
     except NotTunedError as error:
-        raise ValueError(f"{error} {_describe_losses(model_dir, source)} --force exports it as it is.") from None
-    _say(f"{to} model saved in {output_dir}")
+        raise ValueError(
+            f"{error} {_describe_losses(model_dir, source, device, dtype)} --force exports it as it is."
+        ) from None
+    _say(f"Qwen3-MoE model saved in {output_dir}")
     for limit in find_limits(config):
         _say(f"warning: {limit}", err=True)
 
 
-def _describe_losses(model_dir: Path, source: str | None) -> str:
-    """What the loss of a model that was not tuned is, in the mode that it was trained for and in mode `moe`."""
+def _describe_losses(model_dir: Path, source: str | None, device: str | None, dtype: str) -> str:
+    """The loss of an untuned model in the mode it was trained for, and in mode `moe`."""
     from mot_hf.reporting.mixing_probe import measure_losses
     from mot_hf.storage.saved_model import open_model
 
     try:
-        model, tokenizer = open_model(model_dir)
-    except ValueError as error:
+        _require("export", ("train",))
+        model, tokenizer = open_model(model_dir, device=device, dtype=dtype)
+    except (ModuleNotFoundError, ValueError) as error:
         return f"Its loss cannot be measured: {error}"
     block_length = min(128, model.config.max_position_embeddings)
     batches = list(_load_groups(model, tokenizer, source, "validation", block_length, 16))
     if not batches:
-        return f"There are fewer than {model.config.group_size} rows of text to measure its loss on."
+        return f"The text has fewer than {model.config.group_size} rows, too few to measure its loss on."
     losses = {measured.mode: measured.loss for measured in measure_losses(model, batches)}
     return (
-        f"Now its loss on validation text is {losses['per_sequence']:.4f} nats per token in mode per_sequence, and "
-        f"{losses['moe']:.4f} in mode moe, which the export would have."
+        f"Its loss on validation text is {losses['per_sequence']:.4f} nats per token in mode per_sequence, and "
+        f"{losses['moe']:.4f} in mode moe, which would be the loss of the export."
     )
 
 
-@app.command()
+@command("train")
 def upcycle(
     dense_dir: Annotated[Path, typer.Argument(help="Folder of a dense Qwen3 causal language model, with tokenizer.")],
     output_dir: Annotated[Path, typer.Argument(help="New folder for the MoT model.")],
-    group_size: Annotated[int, typer.Option(help="Rows G whose tokens are mixed.")],
-    num_experts: Annotated[int, typer.Option(help="Experts E of a MoT layer.")],
+    group_size: Annotated[int, typer.Option(help="Rows G of a group, whose tokens are mixed.")],
+    num_experts: Annotated[int, typer.Option(help="Experts E of each MoT layer.")],
     dense_layers: Annotated[
-        int | None, typer.Option(help="Early layers that stay dense; by default half of them.")
+        int | None, typer.Option(help="Number of early layers to keep dense; by default half of the layers.")
     ] = None,
     source: Annotated[
         str | None, typer.Option(help="Text file, folder, glob or data set; by default Python's standard library.")
@@ -167,12 +239,17 @@ def upcycle(
     num_batches: Annotated[int, typer.Option(min=1, help="Batches of G rows for the statistics.")] = 32,
     num_validation_batches: Annotated[int, typer.Option(min=1, help="Batches of G rows to compare on.")] = 4,
     block_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens in a row; by default what the model is meant for, at most 128.")
+        int | None, typer.Option(min=2, help="Tokens in a row; by default the model's maximum, at most 128.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the controllers.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the new controllers.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a model in OUTPUT_DIR.")] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
 ) -> None:
-    """Make a MoT model of a dense Qwen3 model, at its FLOPs, to be trained further."""
+    """Make a MoT model with the FLOPs of a dense Qwen3 model from it, to be trained further.
+
+    Needs the extra `train`.
+    """
     from functools import partial
 
     from mot_hf.conversion import upcycle as conversion
@@ -191,13 +268,22 @@ def upcycle(
         dense_layers=dense_layers,
         seed=seed,
         force=force,
+        device=device,
+        dtype=dtype,
     )
     _say(f"{receipt}\nMoT model saved in {output_dir}; train it further before you use it")
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+@command(
+    "serve",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
 def serve(context: typer.Context) -> None:
-    """Serve models by `transformers serve`, with its arguments: `mot serve MODEL_DIR --continuous-batching`."""
+    """Serve models with `transformers serve` and its arguments: `mot serve MODEL_DIR --continuous-batching`.
+
+    Needs the extra `serve`.
+    """
     from mot_hf import modeling
     from mot_hf.serving import guard_server
 
@@ -216,7 +302,7 @@ def _load_groups(
     block_length: int,
     num_groups: int,
 ) -> "Iterator[dict[str, Tensor]]":
-    """Groups of rows for a language model; a masked one meets its text masked."""
+    """Groups of rows for a language model, masked if it is a masked one."""
     from mot_hf.data.corpus import load_groups
 
     return load_groups(
@@ -231,17 +317,23 @@ def _load_groups(
 
 
 def _say(text: str, *, err: bool = False) -> None:
-    """Print text in which there may be something of files of others."""
+    """Print text that may contain something from other people's files."""
+    from mot_hf.terminal import clean
+
     typer.echo(clean(text), err=err)
 
 
 def run() -> None:
-    """Run the command; what the user can mend is reported in one line, without a traceback."""
+    """Runs the command; what the user can fix is reported in one line, without a traceback."""
     try:
-        with clean_messages():
-            app()
-    # A module that is not found belongs to an extra.
-    except (OSError, ValueError, ModuleNotFoundError, StrictDataclassError) as error:
+        app()
+    except Exception as error:
+        from huggingface_hub.errors import StrictDataclassError
+
+        from mot_hf.terminal import one_line
+
+        if not isinstance(error, OSError | ValueError | ModuleNotFoundError | StrictDataclassError):
+            raise
         reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
         typer.echo(f"error: {one_line(str(reason or error))}", err=True)
         raise SystemExit(1) from None

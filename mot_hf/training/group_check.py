@@ -1,4 +1,4 @@
-"""Whether the batches that a `Trainer` really uses fill the groups that a model mixes, and are meant to be mixed."""
+"""Checks whether the batches of a `Trainer` fill the model's groups, and whether their rows should be mixed."""
 
 import logging
 import weakref
@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 
 
 class GroupSizeCheck(TrainerCallback):
-    """Says after the first batch what batches that `group_size` does not divide cost, and what to set instead.
+    """Warns after the first batch if `group_size` does not divide it: what this costs, and what to set instead.
 
     Groups are formed within one device's micro-batch: neither gradient accumulation nor more devices fill them. The
-    check counts the rows that the first forward pass really has, so it knows also what `auto_find_batch_size`,
-    `split_batches`, and trainers that stack or generate rows make of a batch.
+    check counts the rows of the actual first forward pass, so it also covers `auto_find_batch_size`, `split_batches`,
+    and trainers that stack or generate rows.
 
-    It says also where the rows of a batch are not meant to be mixed, see [`explain_rows`], where a model would answer
-    in a mode that it does not learn, see [`explain_modes`], and where a default of TRL does not suit the mixing, see
+    It also warns if the rows of a batch should not be mixed, see [`explain_rows`], if the model would answer in a mode
+    that it is not trained in, see [`explain_modes`], and if a default of TRL does not suit the mixing, see
     [`explain_trl`].
     """
 
@@ -43,10 +43,10 @@ class GroupSizeCheck(TrainerCallback):
         train_dataloader: Any,
         **kwargs: Any,
     ) -> None:
-        """Warn of modes and settings that do not go together."""
-        self._end_watch()  # of an earlier run that failed
+        """Warn of modes and settings that do not fit together."""
+        self._end_watch()  # left over from an earlier run that failed
         backbone = next((module for module in model.modules() if isinstance(module, MoTModel)), None)
-        # All processes have batches of the same size, so one speaks for all.
+        # All processes have batches of the same size, so one warning is enough.
         if backbone is None or "sparse" not in backbone.config.mlp_layer_types or not state.is_world_process_zero:
             return
         for message in [*explain_modes(backbone.config), *explain_trl(backbone.config, args)]:
@@ -56,8 +56,8 @@ class GroupSizeCheck(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Watch the passes of the first step, after an evaluation that comes before it."""
-        # A compiled model warns of hooks, so there the data loader must do; accelerate's launcher may compile too.
+        """Watch the forward passes of the first step, but not those of an evaluation before it."""
+        # A compiled model warns about hooks, so only its data loader is watched. Accelerate may compile models too.
         is_compiled = args.torch_compile or TorchDynamoPlugin().backend != DynamoBackend.NO
         if self._watch is not None and not is_compiled:
             self._watch.watch_passes()
@@ -76,8 +76,8 @@ class GroupSizeCheck(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """As [`~GroupSizeCheck.on_substep_end`], where every micro-batch is a step."""
-        backbone, batch = self._backbone, self._end_watch(_count_shares(args, train_dataloader))
+        """Do the same as [`~GroupSizeCheck.on_substep_end`] if every micro-batch is a step."""
+        backbone, batch = self._backbone, self._end_watch(max(1, args.n_gpu))
         if backbone is None or batch is None:
             return
         messages = explain_rows(batch)
@@ -93,28 +93,28 @@ class GroupSizeCheck(TrainerCallback):
 
 @dataclass
 class FirstBatch:
-    """What was seen of the first micro-batch of one device."""
+    """What was observed of the first micro-batch of one device."""
 
     mode: str
-    """Mixing mode in which the model learns."""
+    """Mixing mode in which the model is trained."""
     num_rows: int = 0
-    """Rows of the forward pass that is learnt from, or of the collated batch where it was not seen; 0 for neither."""
+    """Rows of the training forward pass, or of the collated batch if the pass was not observed; 0 without either."""
     num_examples: int = 0
-    """Examples of the data set that the batch was made of; 0 if they were not seen."""
+    """Examples of the data set in the batch; 0 if they were not observed."""
     num_repeated: int = 0
-    """Of these, the ones that stand in the batch more than once."""
+    """Number of these examples that occur in the batch more than once."""
     answer_modes: set[str] = field(default_factory=set)
-    """Modes in which MoT models answered within the step, without learning: a reference, or the model itself."""
+    """Modes of forward passes without training within the step, by a reference model or the model itself."""
 
 
 class _Watch:
-    """Sees what becomes of the first batch: its examples where they are collated, its rows where the model runs."""
+    """Observes the first batch: its examples when they are collated, and its rows when the model runs."""
 
     def __init__(self, backbone: MoTModel, dataloader: Any) -> None:
         self._backbone = backbone
         self._batch = FirstBatch(backbone.config.mixing)
         self._hook: Any = None
-        # Accelerate's loaders hold another one that does the work.
+        # Accelerate's loaders wrap another one that does the work.
         self._dataloader = getattr(dataloader, "base_dataloader", dataloader)
         self._collate = None
         if callable(getattr(self._dataloader, "collate_fn", None)):
@@ -130,8 +130,8 @@ class _Watch:
             if method := see_pass():
                 method(*passed)
 
-        # A hook of all modules: the copy of the model that a trainer takes as reference is nowhere to be found. Of a
-        # run that fails meanwhile it goes with the trainer.
+        # A global hook, because a trainer's reference copy of the model cannot be found from here. If the run fails,
+        # the hook is removed together with the trainer.
         self._hook = register_module_forward_hook(see, with_kwargs=True)
         weakref.finalize(self, self._hook.remove)
 
@@ -141,12 +141,12 @@ class _Watch:
         mode = module._resolve_mixing(kwargs.get("mixing"))
         if not (module.training and torch.is_grad_enabled()):
             self._batch.answer_modes.add(mode)
-        # DataParallel runs copies of the backbone, but not of its configuration.
+        # DataParallel copies the backbone, but not its configuration.
         elif module.config is self._backbone.config and not self._batch.num_rows:
             self._batch.mode, self._batch.num_rows = mode, len(output[0])
 
     def end(self, num_shares: int) -> FirstBatch:
-        """Stop watching; `num_shares` devices share one batch of the data loader."""
+        """Stop watching. Each batch that is collated is shared by `num_shares` devices of one process."""
         batch = self._batch
         if self._hook is not None:
             self._hook.remove()
@@ -159,17 +159,17 @@ class _Watch:
 
 
 class _CountingCollate:
-    """A data collator that counts its first batch, also in a worker process."""
+    """A data collator that counts its first batch, even in a worker process."""
 
     def __init__(self, collate: Callable[[Any], Any], has_workers: bool) -> None:
         self.collate = collate
-        self.counts = torch.zeros(3, dtype=torch.long)  # examples, those that stand there more than once, rows
+        self.counts = torch.zeros(3, dtype=torch.long)  # examples, examples that occur more than once, rows
         if has_workers:
             self.counts.share_memory_()
 
     def __call__(self, examples: Any) -> Any:
         is_first = isinstance(examples, list) and not self.counts[0]
-        times = Counter(map(_freeze, examples)) if is_first else Counter()  # first, for a collator may change them
+        times = Counter(map(_freeze, examples)) if is_first else Counter()  # before a collator changes them
         batch = self.collate(examples)
         if is_first:
             num_repeated = sum(number for number in times.values() if number > 1)
@@ -179,7 +179,7 @@ class _CountingCollate:
 
 
 def _freeze(value: Any) -> Any:
-    """A value that is hashable and the same for the same example."""
+    """A hashable value that is equal for equal examples."""
     if isinstance(value, Mapping):
         return tuple((name, _freeze(part)) for name, part in value.items())
     if hasattr(value, "tolist"):  # a tensor or an array
@@ -190,12 +190,12 @@ def _freeze(value: Any) -> Any:
 
 
 def explain_short_groups(config: MoTConfig, num_rows: int, num_last_rows: int = 0) -> list[str]:
-    """What batches that do not fill their groups cost, and what to do about it.
+    """Explains what batches that do not fill their groups cost, and how to avoid it.
 
     Args:
         config ([`MoTConfig`]): The model's configuration.
         num_rows (`int`): Rows of one device's micro-batch.
-        num_last_rows (`int`, *optional*, defaults to 0): Rows of a last, smaller batch of an epoch; 0 for none.
+        num_last_rows (`int`, *optional*, defaults to 0): Rows of a smaller last batch of an epoch; 0 for none.
 
     Returns:
         `list[str]`: Messages; empty if all groups are full.
@@ -205,86 +205,92 @@ def explain_short_groups(config: MoTConfig, num_rows: int, num_last_rows: int = 
         lower = num_rows // group_size * group_size
         sizes = f"{lower} or {lower + group_size}" if lower else f"{group_size}"
         messages.append(
-            f"The batch of one device has {num_rows} rows, which is no multiple of group_size={group_size}: "
-            f"{_cost(num_rows, group_size)} Set per_device_train_batch_size to {sizes} (if memory is short, with "
-            "gradient_checkpointing, from transformers 5.24 on activation_checkpointing), or train a new model with a "
-            "smaller group_size."
+            f"The batch of one device has {num_rows} rows, which is not a multiple of group_size={group_size}: "
+            f"{_cost(num_rows, group_size)} Set per_device_train_batch_size to {sizes} (if memory is short, together "
+            "with gradient_checkpointing, or activation_checkpointing from transformers 5.24 on), or train a new "
+            "model with a smaller group_size."
         )
     if num_last_rows % group_size:
         messages.append(
-            f"The last batch of every epoch has {num_last_rows} rows, which is no multiple of "
-            f"group_size={group_size}: {_cost(num_last_rows, group_size)} Set dataloader_drop_last=True, which leaves "
-            "out the last evaluation batch too."
+            f"The last batch of every epoch has {num_last_rows} rows, which is not a multiple of "
+            f"group_size={group_size}: {_cost(num_last_rows, group_size)} Set dataloader_drop_last=True, which also "
+            "drops the last evaluation batch."
         )
     return messages
 
 
 def explain_rows(batch: FirstBatch) -> list[str]:
-    """What it means that rows which belong together are mixed, or that answers to compare with come in another mode.
+    """Returns a warning if rows that belong together are mixed, or if answers to compare come from another mode.
 
-    Rows belong together if a forward pass has more rows than the batch has examples, as chosen and rejected answers
-    that are stacked, or if most examples stand in the batch more than once, as for several generations of a prompt.
-    That rows begin alike is no sign of it: all rows of a data set may have the same system prompt.
+    Rows belong together if a forward pass has more rows than the batch has examples, as with stacked chosen and
+    rejected answers, or if most examples occur in the batch more than once, as with several generations per prompt. An
+    equal beginning of rows says nothing: all rows of a data set may have the same system prompt.
 
     Args:
-        batch ([`FirstBatch`]): What was seen of the first batch.
+        batch ([`FirstBatch`]): What was observed of the first batch.
 
     Returns:
         `list[str]`: Messages; empty if the rows may be mixed.
     """
-    advice = "Call model.set_mixing('per_sequence'), or give both mixing and inference_mixing 'moe'."
+    advice = "Call model.set_mixing('per_sequence'), or set both mixing and inference_mixing to 'moe'."
     modes = {batch.mode, *batch.answer_modes}
     reasons = []
     if 0 < batch.num_examples < batch.num_rows:
-        reasons.append(f"A forward pass has {batch.num_rows} rows of {batch.num_examples} examples")
+        reasons.append(f"A forward pass has {batch.num_rows} rows for {batch.num_examples} examples")
     elif batch.num_repeated and 2 * batch.num_repeated >= batch.num_examples:
-        reasons.append("Examples stand in a batch more than once, such as prompts with several answers")
+        reasons.append("Examples occur more than once in a batch, such as prompts with several answers")
     if reasons and "cross_example" in modes:
         return [
-            f"{reasons[0]}, and the model learns in mixing={batch.mode!r}. Mode 'cross_example' mixes the answers to "
-            f"one prompt with each other. {advice}"
+            f"{reasons[0]}, and the model is trained with mixing={batch.mode!r}. Mode 'cross_example' mixes the "
+            f"answers to the same prompt with each other. {advice}"
         ]
     if batch.answer_modes - {batch.mode}:
         others = " and ".join(map(repr, sorted(batch.answer_modes)))
         return [
-            f"The model learns in mixing={batch.mode!r}, and answers within a training step, its own or those of a "
-            f"reference, come in mode {others}. They should be the same, and not 'cross_example'. {advice}"
+            f"The model is trained with mixing={batch.mode!r}, but the answers within a training step, its own or "
+            f"those of a reference model, use mode {others}. Both modes should be the same, and not 'cross_example'. "
+            f"{advice}"
         ]
     return []
 
 
 def explain_modes(config: MoTConfig) -> list[str]:
-    """What it means to train in one of the modes that look at a row alone, and answer otherwise.
+    """Returns a warning if the model is trained in mode `moe`, but answers in another one.
 
     Args:
         config ([`MoTConfig`]): The model's configuration.
 
     Returns:
-        `list[str]`: Messages; empty where the modes go together.
+        `list[str]`: Messages; empty if the modes fit together.
     """
     if config.mixing != "moe" or config.inference_mixing == "moe":
         return []
     return [
-        f"The model learns in mixing='moe' and answers in inference_mixing={config.inference_mixing!r}, which it does "
-        "not learn. Call model.set_mixing(inference_mixing='moe'), or give --inference_mixing moe."
+        f"The model is trained with mixing='moe', but answers with inference_mixing={config.inference_mixing!r}, "
+        "which it is not trained for. Call model.set_mixing(inference_mixing='moe'), or pass --inference_mixing moe."
     ]
 
 
 def explain_trl(config: MoTConfig, args: TrainingArguments) -> list[str]:
-    """What TRL's trainers add to the loss of a model that mixes, unasked, and what to set against it.
+    """Returns a warning if a trainer of TRL adds the load-balancing loss to the loss of a model that does not need it.
 
     Args:
         config ([`MoTConfig`]): The model's configuration, as the trainer left it.
         args (`TrainingArguments`): The trainer's arguments.
 
     Returns:
-        `list[str]`: Messages; empty for other trainers, and where all is well.
+        `list[str]`: Messages; empty for other trainers, and if nothing is wrong.
     """
-    if not hasattr(args, "router_aux_loss_coef") or not config.output_router_logits or config.mixing == "moe":
+    if not hasattr(args, "router_aux_loss_coef") or config.mixing == "moe":
+        return []
+    own = args.router_aux_loss_coef
+    # Not all of its trainers write it to the configuration.
+    coefficient = config.router_aux_loss_coef if own is None else own
+    if coefficient == 0:
         return []
     return [
-        f"TRL adds {config.router_aux_loss_coef} times the load-balancing loss of a Mixture of Experts to the loss, "
-        f"and mixing={config.mixing!r} needs none. Set router_aux_loss_coef=0.0 in the {type(args).__name__}."
+        f"TRL adds {coefficient} times the load-balancing loss of a Mixture of Experts to the loss, "
+        f"but mixing={config.mixing!r} does not need it. Set router_aux_loss_coef=0.0 in the {type(args).__name__}."
     ]
 
 
@@ -294,7 +300,7 @@ def _explain_groups(
     num_rows, num_last_rows = _count_rows(args, state, dataloader)
     messages = explain_short_groups(config, batch.num_rows or num_rows, num_last_rows)
     if args.gradient_accumulation_steps > 1:
-        hint = " Gradient accumulation does not fill groups: every micro-batch is mixed by itself."
+        hint = " Gradient accumulation does not fill groups: each micro-batch is mixed separately."
         messages = [message + hint for message in messages]
     return messages
 
@@ -304,24 +310,27 @@ def _cost(num_rows: int, group_size: int) -> str:
     num_present = num_rows % group_size
     waste = 1 - num_rows / (num_groups * group_size)
     return (
-        f"one of its {num_groups} groups has {num_present} of {group_size} rows, expected companions stand in for the "
-        f"others, and {waste:.0%} of the experts' work is wasted."
+        f"one of its {num_groups} groups has {num_present} of {group_size} rows, expected companions replace the "
+        f"missing ones, and {waste:.0%} of the experts' work is wasted."
     )
 
 
 def _count_shares(args: TrainingArguments, dataloader: Any) -> int:
-    """Devices that share one batch of the data loader."""
+    """The number of devices that share one batch of the data loader."""
     sampler = getattr(dataloader, "batch_sampler", None)
     num_processes = sampler.num_processes if getattr(sampler, "split_batches", False) else 1
     return num_processes * max(1, args.n_gpu)
 
 
 def _count_rows(args: TrainingArguments, state: TrainerState, dataloader: Any) -> tuple[int, int]:
-    """Examples of one device's micro-batch, and of a last one that is smaller (0 if there is none)."""
+    """The examples of one device's micro-batch, and those of a smaller last one (0 if there is none)."""
     sampler = getattr(dataloader, "batch_sampler", None)
     num_rows = getattr(sampler, "batch_size", None) or state.train_batch_size
     num_rows //= _count_shares(args, dataloader)
     dataset = getattr(dataloader, "dataset", None)
     if args.dataloader_drop_last or not hasattr(dataset, "__len__"):
         return num_rows, 0
-    return num_rows, min(num_rows, len(dataset) % (num_rows * args.world_size * max(1, args.n_gpu)))
+    num_gpus = max(1, args.n_gpu)
+    num_last = len(dataset) % (num_rows * args.world_size * num_gpus)
+    # DataParallel divides also a short batch among its GPUs; without it, a process gets as much of it as it can take.
+    return num_rows, min(num_rows, -(-num_last // num_gpus))

@@ -179,7 +179,7 @@ class TestSupervised:
             assert messages == []
         else:
             (message,) = messages
-            assert f"mixing='{mode}' needs none. Set router_aux_loss_coef=0.0 in the SFTConfig." in message
+            assert f"mixing='{mode}' does not need it. Set router_aux_loss_coef=0.0 in the SFTConfig." in message
 
 
 def make_dpo(model: MoTForCausalLM, folder: Path, tokenizer: PreTrainedTokenizerFast, **arguments: Any) -> Any:
@@ -202,6 +202,16 @@ class TestPreferences:
         assert losses[-1] < 0.4
         assert all(torch.equal(value, before[name]) for name, value in companions_of(model).items())
 
+    def test_the_load_balancing_loss_of_the_defaults_is_pointed_out(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model = trained(make_model(tokenizer)).set_mixing("per_sequence", inference_mixing="per_sequence")
+        trainer = make_dpo(model, tmp_path, tokenizer, router_aux_loss_coef=None, max_steps=1)
+        (message,) = warnings_of(trainer, caplog)
+        assert losses_of(trainer)[0] == pytest.approx(log(2) + 0.01 * trainer.state.log_history[0]["aux_loss"])
+        assert message.startswith("TRL adds 0.01 times the load-balancing loss")
+        assert message.endswith("Set router_aux_loss_coef=0.0 in the DPOConfig.")
+
     def test_mode_cross_example_is_not_where_a_model_starts(
         self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
     ) -> None:
@@ -215,8 +225,8 @@ class TestPreferences:
         model = trained(make_model(tokenizer)).set_mixing("per_sequence", inference_mixing="moe")
         trainer = make_dpo(model, tmp_path, tokenizer, per_device_train_batch_size=4, max_steps=1)
         (message,) = warnings_of(trainer, caplog)
-        assert "learns in mixing='per_sequence', and answers within a training step" in message
-        assert "come in mode 'moe'" in message
+        assert "is trained with mixing='per_sequence', but the answers within a training step" in message
+        assert "use mode 'moe'" in message
 
 
 def unpair(pairs: list[dict[str, str]]) -> list[dict[str, Any]]:
@@ -265,8 +275,8 @@ class TestRowsThatBelongTogether:
         batches = record_batches(model.model)
         (message,) = warnings_of(trainer, caplog)
         assert len(batches[0]["input_ids"]) == num_rows
-        assert f"has {num_rows} rows of 4 examples" in message
-        assert "mixes the answers to one prompt with each other. Call model.set_mixing('per_sequence')" in message
+        assert f"has {num_rows} rows for 4 examples" in message
+        assert "mixes the answers to the same prompt with each other. Call model.set_mixing('per_sequence')" in message
 
     @pytest.mark.parametrize("num_pairs", [2, 3])
     def test_a_reward_model(
@@ -275,7 +285,7 @@ class TestRowsThatBelongTogether:
         model = MoTForSequenceClassification(tiny_config(vocab_size=len(tokenizer), num_labels=1))
         size = {"per_device_train_batch_size": num_pairs}
         (message,) = warnings_of(make_any("Reward", model, tmp_path, tokenizer, **size), caplog)
-        assert f"has {2 * num_pairs} rows of {num_pairs} examples" in message
+        assert f"has {2 * num_pairs} rows for {num_pairs} examples" in message
         assert "Call model.set_mixing('per_sequence')" in message
         # As advised.
         caplog.clear()
@@ -289,7 +299,7 @@ class TestRowsThatBelongTogether:
         arguments = {"dataloader_num_workers": num_workers}
         trainer = make_any("GRPO", trained(make_model(tokenizer)), tmp_path, tokenizer, **arguments)
         (message,) = warnings_of(trainer, caplog)
-        assert "Examples stand in a batch more than once" in message
+        assert "Examples occur more than once in a batch" in message
         assert "Call model.set_mixing('per_sequence')" in message
         caplog.clear()
         model = trained(make_model(tokenizer)).set_mixing("per_sequence")
@@ -300,7 +310,7 @@ class TestRowsThatBelongTogether:
     ) -> None:
         trainer = make_any("KTO", trained(make_model(tokenizer)), tmp_path, tokenizer)
         (message,) = warnings_of(trainer, caplog)
-        assert "and answers within a training step, its own or those of a reference, come in mode" in message
+        assert "but the answers within a training step, its own or those of a reference model, use mode" in message
         assert "Call model.set_mixing('per_sequence')" in message
         caplog.clear()
         model = trained(make_model(tokenizer)).set_mixing("per_sequence")

@@ -2,17 +2,19 @@
 
 import gc
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
 from mot_hf import MoTForCausalLM
 from mot_hf.training import GroupSizeCheck, group_check
-from mot_hf.training.group_check import FirstBatch, explain_rows, explain_short_groups
+from mot_hf.training.group_check import FirstBatch, explain_rows, explain_short_groups, explain_trl
 from tests.models import random_ids, tiny_config
 from tests.training.trainers import make_trainer
 
@@ -32,7 +34,7 @@ def test_full_groups_need_no_word(num_rows: int) -> None:
 
 def test_a_batch_between_two_multiples_is_given_both() -> None:
     (message,) = explain_short_groups(tiny_config(), 6)
-    assert "6 rows, which is no multiple of group_size=4" in message
+    assert "6 rows, which is not a multiple of group_size=4" in message
     assert "one of its 2 groups has 2 of 4 rows" in message
     assert "25% of the experts' work is wasted" in message
     assert "per_device_train_batch_size to 4 or 8 " in message
@@ -71,7 +73,7 @@ class TestRuns:
     def test_accumulation_does_not_help(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         (message,) = messages_of_run(tmp_path, caplog, per_device_train_batch_size=2, gradient_accumulation_steps=2)
         assert "has 2 rows" in message
-        assert message.endswith("every micro-batch is mixed by itself.")
+        assert message.endswith("each micro-batch is mixed separately.")
 
     def test_the_batch_that_auto_find_batch_size_found(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         model = MoTForCausalLM(tiny_config())
@@ -105,7 +107,7 @@ class TestRuns:
     ) -> None:
         config = {"mixing": "moe", "inference_mixing": "per_sequence"}
         (message,) = messages_of_run(tmp_path, caplog, config=config)
-        assert "answers in inference_mixing='per_sequence', which it does not learn" in message
+        assert "answers with inference_mixing='per_sequence', which it is not trained for" in message
 
     @pytest.mark.parametrize("config", [{"mixing": "moe"}, {"mlp_layer_types": ["dense"] * 4}])
     def test_where_nothing_is_mixed_nothing_is_said(
@@ -142,7 +144,114 @@ class TestRows:
     )
     def test_advice(self, batch: FirstBatch) -> None:
         (message,) = explain_rows(batch)
-        assert "Call model.set_mixing('per_sequence'), or give both mixing and inference_mixing 'moe'." in message
+        assert "Call model.set_mixing('per_sequence'), or set both mixing and inference_mixing to 'moe'." in message
+
+
+class TestTwoGpus:
+    """DataParallel deals one batch of the data loader out to the GPUs of a process."""
+
+    def messages(
+        self, folder: Path, caplog: pytest.LogCaptureFixture, num_rows: int, *, group_size: int, num_seen: int = 0
+    ) -> list[str]:
+        """What is said of batches of `num_rows`, of which a GPU's copy of the model was seen to run `num_seen`."""
+        model = MoTForCausalLM(tiny_config(group_size=group_size)).train()
+        trainer = make_trainer(model, folder, per_device_train_batch_size=num_rows)
+        trainer.args._n_gpu = 2
+        loader, check = trainer.get_train_dataloader(), GroupSizeCheck()
+        run = (trainer.args, trainer.state, trainer.control)
+        with caplog.at_level(logging.WARNING, logger="mot_hf"):
+            check.on_train_begin(*run, model=model, train_dataloader=loader)
+            batch = next(iter(loader))
+            if num_seen:
+                check.on_step_begin(*run)
+                model(batch["input_ids"][:1].expand(num_seen, -1))
+            check.on_step_end(*run, train_dataloader=loader)
+        return [record.getMessage() for record in caplog.records if record.name.endswith("group_check")]
+
+    def test_full_groups(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        assert self.messages(tmp_path, caplog, 16, group_size=8) == []
+        assert self.messages(tmp_path, caplog, 16, group_size=8, num_seen=8) == []
+
+    @pytest.mark.parametrize(("num_rows", "group_size"), [(16, 16), (32, 32), (8, 8)])
+    def test_a_group_that_the_batch_fills_and_its_half_does_not(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, num_rows: int, group_size: int
+    ) -> None:
+        (message,) = self.messages(tmp_path, caplog, num_rows, group_size=group_size)
+        assert f"batch of one device has {num_rows // 2} rows" in message
+
+    def test_rows_that_are_stacked(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (message,) = self.messages(tmp_path, caplog, 8, group_size=4, num_seen=8)
+        assert "A forward pass has 8 rows for 4 examples" in message
+
+    def test_a_last_batch_is_divided_too(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        # Of 64 rows, the second batch has 24: 12 for each.
+        (message,) = self.messages(tmp_path, caplog, 40, group_size=5)
+        assert "last batch of every epoch has 12 rows" in message
+
+
+def test_batches_that_are_split_over_processes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = MoTForCausalLM(tiny_config()).train()
+    trainer = make_trainer(model, tmp_path, per_device_train_batch_size=12)
+    plain, check = trainer.get_train_dataloader().base_dataloader, GroupSizeCheck()
+    loader = prepare_data_loader(plain, num_processes=2, process_index=0, split_batches=True, put_on_device=False)
+    run = (trainer.args, trainer.state, trainer.control)
+    with caplog.at_level(logging.WARNING, logger="mot_hf"):
+        check.on_train_begin(*run, model=model, train_dataloader=loader)
+        check.on_step_begin(*run)
+        batch = next(iter(loader))
+        assert len(batch["input_ids"]) == 6
+        model(batch["input_ids"])
+        check.on_step_end(*run, train_dataloader=loader)
+    message = next(record.getMessage() for record in caplog.records if record.name.endswith("group_check"))
+    assert "batch of one device has 6 rows" in message
+
+
+@dataclass
+class SFTConfig(TrainingArguments):
+    """Arguments like TRL's: the coefficient of the load-balancing loss, `None` for that of the model."""
+
+    router_aux_loss_coef: float | None = None
+
+
+class TestTrl:
+    @pytest.mark.parametrize("mode", ["cross_example", "per_sequence"])
+    def test_what_its_defaults_add_to_the_loss(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str
+    ) -> None:
+        # The configuration of a model, as TRL's SFTTrainer leaves it.
+        config = tiny_config(mixing=mode, output_router_logits=True, router_aux_loss_coef=0.02)
+        args = SFTConfig(str(tmp_path), report_to="none")
+        (message,) = explain_trl(config, args)
+        assert message.startswith("TRL adds 0.02 times the load-balancing loss")
+        assert f"mixing='{mode}'" in message
+        assert message.endswith("Set router_aux_loss_coef=0.0 in the SFTConfig.")
+        trainer = make_trainer(MoTForCausalLM(config), tmp_path)
+        with caplog.at_level(logging.WARNING, logger="mot_hf"):
+            GroupSizeCheck().on_train_begin(
+                args, trainer.state, trainer.control, model=trainer.model, train_dataloader=None
+            )
+        assert [record.getMessage() for record in caplog.records if record.name.endswith("group_check")] == [message]
+
+    @pytest.mark.parametrize(("own", "added"), [(None, 0.02), (0.5, 0.5)])
+    def test_what_is_added_where_the_configuration_does_not_tell(
+        self, tmp_path: Path, own: float | None, added: float
+    ) -> None:
+        # The configuration of a model, as TRL's DPOTrainer and GRPOTrainer leave it.
+        config = tiny_config(mixing="per_sequence", router_aux_loss_coef=0.02)
+        (message,) = explain_trl(config, SFTConfig(str(tmp_path), router_aux_loss_coef=own))
+        assert message.startswith(f"TRL adds {added} times the load-balancing loss")
+        assert explain_trl(config, SFTConfig(str(tmp_path), router_aux_loss_coef=0.0)) == []
+
+    def test_nothing_is_added_as_advised(self, tmp_path: Path) -> None:
+        config = tiny_config(output_router_logits=False, router_aux_loss_coef=0.0)
+        assert explain_trl(config, SFTConfig(str(tmp_path), router_aux_loss_coef=0.0)) == []
+
+    def test_token_choice_is_to_be_balanced(self, tmp_path: Path) -> None:
+        config = tiny_config(mixing="moe", inference_mixing="moe", output_router_logits=True)
+        assert explain_trl(config, SFTConfig(str(tmp_path))) == []
+
+    def test_other_trainers_add_nothing(self, tmp_path: Path) -> None:
+        assert explain_trl(tiny_config(output_router_logits=True), TrainingArguments(str(tmp_path))) == []
 
 
 class Stacking(Trainer):
@@ -176,12 +285,12 @@ class TestOthersTrainers:
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture, arguments: dict[str, Any]
     ) -> None:
         (message,) = run_stacking(tmp_path, caplog, per_device_train_batch_size=3, **arguments)
-        assert "A forward pass has 6 rows of 3 examples" in message
+        assert "A forward pass has 6 rows for 3 examples" in message
 
     def test_a_reference(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         (message,) = run_stacking(tmp_path, caplog, has_reference=True)
         assert (
-            "answers within a training step, its own or those of a reference, come in mode 'per_sequence'" in message
+            "answers within a training step, its own or those of a reference model, use mode 'per_sequence'" in message
         )
 
     def test_rows_that_are_repeated_are_noticed_in_a_worker_too(
@@ -193,7 +302,7 @@ class TestOthersTrainers:
         with caplog.at_level(logging.WARNING, logger="mot_hf"):
             stock.train()
         (message,) = [record.getMessage() for record in caplog.records if record.name.endswith("group_check")]
-        assert message.startswith("Examples stand in a batch more than once")
+        assert message.startswith("Examples occur more than once in a batch")
 
     def test_an_evaluation_is_no_answer_within_a_step(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         messages = messages_of_run(tmp_path, caplog, eval_on_start=True, eval_strategy="steps", eval_steps=1)

@@ -8,13 +8,13 @@ from numpy.typing import ArrayLike
 
 
 def perplexity(loss: float) -> float:
-    """Turns a loss into the number of equally likely tokens it amounts to.
+    """Turns a loss into the equivalent number of equally likely tokens.
 
     Args:
         loss (`float`): Mean loss in nats per token.
 
     Returns:
-        `float`: The perplexity; infinite where it is too large for a float.
+        `float`: The perplexity; infinite if it is too large for a float.
     """
     try:
         return math.exp(loss)
@@ -28,7 +28,7 @@ def bits_per_byte(loss: float, num_tokens: float, num_bytes: float) -> float:
     Args:
         loss (`float`): Mean loss in nats per predicted token.
         num_tokens (`float`): Number of predicted tokens.
-        num_bytes (`float`): Number of UTF-8 bytes that these tokens stand for.
+        num_bytes (`float`): Number of UTF-8 bytes of these tokens.
 
     Returns:
         `float`: Bits per byte.
@@ -37,19 +37,19 @@ def bits_per_byte(loss: float, num_tokens: float, num_bytes: float) -> float:
         ValueError: If `num_bytes` is not positive.
     """
     if num_bytes < 1:
-        raise ValueError(f"`num_bytes={num_bytes:g}` must be at least 1: the predicted tokens stand for no text.")
+        raise ValueError(f"`num_bytes={num_bytes:g}` must be at least 1: the predicted tokens have no text.")
     return loss * num_tokens / (num_bytes * math.log(2))
 
 
 @dataclass(frozen=True)
 class TokenTotals:
-    """Sums over the predicted tokens of a text; the measures follow from them, with every token counting the same.
+    """Sums over the predicted tokens of a text. The measures follow from them, with equal weight for each token.
 
     Args:
         loss (`float`): Sum of the tokens' losses, in nats.
-        num_correct (`float`): Number of tokens that were the model's most probable one.
+        num_correct (`float`): Number of correctly predicted tokens.
         num_tokens (`float`): Number of predicted tokens.
-        num_bytes (`float`): Number of UTF-8 bytes that these tokens stand for; 0 if unknown.
+        num_bytes (`float`): Number of UTF-8 bytes of these tokens; 0 if unknown.
 
     Raises:
         ValueError: If no token is predicted.
@@ -64,16 +64,16 @@ class TokenTotals:
         if self.num_tokens < 1:
             raise ValueError(
                 f"`num_tokens={self.num_tokens:g}`: no token is predicted. Give rows with labels other than -100, "
-                "and of at least two tokens for a causal model."
+                "with at least two tokens for a causal model."
             )
 
     @classmethod
     def of_rows(cls, rows: ArrayLike) -> "TokenTotals":
-        """Adds up rows, in float64.
+        """Sums rows, in float64.
 
         Args:
-            rows (array of shape `[B, 4]`): The four sums of every row, as [`LanguageModelMetrics.preprocess_logits`]
-                makes them.
+            rows (array of shape `[B, 4]`): The four sums of each row, as returned by
+                [`LanguageModelMetrics.preprocess_logits`].
 
         Returns:
             [`TokenTotals`]: Their sum.
@@ -81,17 +81,17 @@ class TokenTotals:
         return cls(*np.asarray(rows, dtype=np.float64).sum(0).tolist())
 
     def token_loss(self) -> float:
-        """The mean loss in nats per predicted token."""
+        """Computes the mean loss in nats per predicted token."""
         return self.loss / self.num_tokens
 
     def perplexity(self) -> float:
-        """The number of equally likely tokens that the mean loss amounts to."""
+        """Computes the number of equally likely tokens that is equivalent to the mean loss."""
         return perplexity(self.token_loss())
 
     def bits_per_byte(self) -> float:
-        """The loss in bits per byte of the predicted tokens' text; a ValueError if that text is empty or unknown."""
+        """Computes the loss in bits per byte of text; raises a `ValueError` if the text is empty or unknown."""
         return bits_per_byte(self.token_loss(), self.num_tokens, self.num_bytes)
 
     def accuracy(self) -> float:
-        """The share of the predicted tokens that were the model's most probable one."""
+        """Computes the share of tokens for which the most probable prediction is correct."""
         return self.num_correct / self.num_tokens

@@ -1,20 +1,21 @@
-"""Measures of a language model inside the stock `Trainer`, without keeping its logits."""
+"""Measures of a language model in the stock `Trainer`, without keeping the logits."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerFast
 
+from mot_hf.data.tokenizer import token_byte_counts
 from mot_hf.metrics.language_modeling import TokenTotals
 
 IGNORED = -100
 NUM_SUMS = 4
-# Only so many tokens' logits are in memory as float32 at once.
+# number of tokens whose logits are converted to float32 at once
 CHUNK_LENGTH = 512
 
 
 class LanguageModelMetrics:
-    """Token loss, perplexity, bits per byte and accuracy of the predicted tokens, for the stock `Trainer`:
+    """Computes token loss, perplexity, bits per byte and accuracy in the stock `Trainer`:
 
         metrics = LanguageModelMetrics(tokenizer)
         Trainer(
@@ -23,23 +24,22 @@ class LanguageModelMetrics:
             preprocess_logits_for_metrics=metrics.preprocess_logits,
         )
 
-    Every token with a label counts once, however the rows are padded, batched and spread over processes. The trainer's
-    own `eval_loss` differs: it averages the means of the batches, and includes a load-balancing loss. Of a batch only
-    four sums a row are kept.
+    Each token with a label counts once, regardless of padding, batches and processes. The trainer's own `eval_loss`
+    differs: it averages the means of the batches, and includes a load-balancing loss. Only four sums per row are kept.
 
     Args:
         tokenizer ([`PreTrainedTokenizerFast`], *optional*):
-            The byte-level BPE tokenizer of the labels; without it there are no bits per byte.
+            The byte-level BPE tokenizer of the labels. Without it, bits per byte are not computed.
         masked (`bool`, *optional*, defaults to `False`):
-            Whether the logits of a column predict the label of that same column, as in a masked language model, and
-            not that of the next one.
+            Whether the logits of a column predict the label of the same column, as in a masked language model, instead
+            of the next one.
 
     Raises:
         ValueError: If the tokenizer is not byte-level.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast | None = None, *, masked: bool = False) -> None:
-        self.byte_counts = None if tokenizer is None else _byte_counts(tokenizer)
+        self.byte_counts = None if tokenizer is None else token_byte_counts(tokenizer)
         self.masked = masked
         self._sums = torch.zeros(NUM_SUMS, dtype=torch.float64)
 
@@ -49,21 +49,21 @@ class LanguageModelMetrics:
 
         Args:
             logits (`torch.Tensor` of shape `[B, T, V]`, or a `tuple` with it):
-                The logits, or all outputs of the model but its loss.
+                The logits, or all outputs of the model except its loss.
             labels (`torch.Tensor` of shape `[B, T]`):
-                Token ids, -100 where nothing is predicted.
+                Token ids; -100 where nothing is predicted.
 
         Returns:
-            `torch.Tensor` of shape `[B, 4]`: The loss in nats, and the numbers of tokens predicted right, of predicted
-            tokens and of their bytes (0 without a tokenizer), in float32.
+            `torch.Tensor` of shape `[B, 4]`: The loss in nats, and the numbers of correctly predicted tokens, of
+            predicted tokens and of their bytes (0 without a tokenizer), in float32.
 
         Raises:
-            ValueError: If there are no labels, or they do not fit the logits.
+            ValueError: If there are no labels, or they do not match the logits.
         """
         logits = _find_logits(logits)
         if labels is None or labels.shape != logits.shape[:2]:
             raise ValueError(
-                f"`labels` of shape {None if labels is None else list(labels.shape)} do not fit `logits` of shape "
+                f"`labels` of shape {None if labels is None else list(labels.shape)} do not match `logits` of shape "
                 f"{list(logits.shape)}: give every batch labels [B, T], or use a trainer without "
                 "`preprocess_logits_for_metrics`."
             )
@@ -84,21 +84,21 @@ class LanguageModelMetrics:
         return counts * (targets != IGNORED)
 
     def compute_metrics(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        """Turns the sums of all rows into the measures.
+        """Computes the measures from the sums of all rows.
 
         Args:
             prediction (`EvalPrediction`):
-                Its `predictions` are the sums `[num_rows, 4]` that [`~LanguageModelMetrics.preprocess_logits`] made.
+                Its `predictions` are the sums `[num_rows, 4]` from [`~LanguageModelMetrics.preprocess_logits`].
             compute_result (`bool`, *optional*, defaults to `True`):
-                Whether these are the last rows. The trainer sets it with `batch_eval_metrics=True`, where it hands
-                over one batch at a time; make a new instance after an evaluation that was interrupted halfway.
+                Whether these are the last rows. With `batch_eval_metrics=True`, the trainer passes one batch at a time
+                and sets this argument. Make a new instance after an interrupted evaluation.
 
         Returns:
             `dict[str, float]`: `token_loss` (nats per token), `perplexity`, `accuracy` and, with a tokenizer,
             `bits_per_byte`. Empty before the last rows.
 
         Raises:
-            ValueError: If the predictions are no such sums, or no token was predicted.
+            ValueError: If the predictions are not such sums, or no token was predicted.
         """
         # a list of batches with eval_do_concat_batches=False
         batches = prediction.predictions if isinstance(prediction.predictions, list) else [prediction.predictions]
@@ -114,13 +114,6 @@ class LanguageModelMetrics:
             "accuracy": totals.accuracy(),
         }
         return results if self.byte_counts is None else results | {"bits_per_byte": totals.bits_per_byte()}
-
-
-def _byte_counts(tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    # mot_hf.data.corpus needs `datasets`, which is not installed everywhere
-    from mot_hf.data.tokenizer import token_byte_counts
-
-    return token_byte_counts(tokenizer)
 
 
 def _find_logits(outputs: Tensor | tuple) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import evaluate
@@ -141,9 +142,9 @@ def test_logits_are_found_among_other_outputs() -> None:
 def test_labels_that_do_not_fit_are_refused() -> None:
     logits, labels = random_batch(2, 5, 11, seed=0)
     for wrong in (None, labels[:, 1:], labels[:, 0]):
-        with pytest.raises(ValueError, match=r"`labels` of shape .* do not fit `logits` of shape \[2, 5, 11\]"):
+        with pytest.raises(ValueError, match=r"`labels` of shape .* do not match `logits` of shape \[2, 5, 11\]"):
             LanguageModelMetrics().preprocess_logits(logits, wrong)
-    with pytest.raises(ValueError, match=r"`labels` of shape \[2\] do not fit `logits` of shape \[2, 5\]"):
+    with pytest.raises(ValueError, match=r"`labels` of shape \[2\] do not match `logits` of shape \[2, 5\]"):
         LanguageModelMetrics().preprocess_logits((logits[..., 0], logits[..., 1]), labels[:, 0])
 
 
@@ -184,10 +185,20 @@ def test_modules_of_evaluate_agree(name: str, keep_in_memory: bool) -> None:
 
 
 def test_modules_of_evaluate_can_be_combined() -> None:
-    combined = evaluate.combine([load_metric(name) for name in METRICS])
+    metrics = [load_metric(name) for name in METRICS]
+    combined = evaluate.combine(metrics)
     for rows in ROWS.split(1):
         combined.add_batch(predictions=rows)
+    assert len({metric.cache_file_name for metric in metrics}) == len(METRICS)
     assert combined.compute() == pytest.approx(RESULTS)
+
+
+def test_combined_modules_have_names_and_folders_of_their_own(tmp_path: Path) -> None:
+    # with an `experiment_id`, several processes find their files by these folders
+    metrics = [load_metric(name, cache_dir=str(tmp_path), experiment_id="run") for name in METRICS]
+    assert len({metric.data_dir for metric in metrics}) == len(METRICS)
+    results = evaluate.combine(metrics, force_prefix=True).compute(predictions=ROWS)
+    assert results == pytest.approx({f"{name}_{name}": value for name, value in RESULTS.items()})
 
 
 def test_modules_of_evaluate_refuse_other_inputs() -> None:
@@ -196,7 +207,7 @@ def test_modules_of_evaluate_refuse_other_inputs() -> None:
 
 
 def test_an_unknown_measure_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"`name='bleu'` is no measure: use one of accuracy, .*token_loss"):
+    with pytest.raises(ValueError, match=r"`name='bleu'` is not a measure: use one of accuracy, .*token_loss"):
         load_metric("bleu")
 
 

@@ -1,1 +1,0 @@
-"""The loss in bits per byte."""

@@ -1,1 +1,0 @@
-"""The mean loss in nats per token."""

@@ -32,8 +32,9 @@ test test-fast test-oldest test-newest: export OMP_NUM_THREADS := 1
 # Without it, or before `make llama-cpp`, the tests with llama.cpp are skipped.
 test: export LLAMA_CPP_SOURCE ?= $(abspath $(LLAMA_CPP)/vendor/llama.cpp)
 
-test: $(VENV)/.dev  ## run all tests (ARGS="-k layer")
-	$(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+# A part of the tests covers a part of the lines, so only all of them are held to the floor.
+test: $(VENV)/.dev  ## run all tests and measure their coverage, or some without (ARGS="-k layer")
+	$(VENV)/bin/python -m pytest -n $(WORKERS) $(if $(ARGS),$(ARGS),--cov)
 
 test-fast: $(VENV)/.dev  ## run the tests that are not marked slow
 	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
@@ -69,7 +70,7 @@ bench: $(VENV)/.dev  ## measure speed and memory on this CPU; an hour, close oth
 		--output_dir scripts/benchmarks/train_step/results/cpu
 	$(VENV)/bin/python -m scripts.benchmarks.optimizer.run --output_dir scripts/benchmarks/optimizer/results/cpu
 
-bench-gpu: $(VENV)/.dev  ## the same on a GPU, and the comparisons of scripts/benchmarks/headline/results and scripts/benchmarks/precision/results
+bench-gpu: $(VENV)/.dev  ## the same on a GPU, and the comparisons of headline and precision
 	$(VENV)/bin/python -m scripts.benchmarks.layer.run $(ON_GPU) --num_tokens 16384 65536 \
 		--output_dir scripts/benchmarks/layer/results/gpu_eager
 	$(VENV)/bin/python -m scripts.benchmarks.layer.run $(ON_GPU) --num_tokens 16384 65536 --torch_compile true \
@@ -81,12 +82,11 @@ bench-gpu: $(VENV)/.dev  ## the same on a GPU, and the comparisons of scripts/be
 	$(VENV)/bin/python -m scripts.benchmarks.optimizer.run --device cuda --bf16 true --hidden_size 1024 \
 		--intermediate_size 2816 --num_rows 128 --step_rows 128 512 2048 --output_dir scripts/benchmarks/optimizer/results/gpu
 	$(VENV)/bin/python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/gpu.yaml
-	$(VENV)/bin/python -m scripts.benchmarks.precision.run scripts/benchmarks/headline/recipes/gpu.yaml --max_steps 1500 \
-		--output_dir scripts/benchmarks/precision/results/gpu --architectures dense mot qwen3_moe --learning_rates 4e-3 4e-3 4e-3
+	$(VENV)/bin/python -m scripts.benchmarks.precision.run scripts/benchmarks/precision/recipes/gpu.yaml
 
 # With the Python that is there, and no network: WHEELS names a folder with what that Python lacks.
 gpu-check:  ## check and measure on one GPU in eight minutes (WHEELS=folder ARGS="...")
-	$(PYTHON) scripts/benchmarks/gpu/run.py $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
+	$(PYTHON) -m scripts.benchmarks.gpu.run $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 quality: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 quality: $(VENV)/.dev .typings/mot_hf/modeling  ## lint, check the format and the types

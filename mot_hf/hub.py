@@ -22,7 +22,7 @@ from mot_hf.version import __version__
 logger = logging.getLogger(__name__)
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?(\.calibrated-[0-9a-f]{8})?\.safetensors(\.index\.json)?")
-# What httpx raises where there is no answer, whichever of its versions huggingface_hub uses.
+# httpx raises this if there is no answer, in whichever version huggingface_hub uses.
 _NoAnswerError = HfHubHTTPError.__bases__[0]
 
 
@@ -34,28 +34,28 @@ def push_model(
     revision: str | None = None,
     message: str | None = None,
 ) -> str:
-    """Uploads a MoT model with its code, its card and, if there is one, its tokenizer, in one commit.
+    """Uploads a MoT model with its code, card and, if it has one, its tokenizer, in one commit.
 
-    Nothing is seen on the Hub before all of it is there, and an upload that is repeated does not send again what had
-    arrived. Weights of an earlier model that the new one has not are removed. Only files of the model go up, see
-    [`list_files`]; what else lies in the folder (checkpoints, logs, optimizer states, hidden files) is named in the
-    log. `model_dir` is not changed: a card or code that is missing there is made for the upload.
+    Nothing shows up on the Hub until everything has arrived, and a repeated upload does not send again what arrived
+    before. Weight files of an earlier model that the new one does not use are deleted. Only the model's own files are
+    uploaded, see [`list_files`]; the log names everything else in the folder (checkpoints, logs, optimizer states,
+    hidden files). `model_dir` does not change: a missing card or missing code is made for the upload.
 
     Args:
         model_dir (`str` or `os.PathLike`): Folder of the model.
         repo_id (`str`): Name on the Hub, such as `"me/my-model"`.
-        private (`bool`, *optional*, defaults to `False`): Whether only you can see it, if it is new. Otherwise your
-            account's setting for new models decides.
-        revision (`str`, *optional*): Branch to upload to, made if it does not exist. Defaults to the main branch.
-        message (`str`, *optional*): Message of the commit.
+        private (`bool`, *optional*, defaults to `False`): Whether to create the repository as private. By default
+            your account's setting for new repositories decides.
+        revision (`str`, *optional*): Branch to upload to, created if it does not exist. Defaults to the main branch.
+        message (`str`, *optional*): Commit message.
 
     Returns:
-        `str`: The model's address.
+        `str`: The URL of the model.
 
     Raises:
-        OSError: A file of the model is missing, or the Hub cannot be reached or refuses.
-        ValueError: The folder holds no complete MoT model, its files name code of others or lead out of the folder,
-            or `repo_id` is no name on the Hub.
+        OSError: A file of the model is missing, the Hub cannot be reached, or it refuses the upload.
+        ValueError: The folder holds no complete MoT model, its files name other people's code or lead out of the
+            folder, or `repo_id` is not a valid name.
     """
     saved = read_model(model_dir)
     own_files = list_files(saved)
@@ -81,14 +81,14 @@ def push_model(
 
 
 def _tell_others(folder: Path, files: Mapping[str, Path]) -> None:
-    """Say what is not uploaded, and what is that somebody should have looked at."""
+    """Log what is not uploaded, and which uploaded code someone should check."""
     if others := list_others(folder, {*files, *CODE_FILES}):
-        logger.warning("Not uploaded from %s, as it is no part of the model: %s.", folder, name_some(others))
+        logger.warning("Not uploaded from %s, because it is not part of the model: %s.", folder, name_some(others))
     code = find_code(folder)
     if changed := find_changed_code(folder, code or ()):
         logger.warning(
-            "The code in %s is not that of mot_hf %s (%s), and is uploaded as it is. If you have not changed it, and "
-            "no other version has saved the model, delete these files: the right ones are uploaded then.",
+            "The code in %s differs from that of mot_hf %s (%s), and is uploaded as it is. If you did not change it, "
+            "and no other version saved the model, delete these files; the upload then contains the right ones.",
             folder,
             __version__,
             name_some(changed),
@@ -96,7 +96,7 @@ def _tell_others(folder: Path, files: Mapping[str, Path]) -> None:
 
 
 def _make_missing_files(saved: SavedModel, files: Mapping[str, Path], folder: Path, repo_id: str) -> dict[str, Path]:
-    """Make in `folder` what the model lacks: the code with the names of all heads, and a card with its new address."""
+    """Make what the model lacks in `folder`: the code with the names of all heads, and a card with its new address."""
     model_dir, auto_map = saved.reader.folder, saved.reader.config.get("auto_map") or {}
     has_code = find_code(model_dir) is not None
     if not (has_code and isinstance(auto_map, dict) and auto_map.items() >= AUTO_MAP.items()):
@@ -113,8 +113,8 @@ def _make_missing_files(saved: SavedModel, files: Mapping[str, Path], folder: Pa
 
 @contextmanager
 def _explain_failures(repo_id: str) -> Iterator[None]:
-    """Say what can be done about what the Hub answers, or about no answer."""
-    again = "Repeat the command: what has arrived is not sent again, and nobody sees it until all of it is there."
+    """Say what to do about an error of the Hub, or about no answer."""
+    again = "Repeat the command: what has arrived is not sent again, and nothing is visible until all of it is there."
     try:
         yield
     except HfHubHTTPError as error:

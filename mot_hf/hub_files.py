@@ -1,4 +1,4 @@
-"""What of a model's folder belongs on the Hugging Face Hub, and whose code comes with it."""
+"""Which files of a model's folder belong on the Hugging Face Hub, and whose code comes with them."""
 
 import json
 import re
@@ -31,18 +31,18 @@ _WITH_CODE = ("config.json", "generation_config.json", "tokenizer_config.json")
 def list_files(saved: SavedModel) -> dict[str, Path]:
     """Lists the files of a model's folder that belong to the model.
 
-    These are weights, configuration, tokenizer, code, card, license, the report of the training run, and pictures and
+    These are weights, configuration, tokenizer, code, card, license, the training report, and the pictures and
     documents that the card links to.
 
     Args:
         saved ([`SavedModel`]): The model.
 
     Returns:
-        `dict[str, Path]`: The files by their names in the folder.
+        `dict[str, Path]`: The files by name.
 
     Raises:
-        OSError: A name of these is that of a folder, a pipe or a broken link.
-        ValueError: A file is a link out of the folder, or names code that is not the model's.
+        OSError: One of these names is a folder, a pipe or a broken link.
+        ValueError: A file links out of the folder, or names code that is not the model's.
     """
     folder = saved.reader.folder
     _check_named_code(folder)
@@ -60,14 +60,14 @@ def list_files(saved: SavedModel) -> dict[str, Path]:
 
 
 def list_others(folder: Path, names: Collection[str]) -> list[str]:
-    """Lists what a folder holds besides some files.
+    """Lists what else a folder contains besides some files.
 
     Args:
         folder (`Path`): The folder.
         names (`Collection[str]`): Names of the files.
 
     Returns:
-        `list[str]`: The other files and folders; single files of a folder that holds some of `names`.
+        `list[str]`: The other files and folders. Of a folder with some of `names` in it, single files.
     """
     partly = {name.split("/")[0] for name in names if "/" in name}
     others = []
@@ -81,7 +81,7 @@ def list_others(folder: Path, names: Collection[str]) -> list[str]:
 
 
 def find_code(folder: Path) -> set[str] | None:
-    """Finds the code files in a model's folder: those of all heads, and what they import from beside them.
+    """Finds the code files in a model's folder: those of all heads, and the files beside them that they import.
 
     Args:
         folder (`Path`): The folder.
@@ -90,8 +90,8 @@ def find_code(folder: Path) -> set[str] | None:
         `set[str]` or `None`: Their names; `None` if one is missing.
 
     Raises:
-        OSError: A name of these is that of a folder, a pipe or a broken link.
-        ValueError: One is a link out of the folder, or imports something that does not lie beside it.
+        OSError: One of these names is a folder, a pipe or a broken link.
+        ValueError: One links out of the folder, or imports something that is not beside it.
     """
     found, waiting = set(), set(_MAIN_CODE)
     while waiting:
@@ -104,21 +104,21 @@ def find_code(folder: Path) -> set[str] | None:
         foreign = [module for module in imported if not module.isidentifier()]
         if foreign:
             raise ValueError(
-                f"{str(path)!r} imports {foreign[0]!r}, which is no file beside it and cannot go with it."
+                f"{str(path)!r} imports {foreign[0]!r}, which is not a file beside it and cannot be uploaded with it."
             )
         waiting |= {f"{module}.py" for module in imported} - found
     return found
 
 
 def find_changed_code(folder: Path, names: Collection[str]) -> list[str]:
-    """Finds code files that are not this package's own.
+    """Finds code files that differ from this package's own.
 
     Args:
         folder (`Path`): The model's folder.
         names (`Collection[str]`): Names of the code files there.
 
     Returns:
-        `list[str]`: Those that differ, or that this package has not.
+        `list[str]`: Files that differ, or that this package does not have.
     """
     own = {name: (CODE_FOLDER / name).read_bytes() for name in CODE_FILES}
     return [name for name in sorted(names) if (folder / name).read_bytes() != own.get(name)]
@@ -135,7 +135,7 @@ def _list_weights(folder: Path) -> set[str]:
 
 
 def _find_links(card: Path) -> set[str]:
-    """Pictures and documents in the card's folder that it links to."""
+    """Pictures and documents in its folder that the card links to."""
     text = card.read_text(encoding="utf-8", errors="replace")
     targets = [unquote(re.split(r"[?#]", link or other)[0]) for link, other in _LINKS.findall(text)]
     paths = [PurePosixPath(target) for target in targets if ":" not in target and "\0" not in target]
@@ -147,15 +147,15 @@ def _find_links(card: Path) -> set[str]:
 
 
 def _check_named_code(folder: Path) -> None:
-    """Refuse configurations by which others would run code of another repository, or that is not uploaded."""
+    """Refuse configurations that make users run code of another repository, or code that is not uploaded."""
     for file in _WITH_CODE:
         path = find_file(folder, file)
         for field, value in _list_named_code(read_object(path)) if path else ():
             module, _, name = value.partition(".") if isinstance(value, str) else ("", "", "")
             if f"{module}.py" not in _MAIN_CODE or not name.isidentifier():
                 raise ValueError(
-                    f"{str(path)!r} names {value!r} in `{field}`, which is not this model's code, and those who load "
-                    f"the model would run it. Remove `{field}` from the file: the upload gets the right one."
+                    f"{str(path)!r} names {value!r} in `{field}`. This is not the model's own code, and whoever "
+                    f"loads the model would run it. Remove `{field}` from the file; the upload adds the right one."
                 )
 
 

@@ -21,7 +21,7 @@ from mot_hf.modeling import (
     MoTModel,
 )
 
-# The model class of each Auto class, and the table in which transformers looks its name up.
+# The model class of each Auto class, and the table where transformers looks up its name.
 AUTO_CLASSES = {
     AutoModel: (MoTModel, modeling_auto.MODEL_MAPPING_NAMES),
     AutoModelForCausalLM: (MoTForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -42,10 +42,10 @@ AUTO_CLASSES = {
 
 
 def register() -> None:
-    """Make the Auto classes know the model type `"mot"`, and checkpoints carry the code of the models."""
+    """Registers the model type `"mot"` with the Auto classes, and includes the code of the models in checkpoints."""
     AutoConfig.register(MoTConfig.model_type, MoTConfig, exist_ok=True)
     MoTConfig.register_for_auto_class()
     for auto_class, (model_class, names) in AUTO_CLASSES.items():
         auto_class.register(MoTConfig, model_class, exist_ok=True)
-        # Label smoothing in Trainer, the pipelines and model cards look classes up by name in these tables.
+        # Label smoothing in Trainer, the pipelines and model cards look up classes by name in these tables.
         names[MoTConfig.model_type] = model_class.__name__

@@ -1,6 +1,6 @@
-"""Guards around `transformers serve`: requests that would end or hold up the server are refused before they reach it.
+"""Guards around `transformers serve`: requests that would stop or block the server are refused before they reach it.
 
-The server itself is transformers': it is given its own parts back with checks before four of their methods.
+The server itself is that of transformers, with checks before four of its methods.
 """
 
 import functools
@@ -22,14 +22,14 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 2 * 2**20  # more than a prompt of 100,000 tokens in any script
 
-# What holds the prompt of a request, by the server's handler for it.
+# The field with the prompt of a request, by the server's handler.
 _PROMPTS = {"chat_handler": "messages", "completion_handler": "prompt", "response_handler": "input"}
 _LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _OBJECTS = ("logit_bias", "chat_template_kwargs")
 _NUMBERS = ("temperature", "top_p", "frequency_penalty")
 _UPLOADS = "/v1/audio/"  # recordings are larger than texts
 
-# The field in which the request asks for a number of new tokens, if it does.
+# The field in which the request asks for a number of new tokens, if it has one.
 _asked_length: ContextVar[str | None] = ContextVar("asked_length", default=None)
 
 Message = MutableMapping[str, Any]
@@ -38,12 +38,12 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class RequestError(Exception):
-    """A request that is refused, with OpenAI's words for why.
+    """A request that is refused, with the reason in OpenAI's terms.
 
     Args:
         message (`str`): What is wrong, and what to do.
-        param (`str`, *optional*): Field of the request that is wrong.
-        code (`str`, *optional*): OpenAI's name of the error.
+        param (`str`, *optional*): The wrong field of the request.
+        code (`str`, *optional*): OpenAI's name for the error.
         status (`int`, *optional*, defaults to 400): HTTP status.
     """
 
@@ -53,11 +53,11 @@ class RequestError(Exception):
 
 
 def guard_server() -> None:
-    """Makes `transformers serve` refuse what would end it; call it before the server is started.
+    """Makes `transformers serve` refuse requests that would stop it. Call it before you start the server.
 
     Bodies of more than [`MAX_BODY_BYTES`] are refused unread (HTTP 413), and with HTTP 400 and the reason: an empty
-    prompt, one that with its answer is longer than the model or the cache of continuous batching holds, fields of a
-    wrong type, and what a chat template or the tokenizer refuses. A model that is not there is HTTP 404.
+    prompt, a prompt that is too long together with its answer for the model or the cache of continuous batching,
+    fields of a wrong type, and whatever a chat template or the tokenizer refuses. A missing model is HTTP 404.
     """
     server = importlib.import_module("transformers.cli.serving.server")
     build_server = server.build_server
@@ -75,7 +75,7 @@ def guard_server() -> None:
 
 
 def _guard(part: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace a method of one object; not every version of transformers need have it."""
+    """Replace a method of one object; some versions of transformers may lack it."""
     method = getattr(part, name, None)
     if method is None:
         logger.warning("%s has no %s: some requests may end the server.", type(part).__name__, name)
@@ -89,7 +89,7 @@ def _guard_app(app: Any) -> Any:
     async def answer(request: "Request", error: Exception) -> "JSONResponse":
         return to_response(error if isinstance(error, RequestError) else RequestError(str(error)))
 
-    # Transformers and the tokenizer say by ValueError what they cannot take, chat templates by their own error.
+    # Transformers and the tokenizer raise ValueError for what they cannot take, chat templates an error of their own.
     for kind in (RequestError, ValueError, TemplateError):
         app.add_exception_handler(kind, answer)
     app.add_middleware(BodyLimit)
@@ -97,7 +97,7 @@ def _guard_app(app: Any) -> Any:
 
 
 def to_response(error: RequestError) -> "JSONResponse":
-    """The answer to a request that is refused, in OpenAI's format.
+    """Makes the answer to a refused request, in OpenAI's format.
 
     Args:
         error ([`RequestError`]): Why.
@@ -112,7 +112,7 @@ def to_response(error: RequestError) -> "JSONResponse":
 
 
 class BodyLimit:
-    """Middleware that reads a request's body, and refuses it where it is too long.
+    """Middleware that reads a request's body and refuses it if it is too long.
 
     Args:
         app (`Callable`): The ASGI application.
@@ -200,7 +200,7 @@ def _refusing_messages(convert: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return convert(*args)
         except (AttributeError, KeyError, TypeError) as error:
-            raise RequestError(f"The messages are not as OpenAI's API has them: {error!r}.") from error
+            raise RequestError(f"The messages do not follow OpenAI's API: {error!r}.") from error
 
     return check
 
@@ -239,7 +239,7 @@ def check_fields(body: dict[str, Any], prompt_name: str) -> None:
 
 
 def check_text(body: dict[str, Any], prompt_name: str, model: "PreTrainedModel", processor: Any) -> None:
-    """Refuses a text before it is tokenized: one that no tokens can spell, or so long that it cannot fit.
+    """Refuses a text before it is tokenized, if no tokens can spell it or it is too long to fit.
 
     Args:
         body (`dict`): The request.
@@ -258,10 +258,10 @@ def check_text(body: dict[str, Any], prompt_name: str, model: "PreTrainedModel",
         )
     texts = [*_find_texts(body[prompt_name]), *_find_texts(body.get("instructions"))]
     if any("\ud800" <= char <= "\udfff" for text in texts for char in text if not char.isascii()):
-        raise RequestError("The text holds half a character (a lone surrogate).", prompt_name)
+        raise RequestError("The text contains half a character (a lone surrogate).", prompt_name)
     limit = _find_position_limit(model)
     num_chars = sum(map(len, texts))
-    # A token is at least a character, so most texts need no look at the vocabulary.
+    # A token has at least one character, so most texts need no look at the vocabulary.
     if limit is None or num_chars <= limit:
         return
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -286,7 +286,7 @@ def _guarding_manager(get_manager: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _GuardedManager:
-    """A manager of generations that looks at a tokenized prompt first."""
+    """A generation manager that checks the tokenized prompt first."""
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager
@@ -295,7 +295,7 @@ class _GuardedManager:
         return getattr(self._manager, name)
 
     def init_cb(self, model: "PreTrainedModel", gen_config: "GenerationConfig") -> None:
-        """Put off: the worker keeps the settings of the first request, which should not be one that is refused."""
+        """Wait: the worker keeps the settings of the first request, which must not be one that is refused."""
 
     def generate_streaming(
         self, model: "PreTrainedModel", processor: Any, inputs: dict[str, Any], gen_config: Any, **kwargs: Any
@@ -313,14 +313,14 @@ class _GuardedManager:
         ids = inputs["input_ids"]  # a list for continuous batching, else [1, T]
         num_tokens = len(ids) if isinstance(ids, list) else ids.shape[-1]
         check_length(num_tokens, gen_config, _find_position_limit(model), "positions of the model")
-        _check((gen_config.num_return_sequences or 1) == 1, "One answer is given to a request.", "generation_config")
+        _check((gen_config.num_return_sequences or 1) == 1, "A request gets one answer.", "generation_config")
         self._manager.init_cb(model, gen_config)
         cache_limit = _find_cache_limit(getattr(self._manager, "_cb", None))
         check_length(num_tokens, gen_config, cache_limit, "tokens that the server's cache holds")
 
 
 def check_length(num_tokens: int, gen_config: "GenerationConfig", limit: int | None, holder: str) -> None:
-    """Refuses a prompt that is empty or with its answer too long; an answer whose length nobody asked for is cut.
+    """Refuses a prompt that is empty, or too long together with its answer; cuts an answer of no requested length.
 
     Args:
         num_tokens (`int`): Tokens of the prompt.
@@ -350,7 +350,7 @@ def _find_position_limit(model: "PreTrainedModel") -> int | None:
 
 
 def _find_cache_limit(manager: Any) -> int | None:
-    """Tokens that continuous batching can hold for one request; None without it, or when its worker has ended."""
+    """Tokens of one request that continuous batching has room for; None without it, or if its worker has ended."""
     if manager is None:
         return None
     while getattr(manager, "batch_processor", None) is None:  # the first request comes before its cache is made
@@ -359,7 +359,7 @@ def _find_cache_limit(manager: Any) -> int | None:
         time.sleep(0.01)
     cache = manager.batch_processor.cache
     num_tokens = getattr(cache, "max_tokens_read", None) or cache.num_pages  # the latter before transformers 5.24
-    # A request may hold a block more than it fills.
+    # A request may occupy one block more than it fills.
     return num_tokens - num_tokens // cache.num_blocks
 
 
@@ -373,5 +373,5 @@ def _check(holds: Any, message: str, param: str | None = None) -> None:
 
 
 def _refuse_length(size: str, limit: str, param: str | None = None) -> NoReturn:
-    reason = f"The prompt {size} too long for {limit}, which are for prompt and answer together."
+    reason = f"The prompt {size} too long for {limit}, which prompt and answer share."
     raise RequestError(reason, param, "context_length_exceeded")

@@ -1,4 +1,4 @@
-"""How large a model is."""
+"""Counts the parameters and FLOPs of a model."""
 
 from typing import NamedTuple
 
@@ -13,10 +13,10 @@ class ModelSize(NamedTuple):
     """Numbers of parameters of a model.
 
     Args:
-        total (`int`): All parameters; tied ones count once.
-        active (`int`): Those that one token uses in modes `per_sequence` and `moe`: all but the experts that are not
-            selected. In mode `cross_example` a token's share of the experts' work is `num_experts / group_size`
-            experts, the same at the default `num_experts_per_tok`.
+        total (`int`): All parameters; tied ones are counted once.
+        active (`int`): Parameters that one token uses in modes `per_sequence` and `moe`: all except the experts that
+            are not selected. In mode `cross_example`, a token's share of the experts' work is
+            `num_experts / group_size` experts, which is the same at the default `num_experts_per_tok`.
     """
 
     total: int
@@ -27,7 +27,7 @@ def count_parameters(model: MoTPreTrainedModel) -> ModelSize:
     """Counts the parameters of a MoT model, with or without a head.
 
     Args:
-        model ([`MoTPreTrainedModel`]): The model, on any device, the meta device included.
+        model ([`MoTPreTrainedModel`]): The model, on any device, including the meta device.
 
     Returns:
         [`ModelSize`]: Total and active parameters.
@@ -46,22 +46,22 @@ def count_parameters(model: MoTPreTrainedModel) -> ModelSize:
 
 @torch.no_grad()
 def count_flops(model: MoTPreTrainedModel, num_columns: int) -> float:
-    """Counts the FLOPs of the forward pass for a token in mode `cross_example`; training takes three times as many.
+    """Counts the FLOPs per token of a forward pass in mode `cross_example`. Training takes three times as many.
 
     Args:
-        model ([`MoTPreTrainedModel`]): The model, best on the meta device: nothing is computed there.
-        num_columns (`int`): Tokens T of a row, which attention depends on.
+        model ([`MoTPreTrainedModel`]): The model, preferably on the meta device, where nothing is computed.
+        num_columns (`int`): Number of tokens T in a row, which affects attention.
 
     Returns:
-        `float`: Floating-point operations per token, a multiplication and an addition counted as two.
+        `float`: Floating-point operations per token; a multiplication and an addition count as two.
     """
     for module in model.modules():
-        # Some types look at the positions, which have no values there; they multiply as much as the plain one.
+        # Some types read the positions, which have no values on meta; the default type takes as many FLOPs.
         if hasattr(module, "rope_type") and model.device.type == "meta":
             module.rope_type = "default"
     num_rows, device = model.config.group_size, model.device
     ids = torch.zeros(num_rows, num_columns, dtype=torch.long, device=device)
-    # A mask for attention alone: transformers would look at the data for other ones, and there may be none.
+    # A 4-D mask for attention: for other masks transformers would read the data, and on meta there is none.
     mask = torch.zeros(num_rows, 1, num_columns, num_columns, dtype=torch.bool, device=device)
     with FlopCounterMode(display=False) as counter:
         model(ids, attention_mask=mask, mixing="cross_example")

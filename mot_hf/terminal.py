@@ -1,4 +1,4 @@
-"""What comes from files of others and is shown: no character of it may act on the terminal."""
+"""Makes text from files of others safe to show, so that no character in it controls the terminal."""
 
 import logging
 import warnings
@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_LONGEST = 2000  # characters of a message of one line
+_LONGEST = 2000  # characters of a one-line message
 
 
 def clean(text: str) -> str:
-    r"""Makes text that can be printed: escape sequences and other invisible characters become visible.
+    r"""Makes text printable: escape sequences and other invisible characters become visible.
 
     Args:
         text (`str`): Any text.
 
     Returns:
-        `str`: The text, with an escape such as `\x1b` for every character without a shape, but for line ends and tabs.
+        `str`: The text, with an escape such as `\x1b` for each unprintable character except line ends and tabs.
     """
     return "".join(map(_show, text))
 
@@ -28,13 +28,13 @@ def _show(character: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Makes text that can be printed on one line.
+    """Makes text printable on one line.
 
     Args:
         text (`str`): Any text.
 
     Returns:
-        `str`: The text of [`clean`], its lines joined, and shortened where it is absurdly long.
+        `str`: The text from [`clean`], with its lines joined, and shortened if it is absurdly long.
     """
     line = clean(" ".join(part for line in text.split("\n") if (part := line.strip())).replace("\t", " "))
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ... ({len(line):,} characters)"
@@ -42,7 +42,7 @@ def one_line(text: str) -> str:
 
 @contextmanager
 def clean_messages() -> Iterator[None]:
-    """Lets what is logged and warned of in this process pass [`clean`] before any handler gets it."""
+    """Applies [`clean`] to the log messages and warnings of this process, before any handler receives them."""
     make_record, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
 
     def make_clean_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
@@ -67,7 +67,7 @@ def clean_messages() -> Iterator[None]:
 
 
 def _clean_argument(argument: Any) -> Any:
-    """The argument itself where nothing is wrong with it: its format may want a number."""
+    """Clean an argument of a message; if there is nothing to clean, it keeps its type, as its format may need."""
     text = str(argument)
     cleaned = clean(text)
     return argument if cleaned == text else cleaned

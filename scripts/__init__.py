@@ -1,1 +1,1 @@
-"""The verbs of users, and the benchmarks."""
+"""Scripts for users, and the benchmarks."""

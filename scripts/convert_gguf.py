@@ -1,11 +1,11 @@
-r"""Convert an exported model to GGUF with llama.cpp's own converter, from a folder of llama.cpp's source.
+r"""Convert an exported model to GGUF with the converter from llama.cpp's source folder.
 
     mot export runs/moe runs/qwen3_moe
     python scripts/convert_gguf.py --llama_cpp llama.cpp --model_dir runs/qwen3_moe --output runs/moe.gguf
 
-The converter asks by which rule a tokenizer cuts a text into words, and answers that itself from the ids that it gives
-to a test text, so only for published tokenizers. Those of mot_hf.data.tokenizer cut by GPT-2's rule, and this script
-says so; all else is the converter's.
+The converter must know the rule by which a tokenizer splits text into words. It recognises published tokenizers by the
+ids of a test text. The tokenizers of mot_hf.data.tokenizer use GPT-2's rule, and this script tells the converter so.
+The converter does everything else.
 """
 
 import json
@@ -22,23 +22,25 @@ GPT2_RULE = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 @dataclass
 class Arguments:
-    """What to convert, with what, and where to."""
+    """The model to convert, the converter and the output."""
 
     llama_cpp: str = field(metadata={"help": "folder of llama.cpp's source, with convert_hf_to_gguf.py"})
-    model_dir: str = field(metadata={"help": "folder of a model that llama.cpp knows, such as Qwen3-MoE"})
-    output: str = field(metadata={"help": "file to write, .gguf"})
-    outtype: str = field(default="auto", metadata={"help": "precision: f32, f16, bf16, q8_0, or that of the weights"})
+    model_dir: str = field(metadata={"help": "folder of a model that llama.cpp supports, such as Qwen3-MoE"})
+    output: str = field(metadata={"help": "GGUF file to write"})
+    outtype: str = field(
+        default="auto", metadata={"help": "f32, f16, bf16 or q8_0; auto keeps the precision of the weights"}
+    )
 
 
 def cuts_like_gpt2(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether a tokenizer cuts a text into words by GPT-2's rule, and changes nothing before that."""
+    """Check whether a tokenizer splits text into words by GPT-2's rule, without changing the text first."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     rule = {name: value for name, value in (state["pre_tokenizer"] or {}).items() if name != "trim_offsets"}
     return state["model"]["type"] == "BPE" and state["normalizer"] is None and rule == GPT2_RULE
 
 
 def answer_for_own_tokenizers(converter: type) -> None:
-    """Let the converter take every tokenizer that cuts like GPT-2's."""
+    """Make the converter accept every tokenizer that splits text like GPT-2's."""
     recognise = converter.get_vocab_base_pre
 
     def get_vocab_base_pre(self: object, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -51,7 +53,7 @@ def main(args: Arguments) -> None:
     """Run the converter as its own command would."""
     script = Path(args.llama_cpp) / "convert_hf_to_gguf.py"
     if not script.is_file():
-        raise OSError(f"`llama_cpp={args.llama_cpp!r}` holds no {script.name}: name the folder of llama.cpp's source.")
+        raise OSError(f"`llama_cpp={args.llama_cpp!r}` has no {script.name}: give the folder of llama.cpp's source.")
     sys.path.insert(0, str(script.parent.resolve()))
     answer_for_own_tokenizers(import_module("conversion.base").TextModel)
     sys.argv = [str(script), args.model_dir, "--outfile", args.output, "--outtype", args.outtype]

@@ -1,6 +1,7 @@
 """Train a small causal MoT model on Python source code, compare the mixing modes, and generate from it.
 
-The text is the standard library of the running interpreter: nothing is downloaded. Takes a few minutes on 2 cores.
+The text is the standard library of the running interpreter, so nothing is downloaded. The demo takes a few minutes on
+2 cores.
 
     python scripts/demo.py
     python scripts/demo.py --output_dir runs/longer --max_steps 2000
@@ -42,23 +43,23 @@ PROMPTS = ("def __init__(self,", "import os\nimport sys\n\n", "    for key, valu
 
 @dataclass
 class DemoArguments:
-    """What the demo lets you change."""
+    """Settings of the demo."""
 
     output_dir: str = field(
-        default="runs/demo", metadata={"help": "folder for checkpoints, the model and the results"}
+        default="runs/demo", metadata={"help": "folder for the checkpoints, the model and the results"}
     )
-    max_steps: int = field(default=1000, metadata={"help": "training steps of 32 rows"})
+    max_steps: int = field(default=1000, metadata={"help": "number of training steps, with 32 rows each"})
     num_experts: int = field(
-        default=32, metadata={"help": "experts of a MoT layer, of 32 times the dense width in all"}
+        default=32, metadata={"help": "experts of each MoT layer, with 32 times the dense width in total"}
     )
-    vocab_size: int = field(default=2048, metadata={"help": "size of the tokenizer"})
-    block_length: int = field(default=64, metadata={"help": "tokens in a row"})
+    vocab_size: int = field(default=2048, metadata={"help": "vocabulary size of the tokenizer"})
+    block_length: int = field(default=64, metadata={"help": "number of tokens per row"})
     learning_rate: float = field(default=3e-3, metadata={"help": "peak learning rate"})
-    seed: int = field(default=0, metadata={"help": "seed of the model, the order of rows, and sampling"})
+    seed: int = field(default=0, metadata={"help": "seed for the model, the order of the rows and sampling"})
 
 
 def make_model(args: DemoArguments, tokenizer: PreTrainedTokenizerFast) -> MoTForCausalLM:
-    """Make a model of 4 blocks, the later 2 of them MoT."""
+    """Make a model of 4 blocks; the last 2 have MoT layers."""
     config = MoTConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -80,7 +81,7 @@ def make_trainer(
     train_rows: Dataset,
     eval_rows: Dataset,
 ) -> Trainer:
-    """Set up the stock `Trainer`; the rows stay in the order that keeps neighbours out of each other's group."""
+    """Set up the stock `Trainer`. The order of the rows keeps neighbours in the text out of the same group."""
     training_arguments = TrainingArguments(
         output_dir=args.output_dir,
         max_steps=args.max_steps,
@@ -131,7 +132,7 @@ def evaluate_modes(trainer: Trainer, rows: Dataset, tokenizer: PreTrainedTokeniz
 
 
 def complete_prompts(model_dir: Path, console: Console) -> None:
-    """Load the saved model through the Auto classes and let it complete some code, one row at a time in effect."""
+    """Load the saved model through the Auto classes and complete some code; the rows do not affect each other."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     inputs = tokenizer(list(PROMPTS), return_tensors="pt", padding=True)
@@ -143,7 +144,7 @@ def complete_prompts(model_dir: Path, console: Console) -> None:
 
 
 def print_results(results: dict, console: Console) -> None:
-    """Print the table of losses by mode, and the sizes and speed below it."""
+    """Print the table of losses by mode, followed by sizes and speed."""
     table = Table(title=f"{results['validation_tokens']:,} validation tokens, {results['python']}")
     for column in ("mode", "loss (nats/token)", "perplexity", "bits per byte"):
         table.add_column(column, justify="left" if column == "mode" else "right")
@@ -157,7 +158,7 @@ def print_results(results: dict, console: Console) -> None:
 
 
 def main(args: DemoArguments) -> None:
-    """Corpus, training, evaluation in all modes, generation, table and picture."""
+    """Train the model, evaluate it in all modes, generate text, and save and print the results."""
     start = time.perf_counter()
     console, folder = Console(), Path(args.output_dir)
     set_seed(args.seed)

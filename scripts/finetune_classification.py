@@ -1,15 +1,15 @@
-"""Fine-tune a pretrained MoT model to classify sequences or tokens, and say how well it does on held-out texts.
+"""Fine-tune a pretrained MoT model to classify sequences or tokens, and evaluate it on held-out texts.
 
-Arguments are those of `TrainingArguments`, and the model and the texts; a recipe gives them defaults. By default the
-texts are code of Python's standard library: which package is a function from, or what is the role of each token?
+The arguments are those of `TrainingArguments`, plus the model and the texts. A recipe sets their defaults. By default,
+the texts are code from Python's standard library: which package is a function from, or what is the role of each token?
 
     python scripts/finetune_classification.py scripts/recipes/finetune/sequence.yaml \
         --model_name_or_path runs/clm32 --output_dir runs/finetune/packages
     python scripts/finetune_classification.py scripts/recipes/finetune/tokens.yaml \
         --model_name_or_path runs/clm32 --output_dir runs/finetune/roles
 
-On texts of your own, here a file of rows such as {"review": "...", "stars": 4}; for `--task tokens` the columns hold
-lists of words and of their labels. `accelerate launch` in place of `python` uses every device.
+To use your own texts, give for example a file of rows such as {"review": "...", "stars": 4}. For `--task tokens`, the
+columns contain lists of words and lists of their labels. Replace `python` by `accelerate launch` to use all devices.
 
     python scripts/finetune_classification.py scripts/recipes/finetune/sequence.yaml \
         --model_name_or_path runs/clm32 --output_dir runs/finetune/reviews \

@@ -1,11 +1,11 @@
-r"""Train a causal MoT language model with the stock `Trainer`: from scratch, or a checkpoint further.
+r"""Train a causal MoT language model with the stock `Trainer`, from scratch or from a checkpoint.
 
-Arguments are those of `TrainingArguments`, the architecture, the text and the method; a recipe gives them defaults.
+The arguments are those of `TrainingArguments`, plus architecture, text and method. A recipe sets their defaults.
 
     python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/small_clm
     python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/small_clm_256 --num_experts 256
 
-On several GPUs or machines, with one of the configurations in scripts/accelerate; after an interruption:
+On several GPUs or machines, use a configuration from scripts/accelerate. To resume after an interruption:
 
     accelerate launch --config_file scripts/accelerate/ddp.yaml scripts/train_clm.py \
         scripts/recipes/medium_32e.yaml --output_dir runs/medium --source my_texts/ --resume_from_checkpoint true

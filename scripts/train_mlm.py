@@ -1,11 +1,11 @@
-r"""Train a masked (bidirectional) MoT language model with the stock `Trainer`: from scratch, or a checkpoint further.
+r"""Train a masked (bidirectional) MoT language model with the stock `Trainer`, from scratch or from a checkpoint.
 
-Arguments are those of `TrainingArguments`, the architecture, the text and the method; a recipe gives them defaults.
+The arguments are those of `TrainingArguments`, plus architecture, text and method. A recipe sets their defaults.
 
     python scripts/train_mlm.py scripts/recipes/small_mlm.yaml --output_dir runs/small_mlm
     python scripts/train_mlm.py scripts/recipes/small_mlm.yaml --output_dir runs/small_mlm_256 --num_experts 256
 
-On several GPUs or machines, with one of the configurations in scripts/accelerate; after an interruption:
+On several GPUs or machines, use a configuration from scripts/accelerate. To resume after an interruption:
 
     accelerate launch --config_file scripts/accelerate/ddp.yaml scripts/train_mlm.py \
         scripts/recipes/bert_32e.yaml --output_dir runs/bert --source my_texts/ --resume_from_checkpoint true

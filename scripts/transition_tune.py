@@ -1,11 +1,13 @@
-r"""Tune a MoT language model in mode `moe`: token choice with a load-balancing loss, and the same parameters.
+r"""Tune a MoT language model in mode `moe`: token choice with a load-balancing loss and the same parameters.
 
-Logs the loss in every mode before, in and after; the model that is saved answers in mode `moe`. For a finished model:
+The loss in every mode is logged before, during and after tuning. The saved model answers in mode `moe`. To tune a
+finished model:
 
     python scripts/transition_tune.py scripts/recipes/transition.yaml --model_name_or_path runs/small_clm \
         --output_dir runs/small_moe
 
-With the optimizer's state, at the tail of the run itself: stop a run at some checkpoint, or let one switch by itself,
+To keep the optimizer's state, tune at the end of the training run instead: resume it from a checkpoint, or start it,
+with `--transition_share`:
 
     python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/small_clm --transition_share 0.9
 """
@@ -28,9 +30,9 @@ def main(
     training_args: TrainingArguments,
     method_args: MethodArguments,
 ) -> None:
-    """Train from the first step on in mode `moe`."""
+    """Train in mode `moe` from the first step on."""
     if not model_args.model_name_or_path:
-        raise ValueError("`model_name_or_path` is not given: name the MoT model to tune, or use train_clm.py.")
+        raise ValueError("`model_name_or_path` is not given: set it to the MoT model to tune, or use train_clm.py.")
     config = AutoConfig.from_pretrained(model_args.model_name_or_path)
     method_args.transition_share = method_args.transition_share or 0.0
     train_language_model(

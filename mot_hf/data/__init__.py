@@ -1,1 +1,1 @@
-"""Text on its way to a model: sources, the default corpus, tokenizer, rows and labels."""
+"""From text to the inputs of a model: sources, the default corpus, tokenizer, rows and labels."""

@@ -1,4 +1,4 @@
-"""Rows of equal length: cut from documents, and ordered so that a group mixes different ones."""
+"""Rows of equal length: cut from documents, and ordered so that a group mixes different documents."""
 
 from typing import Any
 
@@ -18,26 +18,27 @@ def make_blocks(
 ) -> DatasetDict | IterableDatasetDict:
     """Tokenizes a corpus into rows of equal length, ordered by [`spread_rows`] for mixing.
 
-    The documents, each followed by the end token, are joined in batches of 1000 and cut into blocks; what is left at
-    the end of a batch is dropped. Special tokens spelled out in a text are encoded as text. `datasets` caches the
-    result beside the corpus.
+    Each document is followed by the end token. Documents are joined in batches of 1000 and cut into blocks; the
+    remainder of each batch is dropped. Special tokens spelled out in a text are encoded as ordinary text. `datasets`
+    caches the result beside the corpus.
 
-    Rows of a corpus that is streamed cannot be spread over the whole of it: those of the training split are shuffled
-    through a buffer instead, and those of the validation split keep their order.
+    The rows of a streamed corpus cannot be spread over the whole corpus. Instead, the training split is shuffled
+    through a buffer, and the validation split keeps its order.
 
     Args:
-        corpus (`DatasetDict` or `IterableDatasetDict`): Splits with a column `"text"`, as [`load_corpus`] gives them.
+        corpus (`DatasetDict` or `IterableDatasetDict`): Splits with a column `"text"`, as returned by [`load_corpus`].
         tokenizer ([`PreTrainedTokenizerFast`]): Tokenizer with an `eos_token`.
         block_length (`int`, *optional*, defaults to 128): Number of tokens in a row.
-        group_size (`int`, *optional*, defaults to 32): Number of rows that are mixed.
-        seed (`int`, *optional*, defaults to 0): Seed of the order of the rows.
-        buffer_size (`int`, *optional*, defaults to 10000): Rows in the buffer of a corpus that is streamed.
+        group_size (`int`, *optional*, defaults to 32): Number of rows mixed together.
+        seed (`int`, *optional*, defaults to 0): Seed for the order of the rows.
+        buffer_size (`int`, *optional*, defaults to 10000): Number of rows in the buffer that shuffles a streamed
+            corpus.
 
     Returns:
-        `DatasetDict` or `IterableDatasetDict`: The same splits with the one column `"input_ids"`.
+        `DatasetDict` or `IterableDatasetDict`: The same splits with the single column `"input_ids"`.
 
     Raises:
-        ValueError: If `block_length` is not positive, the tokenizer has no end token or a split is shorter than a
+        ValueError: If `block_length` is not positive, the tokenizer has no end token, or a split is shorter than a
             block.
     """
     if block_length < 1:
@@ -60,7 +61,7 @@ def make_blocks(
         if split.num_rows == 0:
             more = "" if name == "train" else ", hold out more (`validation_fraction`)"
             raise ValueError(
-                f"The {name} split is shorter than `block_length={block_length}`: choose a shorter one{more}, or give "
+                f"The {name} split is shorter than `block_length={block_length}`: use a shorter block{more}, or give "
                 "more text."
             )
     return DatasetDict(
@@ -72,8 +73,8 @@ def _cut_blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast, block_leng
     documents = tokenizer(
         [text or "" for text in texts],
         add_special_tokens=False,
-        split_special_tokens=True,  # a text that spells the end token does not end there
-        verbose=False,  # a document may be longer than model_max_length, its blocks are not
+        split_special_tokens=True,  # an end token spelled out in a text does not end it
+        verbose=False,  # a document may exceed model_max_length, but its blocks do not
     )["input_ids"]
     ids = [token for document in documents if document for token in (*document, tokenizer.eos_token_id)]
     ends = range(block_length, len(ids) + 1, block_length)
@@ -81,16 +82,16 @@ def _cut_blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast, block_leng
 
 
 def spread_rows(num_rows: int, group_size: int, seed: int) -> list[int]:
-    """Orders the rows of a text so that every group of consecutive rows is drawn from all over it.
+    """Orders the rows of a text so that each group of consecutive rows comes from all parts of it.
 
-    The rows are cut into `group_size` strata; a group takes the row at one random place of every stratum. Rows of a
-    group therefore lie about `num_rows / group_size` apart, and from `num_rows >= 2 * group_size` on no two of them
-    are neighbours in the text. Rows that fill no group are spaced equally and come last.
+    The rows are cut into `group_size` strata. A group takes one row from each stratum, all at the same random place.
+    Its rows are therefore about `num_rows / group_size` apart; if `num_rows >= 2 * group_size`, no two of them are
+    neighbours in the text. Rows that do not fill a group are evenly spaced and come last.
 
     Args:
         num_rows (`int`): Number of rows.
         group_size (`int`): Number of rows in a group.
-        seed (`int`): Seed of the order of the groups and of the rows in a group.
+        seed (`int`): Seed for the order of the groups and of the rows within each group.
 
     Returns:
         `list[int]`: A permutation of `range(num_rows)`.
@@ -105,6 +106,6 @@ def spread_rows(num_rows: int, group_size: int, seed: int) -> list[int]:
     last = np.arange(num_last) * num_rows // max(num_last, 1)
     strata = np.delete(np.arange(num_rows), last).reshape(group_size, num_groups)
     groups = generator.permutation(strata.T)  # [num_groups, group_size]
-    # a stratum must not always sit at the same place of a group
+    # a stratum must not always take the same place in a group
     groups = generator.permuted(groups, axis=1)
     return groups.flatten().tolist() + generator.permutation(last).tolist()

@@ -1,4 +1,4 @@
-"""Texts with labels, of a user's own or from the code of the standard library, and their encoding for a model."""
+"""Labelled texts, from a user's files or from the code of the standard library, and their encoding for a model."""
 
 import itertools
 import logging
@@ -20,58 +20,60 @@ from mot_hf.data.sources import SourceFile, count, find_files, find_place, is_da
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # label of a token that counts neither in the loss nor in metrics
+IGNORED = -100  # label of a token that the loss and the metrics leave out
 
 _VALIDATION_FRACTION = 0.1
 _INTEGER = re.compile(r"[+-]?\d+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf(inity)?)", re.IGNORECASE)
-# Types of columns as `datasets` calls them.
+# Column types, by the names that `datasets` gives them.
 _TEXT_TYPES = "(large_)?string|string_view"
 _CLASS_TYPES = f"class|bool|u?int\\d+|{_TEXT_TYPES}"
 
 
 @dataclass
 class ClassificationArguments:
-    """What is fine-tuned, and on what."""
+    """The model to fine-tune, and the labelled texts to fine-tune it on."""
 
-    model_name_or_path: str = field(metadata={"help": "pretrained model: a folder or a name"})
-    task: str = field(default="sequence", metadata={"help": "what has a label: 'sequence' or 'tokens'"})
+    model_name_or_path: str = field(metadata={"help": "pretrained model: a folder, or a name on the Hub"})
+    task: str = field(default="sequence", metadata={"help": "what the labels belong to: 'sequence' or 'tokens'"})
     source: str | None = field(
         default=None,
         metadata={
-            "help": "file of rows (.jsonl, .json, .csv, .tsv, .parquet), folder or glob of these, or data set's name; "
-            "by default code of Python's library: which package a function comes from, or the role of every token"
+            "help": "file of rows (.jsonl, .json, .csv, .tsv, .parquet), folder or glob of such files, or name of a "
+            "data set; by default code of Python's standard library, labelled with the package that a function comes "
+            "from, or with the role of each token"
         },
     )
     validation_source: str | None = field(
         default=None,
-        metadata={"help": "texts to evaluate on, of the same kinds; by default a part of source is held out"},
+        metadata={"help": "texts to evaluate on, in the same forms as source; by default, part of source is held out"},
     )
     validation_fraction: float | None = field(
         default=None,
-        metadata={
-            "help": "share of source that is held out where it has no validation split of its own; 0.1 by default"
-        },
+        metadata={"help": "share of source to hold out if it has no validation split of its own; 0.1 by default"},
     )
     config_name: str | None = field(default=None, metadata={"help": "configuration of a data set loaded by name"})
-    text_column: str = field(default="text", metadata={"help": "column of texts; of lists of words for task tokens"})
-    label_column: str = field(default="label", metadata={"help": "column of labels; of lists of them for task tokens"})
+    text_column: str = field(default="text", metadata={"help": "column of texts; for task tokens, of lists of words"})
+    label_column: str = field(
+        default="label", metadata={"help": "column of labels; for task tokens, of lists of them"}
+    )
 
     def text_name(self) -> str:
-        """What the texts are called in a model card."""
+        """Returns the name of the texts in a model card."""
         return name_source(self.source)
 
     def columns(self) -> dict[str, str]:
-        """The columns that are read, by the arguments that name them."""
+        """Returns the columns to read, by the arguments that name them."""
         return {"text_column": self.text_column, "label_column": self.label_column}
 
 
 def load_classification_data(args: ClassificationArguments) -> DatasetDict:
     """Loads labelled texts.
 
-    A data set, or a folder of files named so, is trained on by its split `"train"` and validated by `"validation"`,
-    else by `"test"`, else by a tenth of the texts, chosen by a stable hash, and at least one. Empty texts are left
-    out, and so are words without a label. Labels that are all integers are numbered in their order.
+    The split `"train"` of a data set, or of a folder whose file names say the split, is used for training. Its split
+    `"validation"` is used for validation, else `"test"`. If it has neither, a tenth of the texts, but at least one, is
+    held out by a stable hash. Empty texts and words without a label are skipped. If all labels are integers, classes
+    are sorted by number.
 
     Args:
         args ([`ClassificationArguments`]): Task and source.
@@ -82,14 +84,14 @@ def load_classification_data(args: ClassificationArguments) -> DatasetDict:
         of `ClassLabel`).
 
     Raises:
-        ValueError: If the task is unknown, a file is damaged, a column is missing or of the wrong kind, a split is
-            empty, or a label is missing, no class or does not occur in training.
+        ValueError: If the task is unknown, a file is damaged, a column is missing or has the wrong type, a split is
+            empty, or a label is missing, is not a class or does not occur in the training split.
         OSError: If a source does not exist.
     """
     if args.task not in ("sequence", "tokens"):
         raise ValueError(f"`task={args.task!r}` must be 'sequence' or 'tokens'.")
     if args.validation_fraction is not None and not 0 < args.validation_fraction < 1:
-        raise ValueError(f"`validation_fraction={args.validation_fraction}` must lie between 0 and 1: 0.1 is usual.")
+        raise ValueError(f"`validation_fraction={args.validation_fraction}` must be between 0 and 1: 0.1 is usual.")
     if args.source is None:
         return _load_code_task(args)
     splits = _split({name: _leave_out_empty(split, args) for name, split in _load_splits(args).items()}, args)
@@ -123,13 +125,13 @@ def _load_code_task(args: ClassificationArguments) -> DatasetDict:
 
 
 def _load_splits(args: ClassificationArguments) -> dict[str, Dataset]:
-    """The training split, and what is held out already."""
+    """Load the training split, and the validation split if the sources have one."""
     held_out, paths = {}, []
     if args.validation_source is not None:
         held_out, paths = _read_source(args.validation_source, "validation_source", args)
     splits, _ = _read_source(args.source, "source", args, leave_out=paths)
     if "train" not in splits:
-        raise ValueError(f"`source` has the splits {list(splits)} and needs one called 'train': rename one of them.")
+        raise ValueError(f"`source` has the splits {list(splits)} but needs one called 'train': rename one of them.")
     found = [named[name] for named in (held_out, splits) for name in ("validation", "test") if name in named]
     found = [held_out["train"]] if held_out and list(held_out) == ["train"] else found
     return {"train": splits["train"], **({"validation": found[0]} if found else {})}
@@ -138,7 +140,7 @@ def _load_splits(args: ClassificationArguments) -> dict[str, Dataset]:
 def _read_source(
     source: str, argument: str, args: ClassificationArguments, leave_out: Collection[str] = ()
 ) -> tuple[dict[str, Dataset], list[str]]:
-    """Read the splits of a source, and say which files it has."""
+    """Read the splits of a source; also returns the paths of its files."""
     config_name = args.config_name if argument == "source" else None
     if is_data_set(source, config_name) or _has_no_rows(source):
         loaded = load_data_set(source, config_name, argument=argument)
@@ -153,7 +155,7 @@ def _read_source(
 
 
 def _has_no_rows(source: str) -> bool:
-    """Whether a folder has other files than those of rows: `datasets` knows more kinds."""
+    """Whether a folder has no file of rows: `datasets` can read more kinds of files."""
     folder = Path(source).expanduser()
     return folder.is_dir() and not any(row_kind(file.name) for file in folder.rglob("*"))
 
@@ -175,28 +177,28 @@ def _check_features(features: Features, args: ClassificationArguments) -> None:
 def _does_not_fit(argument: str, args: ClassificationArguments, where: str = "") -> ValueError:
     return ValueError(
         f"`{argument}={args.columns()[argument]!r}` does not fit `task={args.task!r}`{where}: 'tokens' needs lists of "
-        "words and of labels, 'sequence' a text and a label. Change one of the two."
+        "words and labels, 'sequence' needs one text and one label. Change the task or the column."
     )
 
 
 def _wrong_type(argument: str, dtype: str, args: ClassificationArguments, where: str = "") -> ValueError:
     label = f"`{argument}={args.columns()[argument]!r}`"
     if argument == "text_column":
-        return ValueError(f"{label} holds no text but {dtype}{where}: name a column of texts.")
+        return ValueError(f"{label} has values of type {dtype}{where}: name a column of texts.")
     if re.match("float|double", dtype):
-        return ValueError(f"{label} holds numbers (float){where}: only classes are supported, as integers or names.")
-    return ValueError(f"{label} holds {dtype}{where}: only classes are supported, as integers or names.")
+        return ValueError(f"{label} has numbers (float){where}: only classes are supported, as integers or names.")
+    return ValueError(f"{label} has values of type {dtype}{where}: only classes are supported, as integers or names.")
 
 
 def _read_files(files: list[SourceFile], argument: str, args: ClassificationArguments) -> Dataset:
-    """Read rows, with labels as the names of their classes."""
+    """Read rows, with each label as the name of its class."""
     rows: dict[str, list[Any]] = {column: [] for column in args.columns().values()}
     cells, num_bytes = set(), 0
     for file in files:
         if file.kind is None:
             raise ValueError(
-                f"`{argument}` holds {file.path!r}, a text without labels: give files of rows "
-                f"({', '.join(ROW_KINDS)}) or a glob of these."
+                f"`{argument}` contains {file.path!r}, a text without labels: give files of rows "
+                f"({', '.join(ROW_KINDS)}) or a glob of such files."
             )
         for row in read_rows(file.path, file.kind, args.columns()):
             where = f" in {file.path!r}, {row.place}"
@@ -215,7 +217,7 @@ def _read_files(files: list[SourceFile], argument: str, args: ClassificationArgu
 
 
 def _check_value(value: Any, argument: str, args: ClassificationArguments, where: str) -> Any:
-    """The value of a column as text, or as a list of texts."""
+    """Return the value of a column as text, or as a list of texts."""
     if value is None:
         return None
     if isinstance(value, list) is not (args.task == "tokens"):
@@ -232,7 +234,7 @@ def _check_one(value: Any, argument: str, args: ClassificationArguments, where: 
 
 
 def _check_cells(cells: set[str | None], args: ClassificationArguments) -> None:
-    """CSV has no types: labels that are numbers, and not all of them whole, are no classes."""
+    """Refuse labels that are numbers but not all integers: CSV has no types, and these are not classes."""
     labels = [cell for cell in cells if cell is not None]
     are_numbers = any(map(_INTEGER.search, labels)) and all(map(_NUMBER.fullmatch, labels))
     if are_numbers and not all(map(_INTEGER.fullmatch, labels)):
@@ -250,7 +252,7 @@ def _leave_out_empty(split: Dataset, args: ClassificationArguments) -> Dataset:
         num_words -= sum(map(len, split[args.text_column]))
     kept = split.filter(bool, input_columns=[args.text_column])
     if num_words:
-        logger.warning("%s without text or label are left out.", count(num_words, "word"))
+        logger.warning("Skipping %s without text or label.", count(num_words, "word"))
     for message in describe_losses("`source`", len(split) - len(kept), 0):
         logger.warning(message)
     return kept
@@ -259,7 +261,7 @@ def _leave_out_empty(split: Dataset, args: ClassificationArguments) -> Dataset:
 def _leave_out_words(words: list | None, labels: list | None, columns: list[str]) -> dict[str, list]:
     words, labels = words or [], labels or []
     if len(words) != len(labels):
-        raise ValueError(f"A text of {len(words)} words has {len(labels)} labels: {words}.")
+        raise ValueError(f"A text of {len(words)} words has {len(labels)} labels, give one per word: {words}.")
     kept = [(word, label) for word, label in zip(words, labels, strict=True) if word and label is not None]
     return dict(zip(columns, ([word for word, _ in kept], [label for _, label in kept]), strict=True))
 
@@ -277,15 +279,15 @@ def _split(splits: dict[str, Dataset], args: ClassificationArguments) -> Dataset
     for name, split in splits.items():
         if not len(split):
             advice = ", or name texts to hold out as `validation_source`" if name == "validation" else ""
-            raise ValueError(f"The {name} split of `source` holds no text: give more texts{advice}.")
+            raise ValueError(f"The {name} split of `source` has no text: give more texts{advice}.")
     return DatasetDict(splits)
 
 
 def _find_classes(splits: DatasetDict, args: ClassificationArguments) -> list[str]:
-    """Names of the labels, in the order of their numbers; all labels must be among them."""
+    """Return the names of the classes, in the order of their numbers; every label must be one of them."""
     names = {name: set(_name_labels(split, args)) for name, split in splits.items()}
     if any(None in found for found in names.values()):
-        raise ValueError(f"`label_column={args.label_column!r}` has texts without a label: leave them out.")
+        raise ValueError(f"`label_column={args.label_column!r}` has texts without a label: remove them.")
     feature = _label_feature(splits["train"], args)
     if isinstance(feature, ClassLabel):
         classes = feature.names
@@ -294,8 +296,8 @@ def _find_classes(splits: DatasetDict, args: ClassificationArguments) -> list[st
         classes = sorted(names["train"], key=(lambda name: (int(name), name)) if are_numbers else None)
     if unknown := sorted(set.union(*names.values()) - set(classes)):
         raise ValueError(
-            f"Label {unknown[0]!r} does not occur in the training split, which has {classes}: give texts of it, or "
-            "leave it out."
+            f"Label {unknown[0]!r} does not occur in the training split, which has {classes}: add training texts with "
+            "this label, or remove it."
         )
     return classes
 
@@ -312,7 +314,7 @@ def _name_labels(split: Dataset, args: ClassificationArguments) -> Iterator[str 
 
 
 def _name_label(label: Any, names: list[str] | None) -> str | None:
-    """The name of a label, given those that a `ClassLabel` numbers; what it does not number is no class, as -1."""
+    """Return the name of a label, given the names of a `ClassLabel`; other numbers, such as -1, are not classes."""
     if label is None or names is None:
         return label if label is None else str(label)
     return names[label] if 0 <= label < len(names) else str(label)
@@ -323,7 +325,7 @@ def _number_texts(text: str, label: Any, ids: dict[str, int], names: list[str] |
 
 
 def _join_words(words: list[str], labels: list[Any], ids: dict[str, int], names: list[str] | None) -> dict[str, Any]:
-    """Join words by spaces; remember where they are."""
+    """Join words with spaces, and record where each one starts and ends."""
     starts, ends, position = [], [], 0
     for word in words:
         starts.append(position)
@@ -334,16 +336,16 @@ def _join_words(words: list[str], labels: list[Any], ids: dict[str, int], names:
 
 
 def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
-    """Encodes labelled texts as a model takes them.
+    """Encodes labelled texts as inputs of a model.
 
     Args:
-        data (`DatasetDict`): Texts as [`load_classification_data`] gives them.
+        data (`DatasetDict`): Texts as returned by [`load_classification_data`].
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
-        max_length (`int`): Number of tokens that a text is cut to.
+        max_length (`int`): Maximum number of tokens per text; longer texts are truncated.
 
     Returns:
-        `DatasetDict`: The same splits with the tokenizer's columns and `"labels"`: a number, or one for every token,
-        -100 where a token is special, white space or outside the words.
+        `DatasetDict`: The same splits with the tokenizer's columns and `"labels"`: one number, or one per token, with
+        -100 for special tokens, white space and tokens outside the words.
     """
 
     def encode_texts(batch: dict[str, list[Any]]) -> dict[str, Any]:
@@ -363,17 +365,17 @@ def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: in
 def align_labels(
     text: str, offsets: list[tuple[int, int]], starts: list[int], ends: list[int], labels: list[int]
 ) -> list[int]:
-    """Gives every token the label of the word in which its first character that is not white space lies.
+    """Gives each token the label of the word that contains its first character other than white space.
 
     Args:
         text (`str`): The text.
-        offsets (`list[tuple[int, int]]`): Start and end of every token, in characters.
-        starts (`list[int]`): Start of every word, ascending.
-        ends (`list[int]`): End of every word.
-        labels (`list[int]`): Label of every word.
+        offsets (`list[tuple[int, int]]`): Start and end of each token, in characters.
+        starts (`list[int]`): Start of each word, in ascending order.
+        ends (`list[int]`): End of each word.
+        labels (`list[int]`): Label of each word.
 
     Returns:
-        `list[int]`: Label of every token; -100 where there is no such word.
+        `list[int]`: Label of each token; -100 if there is no such word.
     """
     aligned = []
     for start, end in offsets:

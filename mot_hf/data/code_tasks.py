@@ -1,8 +1,8 @@
 """Two small classification tasks on real code, made from the default corpus without a download.
 
-[`package_task`] asks which package of the standard library a function comes from, [`role_task`] for the syntactic role
-of every token of a text. Both hold out whole files, by the hash that [`~mot_hf.data.corpus.load_corpus`] splits
-by: what it holds out at a smaller fraction is held out here too.
+[`package_task`] asks which package of the standard library a function comes from. [`role_task`] asks for the syntactic
+role of each token. Both hold out whole files, by the same hash as [`~mot_hf.data.corpus.load_corpus`]: a file that it
+holds out at a smaller fraction is held out here too.
 """
 
 import ast
@@ -37,16 +37,16 @@ def package_task(
 ) -> DatasetDict:
     """Makes a sequence classification task: which package does a function come from?
 
-    A package is a top-level folder. Functions are given without decorators and indentation, each distinct one once;
-    functions inside functions are part of these.
+    A package is a top-level folder. Functions appear without decorators and indentation, and identical ones only once.
+    A function inside another one is part of it.
 
     Args:
         files (`Mapping[str, Path]`, *optional*):
             Path of each Python file by its relative posix path; by default those of the default corpus.
         validation_fraction (`float`, *optional*, defaults to 0.2):
-            Share of the files that is held out.
+            Share of the files to hold out.
         min_functions (`int`, *optional*, defaults to 20):
-            Number of functions that a package must have in each split to be one of the classes.
+            Number of functions that a package must have in each split to become a class.
 
     Returns:
         `DatasetDict`: Splits `"train"` and `"validation"` with the columns `"text"`, `"label"` (a `ClassLabel`) and
@@ -68,7 +68,7 @@ def package_task(
     if len(packages) < 2:
         raise ValueError(
             f"`min_functions={min_functions}` at `validation_fraction={validation_fraction}` leaves the packages "
-            f"{packages}, and two are needed: lower it, or give more files."
+            f"{packages}, but two are needed: lower `min_functions`, or give more files."
         )
     chosen = {split: [row for row in rows if row["label"] in packages] for split, rows in splits.items()}
     return _as_data_set(chosen, {"label": ClassLabel(names=packages)})
@@ -77,17 +77,17 @@ def package_task(
 def role_task(files: Mapping[str, Path] | None = None, *, validation_fraction: float = 0.05) -> DatasetDict:
     """Makes a token classification task: what is the syntactic role of every token?
 
-    Files are cut before every class and every function that is not inside a function; each distinct piece is one
-    example. The roles are those of [`ROLES`]: a `"parameter"` is one where it is declared and where the body of its
-    function uses it, `"function"` and `"class"` are the names in definitions, an `"attribute"` follows a dot, and
+    Files are cut before each class and each function that is not inside a function. Each distinct piece is one
+    example. The roles are those of [`ROLES`]. A `"parameter"` is marked where it is declared and where the body of its
+    function uses it. `"function"` and `"class"` are the names in definitions, an `"attribute"` follows a dot, and
     `"name"` is any other name.
 
     Args:
         files (`Mapping[str, Path]`, *optional*):
             Path of each Python file by its relative posix path; by default those of the default corpus.
         validation_fraction (`float`, *optional*, defaults to 0.05):
-            Share of the files that is held out; by default those that no language model was trained on that
-            [`mot_hf.training.train_language_model`] made of the default corpus.
+            Share of the files to hold out. A language model that [`mot_hf.training.train_language_model`] made of the
+            default corpus was not trained on the files that the default holds out.
 
     Returns:
         `DatasetDict`: Splits `"train"` and `"validation"` with the columns `"text"`, `"starts"` and `"ends"` (of the
@@ -120,13 +120,13 @@ def _parse(name: str, source: str) -> ast.Module:
     try:
         return ast.parse(source)
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"`files` holds {name!r}, which is not Python ({error}): leave it out.") from error
+        raise ValueError(f"`files` contains {name!r}, which is not Python ({error}): remove it.") from error
 
 
 def _split_by_file(examples: Examples, validation_fraction: float) -> dict[str, Examples]:
-    """Split examples by a hash of their files, the first of each text only."""
+    """Split examples by a hash of their files, with only the first of identical texts."""
     if not 0 < validation_fraction < 1:
-        raise ValueError(f"`validation_fraction={validation_fraction}` must lie between 0 and 1: 0.05 is usual.")
+        raise ValueError(f"`validation_fraction={validation_fraction}` must be between 0 and 1: 0.05 is usual.")
     distinct = {example["text"]: example for example in reversed(examples)}
     splits: dict[str, Examples] = {"train": [], "validation": []}
     for example in reversed(distinct.values()):
@@ -141,7 +141,7 @@ def _as_data_set(splits: dict[str, Examples], labels: dict[str, Any]) -> Dataset
 
 
 def _definitions(node: ast.AST) -> Iterator[Definition]:
-    """Classes and functions, but not those inside a function, in the order of the text."""
+    """Yield classes and functions in the order of the text, except those inside a function."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, Definition):
             yield child
@@ -157,7 +157,7 @@ def _function_texts(tree: ast.Module, source: str) -> Iterator[str]:
 
 
 def _pieces(tree: ast.Module, source: str) -> Iterator[tuple[str, list[Span]]]:
-    """Pieces of a text, and in each the spans that have a role, relative to its start."""
+    """Yield the pieces of a text, each with its spans that have a role, relative to its start."""
     line_starts = _line_starts(source)
     spans = _role_spans(tree, source)
     first_lines = [
@@ -190,12 +190,12 @@ def _role(token: tokenize.TokenInfo, previous: str) -> str | None:
             return "keyword"
         return {"def": "function", "class": "class", ".": "attribute"}.get(previous, "name")
     kind = tokenize.tok_name[token.type]
-    # from Python 3.12 on, the parts of an f-string are tokens: FSTRING_START and so on
+    # since Python 3.12, the parts of an f-string are tokens: FSTRING_START and so on
     return "string" if "STRING" in kind else {"NUMBER": "number", "COMMENT": "comment", "OP": "operator"}.get(kind)
 
 
 def _parameter_positions(tree: ast.Module, source: str) -> set[int]:
-    """Where parameters are declared, and used in the body of their function."""
+    """Find where parameters are declared, and where the body of their function uses them."""
     nodes: list[ast.arg | ast.Name] = []
     for scope in ast.walk(tree):
         if isinstance(scope, (*FUNCTION_NODES, ast.Lambda)):

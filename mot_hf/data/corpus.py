@@ -1,4 +1,4 @@
-"""Loading of text: as splits of documents, and as the groups of rows that a model takes."""
+"""Loads text as splits of documents, and as groups of rows for a model."""
 
 from collections.abc import Collection, Iterator
 from itertools import islice
@@ -27,42 +27,42 @@ def load_corpus(
 ) -> DatasetDict | IterableDatasetDict:
     """Loads a text corpus as a data set of documents.
 
-    A text file is one document; a byte-order mark is removed, bytes that are not UTF-8 are replaced and line ends
-    become newlines. Each row of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file is one document; all files may
-    be compressed (`.gz`, `.bz2`, `.xz`, `.zst`). What is null or empty is left out, and so are files in a folder that
-    are no text.
+    A text file is one document. Its byte-order mark is removed, bytes that are not UTF-8 are replaced, and line ends
+    become newlines. Each row of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file is one document. All files may
+    be compressed (`.gz`, `.bz2`, `.xz`, `.zst`). Null and empty texts are skipped, and so are files in a folder that
+    are not text.
 
-    A data set keeps its own validation split (`"validation"`, else `"test"`), and so does a folder of files of rows
-    whose names say their split, such as `train.jsonl` and `test.jsonl`. Everything else is split by a stable hash, of
-    a text file's relative path or of a row's text, so the split is the same on every machine. Of two documents and
-    more at least one is held out; of a single document the end is, from the beginning of a line.
+    A data set keeps its own validation split (`"validation"`, else `"test"`). So does a folder of files of rows whose
+    names say the split, such as `train.jsonl` and `test.jsonl`. Everything else is split by a stable hash of a text
+    file's relative path or of a row's text, so the split is the same on every machine. At least one of several
+    documents is held out. If there is only one document, its end is held out, from the start of a line.
 
     Args:
         source (*optional*):
-            `None` for the default corpus; the path of a file, a folder of text files or of files of rows (hidden ones
-            are left out), a glob, or a list of these; the URL of a file of rows; a `Dataset` or `DatasetDict`; or else
-            a data set's name for `load_dataset`.
+            `None` for the default corpus; a file, a folder of text files or of files of rows (hidden files are
+            skipped), a glob, or a list of these; the URL of a file of rows; a `Dataset` or `DatasetDict`; or the name
+            of a data set for `load_dataset`.
         validation_source (*optional*):
-            Text of the same kinds that is held out, in place of a part of `source`. Files of both are held out.
+            Text to hold out instead of part of `source`, given in the same way. Files in both are held out.
         validation_fraction (`float`, *optional*, defaults to 0.05):
-            Share of the documents held out where there is neither `validation_source` nor a validation split.
+            Share of the documents to hold out if there is neither `validation_source` nor a validation split.
         text_column (`str`, *optional*, defaults to `"text"`):
-            Column of rows that holds the text.
+            Column of the text in rows.
         config_name (`str`, *optional*):
             Configuration of a data set loaded by name.
         cache_dir (`str`, *optional*):
-            Cache of `datasets`; its own default when not set.
+            Cache folder of `datasets`; by default its own.
         streaming (`bool`, *optional*, defaults to `False`):
-            Whether to read documents as they are needed, instead of all before.
+            Whether to read documents as they are needed, instead of all of them first.
 
     Returns:
-        `DatasetDict`, or `IterableDatasetDict` if streaming: Splits `"train"` and `"validation"` with the one column
-        `"text"`.
+        `DatasetDict`, or `IterableDatasetDict` if streaming: Splits `"train"` and `"validation"` with the column
+        `"text"` only.
 
     Raises:
-        ValueError: If `validation_fraction` is not between 0 and 1, the text column is missing or holds no text, a
-            file is damaged or no text, texts and rows are mixed, or a split holds no text.
-        OSError: If a source names no existing file, match or data set.
+        ValueError: If `validation_fraction` is not between 0 and 1, the text column is missing or is not text, a file
+            is damaged or not text, text files and files of rows are mixed, or a split has no text.
+        OSError: If a source is not an existing file, folder, glob with matches or data set.
     """
     splits = _load_splits(
         source,
@@ -91,9 +91,9 @@ def _load_splits(
     config_name: str | None = None,
     **options: Any,
 ) -> dict[str, Documents]:
-    """Load the splits that are needed; raises a `ValueError` where one of them holds no text."""
+    """Load the splits in `names`; raises a `ValueError` if one of them has no text."""
     if not 0 < validation_fraction < 1:
-        raise ValueError(f"`validation_fraction={validation_fraction}` must lie between 0 and 1: 0.05 is usual.")
+        raise ValueError(f"`validation_fraction={validation_fraction}` must be between 0 and 1: 0.05 is usual.")
     held_out = None
     if validation_source is not None:
         held_out = open_source(validation_source, text_column, argument="validation_source", **options)
@@ -108,7 +108,7 @@ def _load_splits(
     for name, documents in splits.items():
         if next(iter(documents), None) is None:
             advice = ", or name text to hold out as `validation_source`" if name == "validation" else ""
-            raise ValueError(f"The {name} split of `source` holds no text: give more text{advice}.")
+            raise ValueError(f"The {name} split of `source` has no text: give more text{advice}.")
     return splits
 
 
@@ -122,22 +122,22 @@ def load_groups(
     num_groups: int,
     masked: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
-    """Reads full groups of rows of a text, as a model takes them; nothing is read before the first is asked for.
+    """Reads full groups of rows of a text as inputs of a model. Reading starts with the first group requested.
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`): The tokenizer.
-        source (`str`, *optional*): As in [`load_corpus`].
+        source (`str`, *optional*): See [`load_corpus`].
         split (`str`): `"train"` or `"validation"`.
-        group_size (`int`): Rows G of a group.
-        block_length (`int`): Tokens T of a row.
-        num_groups (`int`): Groups to read at most.
-        masked (`bool`, *optional*, defaults to `False`): Whether 15 % of the tokens are masked, and labels theirs.
+        group_size (`int`): Number of rows G in a group.
+        block_length (`int`): Number of tokens T in a row.
+        num_groups (`int`): Maximum number of groups to read.
+        masked (`bool`, *optional*, defaults to `False`): Whether to mask 15 % of the tokens and label only those.
 
     Yields:
         `dict[str, torch.Tensor]`: `input_ids` and `labels` `[G, T]`.
 
     Raises:
-        ValueError: As [`load_corpus`] and [`make_blocks`].
+        ValueError: As in [`load_corpus`] and [`make_blocks`].
     """
     corpus = DatasetDict(_load_splits(source, [split]))
     rows = make_blocks(corpus, tokenizer, block_length=block_length, group_size=group_size)[split]

@@ -1,6 +1,6 @@
-"""The default corpus: the Python standard library of the running interpreter, real text on every machine.
+"""The default corpus: the standard library of the running Python, real text that every machine has.
 
-Figures on it are comparable only within one Python version: [`default_corpus_info`] says which one was read.
+Figures on it are comparable only within one Python version, which [`default_corpus_info`] reports.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-# pydoc_data is one large file of generated documentation, most of the split that it falls into
+# pydoc_data is one large file of generated documentation, which would dominate its split
 EXCLUDED_FOLDER = re.compile(
     r"tests?|idle_test|idlelib|lib2to3|encodings|pydoc_data|site-packages|dist-packages|__pycache__|config-.*"
 )
@@ -18,13 +18,13 @@ EXCLUDED_FOLDER = re.compile(
 
 @dataclass(frozen=True)
 class CorpusInfo:
-    """Which files a figure was measured on.
+    """Describes the files that a figure was measured on.
 
     Args:
-        source (`str`): Folder the files lie in.
+        source (`str`): Folder of the files.
         python_version (`str`): Version of the interpreter whose standard library was read.
         num_files (`int`): Number of files.
-        num_bytes (`int`): Size of all files together.
+        num_bytes (`int`): Total size of the files.
         digest (`str`): SHA-256 over the relative paths and the contents of the files.
     """
 
@@ -36,10 +36,10 @@ class CorpusInfo:
 
 
 def default_corpus_files() -> dict[str, Path]:
-    """Lists the files of the default corpus, the standard library without tests and packages.
+    """Lists the files of the default corpus: the standard library without tests and installed packages.
 
     Returns:
-        `dict[str, Path]`: Path of each file by its posix path relative to the standard library, sorted.
+        `dict[str, Path]`: Path of each file by its posix path relative to the standard library, in sorted order.
     """
     root = _stdlib_folder()
     paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
@@ -67,5 +67,5 @@ def _stdlib_folder() -> Path:
 
 def _is_corpus_file(name: str) -> bool:
     *folders, file_name = name.split("/")
-    # _sysconfigdata_* holds paths and flags of the machine Python was built on
+    # _sysconfigdata_* contains paths and flags of the machine that Python was built on
     return not file_name.startswith("_sysconfigdata_") and not any(map(EXCLUDED_FOLDER.fullmatch, folders))

@@ -1,4 +1,4 @@
-"""Documents of any source, and their split into those that a model is trained on and those that are held out."""
+"""Reads the documents of any source, and splits them for training and validation."""
 
 import itertools
 import logging
@@ -29,20 +29,20 @@ logger = logging.getLogger(__name__)
 
 Documents = Dataset | IterableDataset
 
-# `place` is where a document stands between 0 and 1 by a hash, NaN without text: it decides what is held out.
+# `place` is a hash of the document between 0 and 1, or NaN without text. It decides what is held out.
 _FEATURES = Features({"text": Value("string"), "place": Value("float64"), "num_replaced": Value("int64")})
 _TEXT_TYPES = ("string", "large_string", "string_view", "null")
 _MAX_BATCH_BYTES = 2**27
-_MIN_SEARCHED = 2000  # characters in which the end of a line is looked for, at least
+_MIN_SEARCHED = 2000  # minimum number of characters to search for the end of a line
 
 
 class OpenSource(NamedTuple):
     """A source before it is read.
 
     Args:
-        splits (`dict[str, Callable[[], Documents]]`): What reads each of its splits.
-        paths (`list[str]`): Its files, unless it is a data set.
-        label (`str`): What warnings call it; empty for none.
+        splits (`dict[str, Callable[[], Documents]]`): A function to read each split, by the name of the split.
+        paths (`list[str]`): Its files; empty for a data set.
+        label (`str`): Its name in warnings; empty for no warnings.
     """
 
     splits: dict[str, Callable[[], Documents]]
@@ -50,16 +50,16 @@ class OpenSource(NamedTuple):
     label: str
 
     def read(self, *names: str) -> Documents:
-        """Reads the first of these splits that the source has."""
+        """Reads the first of these splits that exists."""
         for name in names:
             if name in self.splits:
                 return self.splits[name]()
         raise ValueError(
-            f"`source` has the splits {list(self.splits)} and needs one called {names[-1]!r}: rename one of them."
+            f"`source` has the splits {list(self.splits)} but needs one called {names[-1]!r}: rename one of them."
         )
 
     def read_texts(self, *names: str) -> Documents:
-        """Reads the first of these splits that the source has, without empty texts, as the one column `"text"`."""
+        """Reads the first of these splits that exists, without empty texts and with the column `"text"` only."""
         documents = self.read(*names)
         if isinstance(documents, Dataset):
             return _take(documents, ~np.isnan(_find_places(documents, self.label)))
@@ -80,19 +80,19 @@ def open_source(
 
     Args:
         source (`FileSource` or `DataSet`): Files, or a data set or its name.
-        text_column (`str`): Column of rows that holds the text.
+        text_column (`str`): Column of the text in rows.
         config_name (`str`, *optional*): Configuration of a data set loaded by name.
-        cache_dir (`str`, *optional*): Cache of `datasets`.
-        streaming (`bool`, *optional*, defaults to `False`): Whether to read the text as it is needed.
-        argument (`str`, *optional*, defaults to `"source"`): What errors call the source.
-        leave_out (`Collection[str]`, *optional*): Files that are left out.
+        cache_dir (`str`, *optional*): Cache folder of `datasets`.
+        streaming (`bool`, *optional*, defaults to `False`): Whether to read text as it is needed.
+        argument (`str`, *optional*, defaults to `"source"`): Name of the source in errors.
+        leave_out (`Collection[str]`, *optional*): Files to skip.
 
     Returns:
         [`OpenSource`]: The splits.
 
     Raises:
-        ValueError: The source is no text, or mixes texts and rows.
-        OSError: The source does not exist.
+        ValueError: If the source is not text, or mixes text files and files of rows.
+        OSError: If the source does not exist.
     """
     label = f"`{argument}`"
     if is_data_set(source, config_name):
@@ -109,12 +109,14 @@ def open_source(
 
 
 def _place_rows(rows: Documents, text_column: str) -> Documents:
-    # A stream knows its columns only once its first row was read.
+    # The columns of a stream are unknown until its first row is read.
     columns = rows.column_names or list(next(iter(rows), {text_column: None}))
     check_columns({"text_column": text_column}, columns)
     feature = (rows.features or {}).get(text_column)
     if feature is not None and getattr(feature, "dtype", None) not in _TEXT_TYPES:
-        raise ValueError(f"`text_column={text_column!r}` holds no text but {feature!r}: name a column of strings.")
+        raise ValueError(
+            f"`text_column={text_column!r}` has values of type {feature!r}, not text: name a column of strings."
+        )
     documents = rows.select_columns([text_column])
     documents = documents if text_column == "text" else documents.rename_column(text_column, "text")
     return documents if isinstance(documents, Dataset) else documents.map(_place_row, input_columns=["text"])
@@ -123,7 +125,7 @@ def _place_rows(rows: Documents, text_column: str) -> Documents:
 def _place_row(text: object) -> dict[str, float]:
     text = check_text(text, "`text_column`")
     if not text:
-        _warn_once("Rows of the stream without text (null or empty) are left out.")
+        _warn_once("Skipping rows of the stream without text: null or empty.")
     return {"place": find_place(text.encode()) if text else math.nan}
 
 
@@ -133,16 +135,16 @@ def _warn_once(message: str) -> None:
 
 
 def check_text(text: object, where: str) -> str:
-    """Returns a text, empty for `None`; raises a `ValueError` that says where it stands if it is something else."""
+    """Returns a text, empty for `None`; raises a `ValueError` that names its place if it is anything else."""
     if text is None or isinstance(text, str):
         return text or ""
-    raise ValueError(f"{where} holds no text but {str(text)[:40]!r} ({type(text).__name__}): give text, in quotes.")
+    raise ValueError(f"{where} has {str(text)[:40]!r} ({type(text).__name__}), not text: give text, in quotes.")
 
 
 def _read_files(
     files: list[SourceFile], text_column: str, cache_dir: str | None, streaming: bool, label: str
 ) -> Documents:
-    # Size and time of each file, and the reader's version, are arguments for the sake of the cache.
+    # The cache depends on the arguments, so they include the size and time of each file and the version of the reader.
     arguments = {"files": [tuple(file) for file in files], "text_column": text_column, "version": __version__}
     if streaming:
         return IterableDataset.from_generator(
@@ -171,13 +173,13 @@ def _generate(
             yield {"text": text, "place": find_place(key) if text else math.nan, "num_replaced": num_replaced}
         if not num_texts:  # `datasets` cannot make a data set without rows
             yield {"text": "", "place": math.nan, "num_replaced": 0}
-        if has_warnings:  # what is read at once is counted together
+        if has_warnings:  # without streaming, the losses of all files are counted together later
             for message in describe_losses(repr(file.path), num_empty, num_bytes):
                 _warn_once(message)
 
 
 def _read_file(file: SourceFile, text_column: str) -> Iterator[tuple[str, bytes, int]]:
-    """Read texts, and what each of them is placed by."""
+    """Read texts, each with the key for its place and the number of replaced bytes."""
     if file.kind is None:
         text, num_replaced = read_text(file.path)
         yield text, os.fsencode(file.name), num_replaced
@@ -188,31 +190,31 @@ def _read_file(file: SourceFile, text_column: str) -> Iterator[tuple[str, bytes,
 
 
 def describe_losses(place: str, num_empty: int, num_bytes: int) -> list[str]:
-    """Says what a place holds that is left out or replaced."""
+    """Describes what is skipped or replaced in a place."""
     losses = []
     if num_empty:
-        losses.append(f"{count(num_empty, 'text')} of {place} are null or empty and left out.")
+        losses.append(f"Skipping {count(num_empty, 'text')} of {place}: null or empty.")
     if num_bytes:
-        losses.append(f"{count(num_bytes, 'byte')} of {place} are not UTF-8 and replaced by \ufffd: convert to UTF-8.")
+        losses.append(f"Replacing {count(num_bytes, 'byte')} of {place} by \ufffd: not UTF-8. Convert to UTF-8.")
     return losses
 
 
 def split_documents(source: OpenSource, validation_fraction: float, names: Collection[str]) -> dict[str, Documents]:
-    """Splits a source into `"train"` and `"validation"`, with the one column `"text"`.
+    """Splits a source into `"train"` and `"validation"`, with the column `"text"` only.
 
-    A source's own split `"validation"`, else `"test"`, is kept. Otherwise the documents whose place is below the
-    fraction are held out, and at least one; at least one is left. Of a single document the end is held out.
+    A source's own split `"validation"`, else `"test"`, is kept. Otherwise, the documents whose place is below the
+    fraction are held out: at least one, and not all of them. If there is only one document, its end is held out.
 
     Args:
         source ([`OpenSource`]): The source.
         validation_fraction (`float`): Share of the documents to hold out.
-        names (`Collection[str]`): Which of the two splits are needed; the other is not read where it has its own.
+        names (`Collection[str]`): Which of the two splits are needed. If the source has both, only these are read.
 
     Returns:
-        `dict[str, Documents]`: The splits that are needed. They may be empty.
+        `dict[str, Documents]`: The splits in `names`. They may be empty.
 
     Raises:
-        ValueError: The source has no training split, or cannot be read.
+        ValueError: If the source has no training split, or cannot be read.
     """
     held_out = next((name for name in ("validation", "test") if name in source.splits), None)
     if held_out is not None:
@@ -225,7 +227,7 @@ def split_documents(source: OpenSource, validation_fraction: float, names: Colle
 
 
 def _find_places(documents: Dataset, label: str) -> np.ndarray:
-    """The places of all documents; what is left out or replaced is told."""
+    """Return the places of all documents, and warn of what is skipped or replaced."""
     num_bytes = sum(documents["num_replaced"][:]) if "num_replaced" in documents.column_names else 0
     if "place" not in documents.column_names and len(documents):
         documents = documents.map(_place_text, input_columns=["text"], remove_columns=["text"])
@@ -271,9 +273,9 @@ def _is_between(place: float, low: float, high: float) -> bool:
 
 
 def find_threshold(places: Iterable[float], fraction: float) -> float | None:
-    """The place below which documents are held out: the fraction, unless all lie on one side of it.
+    """Finds the place below which documents are held out: the fraction, unless all places are on one side of it.
 
-    `None` where there are less than two. A stream may have no end, so no more is read than needed.
+    Returns `None` if there are fewer than two documents. A stream may be endless, so no more is read than needed.
     """
     low, high = math.inf, -math.inf
     for place in places:
@@ -296,12 +298,13 @@ def _cut_document(document: Documents, fraction: float, names: Collection[str]) 
 
 
 def cut_text(text: str, split: str, fraction: float) -> dict[str, str]:
-    """Takes the part of a text that one of the splits has.
+    """Cuts a text in two, and takes the part of one split.
 
     Args:
         text (`str`): The text.
         split (`str`): `"train"` for its beginning, `"validation"` for its end.
-        fraction (`float`): Share of the end. It begins with a line, else with a word, where one is near.
+        fraction (`float`): Share of the text in its end part. This part starts with a line if one starts nearby,
+            else with a word.
 
     Returns:
         `dict[str, str]`: The part as `"text"`.

@@ -1,8 +1,8 @@
-"""One file at a time: its text, or the rows of JSON, CSV and Parquet, and where in the file each of them stands.
+"""Reads one file: its text, or its rows (JSON, CSV, Parquet) and the place of each row in the file.
 
-`datasets` caches and streams what is read here, but its builders do not read it. They guess the type of a column from
-its first values, so that texts which look like dates or numbers are none any more, take cells such as `NA` for missing
-ones, and end at a damaged line in an error that does not name it.
+`datasets` caches and streams these rows, but its own builders do not read them. Those guess the type of a column from
+its first values, so texts that look like dates or numbers are no longer texts. They treat cells such as `NA` as
+missing, and their error at a damaged line does not name the line.
 """
 
 import bz2
@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# Kind of the rows in a file by its suffix; a suffix of compression may follow. All others are text.
+# Kind of rows by the suffix of a file, which a suffix of compression may follow. All other files are text.
 ROW_KINDS = {
     ".jsonl": "json",
     ".jsonlines": "json",
@@ -42,7 +42,7 @@ _OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {
     rb"\x28\xb5\x2f\xfd": lambda file: io.BufferedReader(pa.CompressedInputStream(file, "zstd")),
     rb"\x04\x22\x4d\x18": lambda file: io.BufferedReader(pa.CompressedInputStream(file, "lz4")),
 }
-# The marks of UTF-32 begin with those of UTF-16.
+# UTF-32 comes first: its marks begin with the marks of UTF-16.
 _ENCODINGS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -57,12 +57,12 @@ _NUM_BATCH_ROWS = 1000
 
 
 class Row(NamedTuple):
-    """What stands in one place of a file.
+    """One row of a file.
 
     Args:
-        place (`str`): Where it stands, in words.
-        values (`dict[str, Any]`): Value of each column that was asked for, `None` where the row has none.
-        num_replaced (`int`): Bytes of the row that were not UTF-8.
+        place (`str`): Its place in the file, in words.
+        values (`dict[str, Any]`): Value of each requested column; `None` if the row has none.
+        num_replaced (`int`): Number of bytes that were not UTF-8 and were replaced.
     """
 
     place: str
@@ -71,7 +71,7 @@ class Row(NamedTuple):
 
 
 def row_kind(name: str) -> str | None:
-    """Tells by its name what rows a file holds: `"json"`, `"csv"`, `"tsv"`, `"parquet"`, or `None` for a text."""
+    """Returns the kind of rows in a file, by its name: `"json"`, `"csv"`, `"tsv"`, `"parquet"`, or `None` for text."""
     suffixes = [suffix.lower() for suffix in PurePath(name).suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -79,11 +79,11 @@ def row_kind(name: str) -> str | None:
 
 
 def is_text(path: str) -> bool:
-    """Tells from the start of a file whether it is a text, and no image, archive or program.
+    """Checks from the start of a file whether it is text, and not an image, archive or program.
 
     Raises:
-        ValueError: The file is compressed and damaged.
-        OSError: The file cannot be read.
+        ValueError: If the file is compressed and damaged.
+        OSError: If the file cannot be read.
     """
     with _open(path) as file:
         start = file.peek(_NUM_PEEKED)[:_NUM_PEEKED]
@@ -96,17 +96,17 @@ def _is_text(start: bytes) -> bool:
 
 
 def read_text(path: str) -> tuple[str, int]:
-    """Reads a text file, whatever its line ends, its compression and its byte-order mark.
+    """Reads a text file with any line ends, compression and byte-order mark.
 
     Args:
         path (`str`): The file.
 
     Returns:
-        `tuple[str, int]`: The text, and the number of bytes that are not UTF-8 and were replaced.
+        `tuple[str, int]`: The text, and the number of bytes that were not UTF-8 and were replaced.
 
     Raises:
-        ValueError: The file is no text, or damaged.
-        OSError: The file cannot be read.
+        ValueError: If the file is not text, or is damaged.
+        OSError: If the file cannot be read.
     """
     with _open_text(path, newline=None) as file:
         return _replace_bytes(file.read())
@@ -117,15 +117,15 @@ def read_rows(path: str, kind: str, columns: Mapping[str, str]) -> Iterator[Row]
 
     Args:
         path (`str`): The file.
-        kind (`str`): What [`row_kind`] calls its rows.
+        kind (`str`): Kind of its rows, see [`row_kind`].
         columns (`Mapping[str, str]`): Columns to read, by the argument that names them.
 
     Yields:
-        [`Row`]: The rows, with the columns alone.
+        [`Row`]: The rows, with the requested columns only.
 
     Raises:
-        ValueError: A row is damaged, or no row has one of the columns.
-        OSError: The file cannot be read.
+        ValueError: If a row is damaged, or no row has one of the columns.
+        OSError: If the file cannot be read.
     """
     reader = {"json": _read_json, "parquet": _read_parquet}.get(kind, _read_csv)
     options = {"delimiter": "\t" if kind == "tsv" else ","} if reader is _read_csv else {}
@@ -137,7 +137,7 @@ def read_rows(path: str, kind: str, columns: Mapping[str, str]) -> Iterator[Row]
 
 
 def _check_encodable(value: object, where: str) -> None:
-    """JSON can spell one half of a character that has two."""
+    """Refuse lone surrogates, which JSON can spell: halves of a character that cannot be encoded."""
     for text in value if isinstance(value, list) else [value]:
         if isinstance(text, str) and not text.isascii():
             try:
@@ -149,17 +149,17 @@ def _check_encodable(value: object, where: str) -> None:
 
 
 def check_columns(columns: Mapping[str, str], names: Iterable[str], path: str | None = None) -> None:
-    """Raises a `ValueError` unless each column is among the names that a file or a data set has."""
+    """Raises a `ValueError` unless a file or a data set has each of the columns."""
     names = list(names)
     for argument, name in columns.items():
         if name not in names:
             place = f" ({path})" if path else ""
-            raise ValueError(f"`{argument}={name!r}` is no column of the data set: use {names}{place}.")
+            raise ValueError(f"`{argument}={name!r}` is not a column of the data set: use one of {names}{place}.")
 
 
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[Any]:
-    """Open a file for reading, decompressed; damage is named. Downloads lose suffixes, so its first bytes decide."""
+    """Open a file and decompress it by its first bytes, as downloads lose suffixes. Errors name a damaged file."""
     try:
         with open(path, "rb") as file:
             start = file.peek(_NUM_PEEKED)
@@ -186,14 +186,14 @@ def _open_text(path: str, newline: str | None) -> Iterator[TextIO]:
     with _open(path) as file:
         start = file.peek(_NUM_PEEKED)[:_NUM_PEEKED]
         if not _is_text(start):
-            raise ValueError(f"{path!r} is no text: leave it out, or convert it.")
+            raise ValueError(f"{path!r} is not text: remove it, or convert it to text.")
         encoding = next((name for mark, name in _ENCODINGS.items() if start.startswith(mark)), "utf-8")
         errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
         yield io.TextIOWrapper(file, encoding, errors, newline)
 
 
 def _replace_bytes(text: str) -> tuple[str, int]:
-    """The text with its escaped bytes replaced, and their number."""
+    """Replace the escaped bytes of a text; also returns their number."""
     if text.isascii() or not _ESCAPED_BYTES.search(text):
         return text, 0
     num_bytes = sum(map(len, _ESCAPED_BYTES.findall(text)))
@@ -205,15 +205,15 @@ def _read_json(path: str, columns: Mapping[str, str]) -> Iterator[tuple[str, dic
     for place, value, num_replaced in _read_values(path):
         values = {"text": value} if isinstance(value, str) else value
         if not isinstance(values, dict):
-            raise ValueError(f"{path!r}, {place}, holds {str(value)[:40]!r}: an object with columns is needed.")
+            raise ValueError(f"{path!r}, {place}, is {str(value)[:40]!r}: give an object with columns.")
         names.update(dict.fromkeys(columns.values() & values.keys() if names else values))
         yield place, values, num_replaced
-    if names:  # a row may lack a column that others have
+    if names:  # a single row may lack a column
         check_columns(columns, names, path)
 
 
 def _read_values(path: str) -> Iterator[tuple[str, Any, int]]:
-    """Read a value from every line, or values that take several lines each, such as one array of all."""
+    """Read one value per line, or values that span several lines, such as one array of all rows."""
     with _open_text(path, newline=None) as file:
         for number, line in enumerate(file, 1):
             text, num_replaced = _replace_bytes(line.strip().removeprefix("\ufeff").strip())
@@ -233,7 +233,7 @@ def _read_values(path: str) -> Iterator[tuple[str, Any, int]]:
 
 
 def _decode_all(text: str, path: str, first_line: int) -> Iterator[tuple[str, Any]]:
-    """Decode the values that follow one another in the rest of a file."""
+    """Decode successive values in the rest of a file."""
     start, line = 0, first_line
     while start < len(text):
         value, end = _decode(text, start, path, first_line)
@@ -247,9 +247,9 @@ def _decode(text: str, start: int, path: str, first_line: int, *, is_whole: bool
     try:
         return (json.loads(text), len(text)) if is_whole else json.JSONDecoder().raw_decode(text, start)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path!r}, line {first_line + error.lineno - 1}, is no JSON: {error.msg}.") from None
-    except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
-        raise ValueError(f"{path!r}, line {first_line}, is no JSON that can be read: {error}.") from None
+        raise ValueError(f"{path!r}, line {first_line + error.lineno - 1}, is not valid JSON: {error.msg}.") from None
+    except (ValueError, RecursionError) as error:  # a number with too many digits, or too many brackets
+        raise ValueError(f"{path!r}, line {first_line}, is not JSON that can be read: {error}.") from None
 
 
 def _read_csv(path: str, columns: Mapping[str, str], delimiter: str) -> Iterator[tuple[str, dict[str, Any], int]]:
@@ -264,8 +264,8 @@ def _read_csv(path: str, columns: Mapping[str, str], delimiter: str) -> Iterator
         for line, cells in rows:
             if any(cells[len(names) :]):
                 raise ValueError(
-                    f"{path!r}, line {line}, has {len(cells)} cells and the header {len(names)}: put cells that hold "
-                    f"{delimiter!r} in double quotes."
+                    f"{path!r}, line {line}, has {len(cells)} cells but the header has {len(names)}: put cells "
+                    f"that contain {delimiter!r} in double quotes."
                 )
             wanted = {
                 name: _replace_bytes(cell)
@@ -281,7 +281,8 @@ def _read_csv(path: str, columns: Mapping[str, str], delimiter: str) -> Iterator
 
 def _read_cells(path: str, file: TextIO, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Read the rows that are not blank, each with the number of its first line."""
-    csv.field_size_limit(2**31 - 1)  # a cell is a document, and 128 KB the default; larger overflows on Windows
+    # a cell may be a whole document, but the default is 128 KB; a larger limit overflows on Windows
+    csv.field_size_limit(2**31 - 1)
     reader = csv.reader(file, delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
@@ -290,14 +291,14 @@ def _read_cells(path: str, file: TextIO, delimiter: str) -> Iterator[tuple[int, 
         except StopIteration:
             return
         except csv.Error as error:
-            raise ValueError(f"{path!r}, line {line}: the row that begins here is broken ({error}).") from None
+            raise ValueError(f"{path!r}, line {line}: the row that starts here is malformed ({error}).") from None
         if cells:
             yield line, cells
 
 
 def _read_parquet(path: str, columns: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any], int]]:
     with _open(path) as file:
-        # Parquet is read from its end, to which a compressed file cannot jump
+        # Parquet is read from its end, and a compressed file cannot seek there
         parquet = pq.ParquetFile(
             file if isinstance(getattr(file, "raw", None), io.FileIO) else io.BytesIO(file.read())
         )

@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, globs, and data sets of any kind."""
+"""Sources of text: files, folders, globs, and data sets of any kind."""
 
 import contextlib
 import glob
@@ -34,26 +34,26 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "parquet": ("parquet", {}),
 }
 
-# What lies beside rows and says something about them, such as Spark's `_SUCCESS`.
+# Files that describe the rows beside them, such as Spark's `_SUCCESS`.
 _ABOUT_ROWS = re.compile(
     r"(readme|licen[cs]e|notice|citation|changelog|checksums|(md5|sha\d+)sums?)\b.*|_.*|.*\.(md5|sha\d+|crc|asc|sig)",
     re.IGNORECASE,
 )
 _OF_ROWS = {name for name in FILES_TO_IGNORE if row_kind(name)}
 _SPLITS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
-_NUM_NAMED = 3  # files that a message names
-_NUM_CHARACTERS = 1000  # of a message of others
+_NUM_NAMED = 3  # files named in a message
+_NUM_CHARACTERS = 1000  # of another library's message
 
 
 class SourceFile(NamedTuple):
-    """A file that text is read from, and what changes with its content.
+    """A file of text: where it is, and attributes that change with its content.
 
     Args:
-        name (`str`): Posix path relative to the folder it was found in.
+        name (`str`): Posix path relative to the folder in which it was found.
         path (`str`): Absolute path.
-        kind (`str`, *optional*): Kind of its rows, see [`mot_hf.data.rows.row_kind`]; `None` for a text.
+        kind (`str`, *optional*): Kind of its rows, see [`mot_hf.data.rows.row_kind`]; `None` for text.
         size (`int`): Size in bytes.
-        modified (`int`): When it was modified, in nanoseconds.
+        modified (`int`): Time of its last modification, in nanoseconds.
     """
 
     name: str
@@ -64,19 +64,19 @@ class SourceFile(NamedTuple):
 
 
 def find_place(key: bytes) -> float:
-    """Gives a name or a text its place between 0 and 1, by a stable hash."""
+    """Maps a name or a text to a place between 0 and 1, by a stable hash."""
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64
 
 
 def is_held_out(key: bytes, validation_fraction: float) -> bool:
-    """Tells by a stable hash of a name or a text whether it belongs to the validation split."""
+    """Decides by a stable hash whether a name or a text belongs to the validation split."""
     return find_place(key) < validation_fraction
 
 
 def is_data_set(source: object, config_name: str | None = None) -> bool:
-    """Tells whether a source is a data set, or the name or address of one, and not files.
+    """Checks whether a source is a data set, or the name or URL of one, and not files.
 
-    A folder is a data set if one of its configurations is asked for.
+    A folder is a data set if a configuration is given.
     """
     if isinstance(source, DataSet):
         return True
@@ -97,11 +97,11 @@ def _is_saved_data_set(folder: Path) -> bool:
 
 
 def name_source(source: PathLike | Sequence[PathLike] | None) -> str:
-    """Names a source of text in words that others may read: a file or folder without the path to it.
+    """Names a source of text for other readers: a file or folder without its path.
 
     Args:
         source (`str` or `list[str]`, *optional*):
-            File, folder, glob, address or data set, or a list of these; `None` for Python's standard library.
+            File, folder, glob, URL or name of a data set, or a list of these; `None` for Python's standard library.
 
     Returns:
         `str`: The name.
@@ -118,7 +118,7 @@ def name_source(source: PathLike | Sequence[PathLike] | None) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Says how many there are of something."""
+    """Writes a number with its noun, in the plural unless it is 1."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
@@ -134,11 +134,11 @@ def load_data_set(
     streaming: bool = False,
     argument: str = "source",
 ) -> DataSet:
-    """Loads a data set by its name, from a URL or from a folder that it was saved in.
+    """Loads a data set by its name, from a URL, or from the folder where it was saved.
 
     Raises:
-        ValueError: The data set cannot be read, or has no such configuration.
-        OSError: There is no such data set.
+        ValueError: If the data set cannot be read, or has no such configuration.
+        OSError: If there is no such data set.
     """
     if isinstance(source, DataSet):
         return source
@@ -156,13 +156,15 @@ def load_data_set(
 
 @contextlib.contextmanager
 def explain_errors(source: str) -> Iterator[None]:
-    """Ends in one line of `ValueError` or `OSError` what `datasets` raises for a source that it cannot read."""
+    """Turns the errors of `datasets` for a source that it cannot read into a `ValueError` or `OSError` of one line."""
     try:
         yield
     except ClientError as error:
-        raise OSError(f"Downloading {source} was interrupted: check the network and start again ({error}).") from error
+        raise OSError(
+            f"The download of {source} was interrupted: check the network and start again ({error})."
+        ) from error
     except (OSError, HFValidationError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of a file or a disk, not of a name
+        if isinstance(error, OSError) and error.errno is not None:  # from a file or a disk, not from a name
             raise
         raise OSError(
             f"{source} is neither an existing file or folder nor a data set that `load_dataset` finds: "
@@ -186,22 +188,22 @@ def _in_one_line(error: BaseException) -> str:
 def find_files(
     source: FileSource, argument: str = "source", leave_out: Collection[str] = ()
 ) -> dict[str, list[SourceFile]]:
-    """Lists the files of a path, a glob or a list of these by their splits, each once.
+    """Lists the files of a path, a glob or a list of these by their splits, each file once.
 
-    A folder has the splits that the names of its files of rows say, as `datasets` reads them: `train.jsonl`,
-    `data/test-00000.parquet`. Files of text are of other splits than `"train"` only where every one says its split.
+    The names of a folder's files of rows determine its splits, by the rules of `datasets`: `train.jsonl`,
+    `data/test-00000.parquet`. Text files all belong to `"train"`, unless every name gives a split.
 
     Args:
-        source (`FileSource`): Files, folders and globs, or files by their names.
-        argument (`str`, *optional*, defaults to `"source"`): What errors call the source.
-        leave_out (`Collection[str]`, *optional*): Paths of files that are held out already.
+        source (`FileSource`): Files, folders and globs, or a mapping from names to files.
+        argument (`str`, *optional*, defaults to `"source"`): Name of the source in errors.
+        leave_out (`Collection[str]`, *optional*): Paths of files that are already held out.
 
     Returns:
         `dict[str, list[SourceFile]]`: Files by the name of their split.
 
     Raises:
-        ValueError: A file that is named is no text, or a folder or glob mixes texts and rows.
-        OSError: A path or glob matches no file.
+        ValueError: If a named file is not text, or a folder or glob mixes text files and files of rows.
+        OSError: If a path or glob matches no file.
     """
     if isinstance(source, Mapping):
         return {"train": [_describe(name, path) for name, path in source.items()]}
@@ -222,10 +224,10 @@ def find_files(
     }
     if num_held_out := sum(map(len, splits.values())) - sum(map(len, chosen.values())):
         logger.warning(
-            "%s of `%s` are in `validation_source` too and held out.", count(num_held_out, "file"), argument
+            "Holding out %s of `%s` found in `validation_source` too.", count(num_held_out, "file"), argument
         )
     if not any(chosen.values()):
-        raise ValueError(f"All files of `{argument}` are in `validation_source` too: name other text.")
+        raise ValueError(f"All files of `{argument}` are also in `validation_source`: give other text.")
     return {split: files for split, files in chosen.items() if files}
 
 
@@ -238,7 +240,7 @@ def _find_item(item: PathLike, label: str) -> dict[str, list[SourceFile]]:
     if path.is_file():
         file = _describe(path.name, path)
         if file.kind is None and not is_text(file.path):
-            raise ValueError(f"{label} is no text: convert it, or leave it out.")
+            raise ValueError(f"{label} is not text: convert it to text, or remove it.")
         return {"train": [file]}
     found = [_describe(name, match) for name, match in (_list_folder(path) if path.is_dir() else _list_glob(path))]
     if not found:
@@ -272,23 +274,21 @@ def _is_hidden(name: Path) -> bool:
 
 
 def _choose_files(item: PathLike, files: list[SourceFile], label: str) -> list[SourceFile]:
-    """The texts or the rows among the files of a folder or a glob."""
+    """Choose the text files or the files of rows of a folder or a glob."""
     rows = [file for file in files if file.kind and Path(file.name).name not in _OF_ROWS]
     texts = [file for file in files if not file.kind and not (rows and _ABOUT_ROWS.fullmatch(Path(file.name).name))]
     others = [file for file in texts if not is_text(file.path)]
     texts = [file for file in texts if file not in set(others)]
     if others:
-        logger.warning(
-            "%s of %s are no text and left out: %s.", count(len(others), "file"), label, _list_files(others)
-        )
+        logger.warning("Skipping %s without text in %s: %s.", count(len(others), "file"), label, _list_files(others))
     if rows and texts:
         raise ValueError(
             f"{label} mixes {count(len(texts), 'text file')} ({_list_files(texts)}) with {count(len(rows), 'file')} "
-            f"of rows ({_list_files(rows)}): name one kind by a glob, such as {_suggest_glob(item, texts[0])!r} or "
+            f"of rows ({_list_files(rows)}): select one kind by a glob, such as {_suggest_glob(item, texts[0])!r} or "
             f"{_suggest_glob(item, rows[0])!r}."
         )
     if not rows and not texts:
-        raise ValueError(f"{label} holds no text: give text files or files of rows.")
+        raise ValueError(f"{label} has no text: give text files or files of rows.")
     return rows or texts
 
 
@@ -306,14 +306,14 @@ def _suggest_glob(item: PathLike, file: SourceFile) -> str:
 def _group_by_split(files: list[SourceFile], label: str) -> dict[str, list[SourceFile]]:
     splits: dict[str | None, list[SourceFile]] = {}
     for file in files:
-        words = re.split(r"[-._ 0-9/]+", file.name.lower())  # as `datasets` parts them
+        words = re.split(r"[-._ 0-9/]+", file.name.lower())  # as `datasets` splits them
         splits.setdefault(next((_SPLITS[word] for word in words if word in _SPLITS), None), []).append(file)
     rest = splits.pop(None, [])
     if not files[0].kind and (rest or "train" not in splits):
         return {"train": files}
     if rest and "train" in splits:
         logger.warning(
-            "%s has a training split by the names of its files; %s are of no split and left out: %s.",
+            "The file names of %s give a training split. Skipping %s without a split in the name: %s.",
             label,
             count(len(rest), "file"),
             _list_files(rest),

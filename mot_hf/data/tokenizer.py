@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers: training one, and the bytes behind its tokens."""
+"""Trains byte-level BPE tokenizers, and counts the bytes of their tokens."""
 
 from collections.abc import Iterable
 
@@ -13,25 +13,25 @@ SPECIAL_TOKENS = [PAD_TOKEN, END_TOKEN, MASK_TOKEN]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer, which encodes every text and decodes it back unchanged.
+    """Trains a byte-level BPE tokenizer, which encodes any text and decodes it unchanged.
 
     Args:
         texts (`Iterable[str]`): Documents to train on.
         vocab_size (`int`, *optional*, defaults to 4096):
-            Number of tokens with the 256 bytes and the special tokens `<|pad|>`, `<|end|>` (`eos_token`) and
-            `<|mask|>`. A text too short for as many merges gives fewer.
+            Number of tokens, including the 256 bytes and the special tokens `<|pad|>`, `<|end|>` (`eos_token`) and
+            `<|mask|>`. A short text may yield fewer.
 
     Returns:
-        [`PreTrainedTokenizerFast`]: The tokenizer. The same texts always give the same one.
+        [`PreTrainedTokenizerFast`]: The tokenizer. The same texts always give the same tokenizer.
 
     Raises:
-        ValueError: If `vocab_size` has no room for the bytes and the special tokens.
+        ValueError: If `vocab_size` is too small for the bytes and the special tokens.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise ValueError(
-            f"`vocab_size={vocab_size}` has no room for the bytes and special tokens: use {smallest} or more."
+            f"`vocab_size={vocab_size}` is too small for the bytes and special tokens: use {smallest} or more."
         )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,9 +50,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
 
 
 def token_byte_counts(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Counts the UTF-8 bytes of text behind every token, which turns a loss per token into bits per byte.
+    """Counts the UTF-8 bytes of each token, to turn a loss per token into bits per byte.
 
-    The counts over a text's tokens add up to its length, as [`~mot_hf.data.blocks.make_blocks`] encodes it.
+    The counts of a text's tokens, as encoded by [`~mot_hf.data.blocks.make_blocks`], add up to its length in bytes.
 
     Args:
         tokenizer ([`PreTrainedTokenizerFast`]): A byte-level BPE tokenizer.
@@ -64,7 +64,9 @@ def token_byte_counts(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
         ValueError: If the tokenizer is not byte-level.
     """
     if "ByteLevel" not in str(tokenizer.backend_tokenizer.decoder):
-        raise ValueError(f"`tokenizer` must be byte-level BPE, its decoder is {tokenizer.backend_tokenizer.decoder}.")
+        raise ValueError(
+            f"`tokenizer` must be byte-level BPE, but its decoder is {tokenizer.backend_tokenizer.decoder}."
+        )
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     added = tokenizer.added_tokens_decoder
     vocab = tokenizer.get_vocab()
@@ -73,8 +75,8 @@ def token_byte_counts(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
         if index in added:
             counts[index] = 0 if added[index].special else len(token.encode())
         elif alphabet.issuperset(token):
-            # one character of the byte alphabet stands for one byte
+            # each character of the byte alphabet stands for one byte
             counts[index] = len(token)
         else:
-            raise ValueError(f"`tokenizer` must be byte-level BPE, its token {token!r} is not made of bytes.")
+            raise ValueError(f"`tokenizer` must be byte-level BPE, but its token {token!r} is not made of bytes.")
     return counts

@@ -17,30 +17,30 @@ from matplotlib.ticker import MaxNLocator
 
 from mot_hf.storage.run_log import LogHistory, series
 
-_SVG_LIMIT = 100_000  # bytes; beyond it a PNG is smaller
+_SVG_LIMIT = 100_000  # bytes; above this size, a PNG is smaller
 
 
 def plot_training_curve(log_history: LogHistory, path: str | os.PathLike[str]) -> None:
-    """Draws training and evaluation loss over the steps, and the learning rate below.
+    """Plots training and evaluation loss over the steps, with the learning rate below them.
 
     Args:
         log_history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`.
-        path (`str` or `os.PathLike`): Picture to write; the suffix says the format.
+        path (`str` or `os.PathLike`): File to write; the suffix sets the format.
 
     Raises:
         ValueError: If no training loss was logged.
     """
     if not series(log_history, "loss")[0]:
-        raise ValueError("`log_history` holds no training loss: train with `logging_steps` below the number of steps.")
+        raise ValueError("`log_history` has no training loss: train with `logging_steps` below the number of steps.")
     draw_training_curve(log_history).savefig(path, dpi=150)
 
 
 def draw_training_curve(log_history: LogHistory, loss_label: str = "loss (nats per token)") -> Figure:
-    """Draws training and evaluation loss, bits per byte where they were logged, and the learning rate.
+    """Draws training and evaluation loss, bits per byte if they were logged, and the learning rate.
 
     Args:
         log_history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`.
-        loss_label (`str`, *optional*, defaults to `"loss (nats per token)"`): What the losses are.
+        loss_label (`str`, *optional*, defaults to `"loss (nats per token)"`): Label of the losses.
 
     Returns:
         `Figure`: The picture.
@@ -73,14 +73,15 @@ def draw_by_layer(
     is_small: bool = False,
     limits: tuple[float, float] | None = None,
 ) -> Figure:
-    """Draws a quantity of mixing over the steps, one line for each layer, from dark (low) to bright (high).
+    """Draws a quantity of the mixing over the steps, with one line per layer, from dark (low) to bright (high).
 
     Args:
-        lines (`Mapping[str, tuple[Sequence[int], Sequence[float]]]`): Steps and values by the name of the layers.
-        label (`str`): What the values are.
-        is_small (`bool`, *optional*, defaults to `False`): Whether it is one of several small pictures, which have a
-            title and no legend.
-        limits (`tuple[float, float]`, *optional*): Limits of the values; by default those that are there.
+        lines (`Mapping[str, tuple[Sequence[int], Sequence[float]]]`): Steps and values, by name of the layers.
+        label (`str`): Label of the values.
+        is_small (`bool`, *optional*, defaults to `False`): Whether this is one of several small pictures, which have a
+            title instead of a legend.
+        limits (`tuple[float, float]`, *optional*): Limits of the value axis. Defaults to the range of the
+            values.
 
     Returns:
         `Figure`: The picture.
@@ -101,17 +102,17 @@ def draw_by_layer(
 
 
 def draw_mode_losses(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> Figure:
-    """Draws validation losses over the steps, one line for each mixing mode.
+    """Draws validation losses over the steps, with one line per mixing mode.
 
     Args:
-        lines (`Mapping[str, tuple[Sequence[int], Sequence[float]]]`): Steps and losses by the name of the mode.
+        lines (`Mapping[str, tuple[Sequence[int], Sequence[float]]]`): Steps and losses, by name of the mode.
 
     Returns:
         `Figure`: The picture.
     """
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
-    # Two of the modes often agree: one must be seen under the other.
+    # Two of the modes often agree, so one line must remain visible under the other.
     for (name, line), style in zip(lines.items(), ("o-", "s--", "^:"), strict=False):
         axes.plot(*line, style, label=name)
     axes.set_ylabel("validation loss (nats per token)")
@@ -121,14 +122,14 @@ def draw_mode_losses(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]])
 
 
 def draw_experts(effective_tokens: Mapping[int, np.ndarray], group_size: int) -> Figure:
-    """Draws a heat map of experts against layers: how many tokens make up an expert's mixture, in effect.
+    """Draws a heat map of layers and experts: the effective number of tokens in each expert's mixture.
 
     Args:
-        effective_tokens (`Mapping[int, np.ndarray]`): By layer, the effective tokens of its experts `[E]`.
+        effective_tokens (`Mapping[int, np.ndarray]`): Effective tokens of the experts `[E]`, by layer.
         group_size (`int`): Rows G of a group.
 
     Returns:
-        `Figure`: The picture; the experts of every layer are sorted.
+        `Figure`: The picture, with the experts of each layer sorted.
     """
     values = np.stack([np.sort(values) for values in effective_tokens.values()])  # [number of layers, E]
     figure = Figure(figsize=(6, 1.4 + 0.35 * len(values)), layout="constrained")
@@ -136,7 +137,7 @@ def draw_experts(effective_tokens: Mapping[int, np.ndarray], group_size: int) ->
     image = axes.imshow(values, aspect="auto", origin="lower", interpolation="nearest", norm=LogNorm(1, group_size))
     axes.set_yticks(range(len(values)), map(str, effective_tokens))
     axes.set_ylabel("layer")
-    axes.set_xlabel("experts of the layer, the most concentrated first")
+    axes.set_xlabel("experts of the layer, most concentrated first")
     ticks = [2**power for power in range(group_size.bit_length()) if 2**power <= group_size]
     bar = figure.colorbar(image, label="effective tokens", pad=0.02)
     bar.set_ticks(ticks, labels=map(str, ticks), minor=False)
@@ -151,16 +152,16 @@ def _finish(axes: Axes) -> None:
 
 
 def to_data_uri(figure: Figure) -> str:
-    """Writes a picture into a `data:` address, which a page can hold: as SVG, or as PNG where the SVG is large.
+    """Encodes a picture as a `data:` URI to embed in a page: as SVG, or as PNG if the SVG is large.
 
     Args:
         figure (`Figure`): The picture.
 
     Returns:
-        `str`: The address.
+        `str`: The URI.
     """
     buffer = io.BytesIO()
-    # The same picture is the same file.
+    # A fixed salt and no date: the same picture always gives the same file.
     with matplotlib.rc_context({"svg.hashsalt": "mot_hf"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     kind = "svg+xml"

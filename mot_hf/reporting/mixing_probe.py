@@ -1,6 +1,6 @@
-"""What a model does to text: how its experts mix tokens, and its loss in every mixing mode.
+"""Measurements of a model on text: how its experts mix tokens, and its loss in every mixing mode.
 
-Axes: B rows, T columns, G group size, A = B / G groups of rows, E experts, M tokens that are remembered for an expert.
+Axes: B rows, T columns, G group size, A = B / G groups of rows, E experts, M tokens that are kept per expert.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,15 +20,15 @@ Batches = Sequence[Mapping[str, Tensor]]
 
 @dataclass
 class LayerMixing:
-    """How the experts of one MoT layer weigh the tokens of their groups: means over all groups, by expert.
+    """How the experts of one MoT layer weight the tokens of their groups: means over all groups, per expert.
 
     Args:
         layer (`int`): Index of the layer.
-        entropy (`torch.Tensor` of shape `[E]`): Entropy of the weights, from 0 (one token) to 1 (all alike).
+        entropy (`torch.Tensor` of shape `[E]`): Entropy of the weights, from 0 (one token) to 1 (all equal).
         effective_tokens (`torch.Tensor` of shape `[E]`): 1 / sum of squared weights, from 1 to G.
         largest_weight (`torch.Tensor` of shape `[E]`): Weight of the group's heaviest token, from 1 / G to 1.
-        top_weights (`torch.Tensor` of shape `[M, E]`): Largest weights in all groups, in descending order.
-        top_tokens (`torch.Tensor` of shape `[M, E]`): Their tokens' places among all tokens of the text, row by row.
+        top_weights (`torch.Tensor` of shape `[M, E]`): Largest weights over all groups, in descending order.
+        top_tokens (`torch.Tensor` of shape `[M, E]`): Positions of their tokens in the text, counted row by row.
     """
 
     layer: int
@@ -46,7 +46,7 @@ class ModeLoss(NamedTuple):
         mode (`str`): The mode.
         loss (`float`): Nats per predicted token.
         perplexity (`float`): Perplexity.
-        bits_per_byte (`float`, *optional*): Bits per byte of predicted text; `None` if the bytes are not known.
+        bits_per_byte (`float`, *optional*): Bits per byte of predicted text; `None` if the number of bytes is unknown.
     """
 
     mode: str
@@ -61,12 +61,12 @@ def measure_experts(model: MoTPreTrainedModel, batches: Batches, *, num_top: int
 
     Args:
         model ([`MoTPreTrainedModel`]): A model with or without a head.
-        batches (`Sequence[Mapping[str, torch.Tensor]]`): Batches with `input_ids` `[B, T]`: full groups of rows of one
-            length, without padding.
-        num_top (`int`, *optional*, defaults to 6): Number M of tokens to remember for an expert.
+        batches (`Sequence[Mapping[str, torch.Tensor]]`): Batches with `input_ids` `[B, T]`: full groups of rows of the
+            same length, without padding.
+        num_top (`int`, *optional*, defaults to 6): Number M of tokens to keep per expert.
 
     Returns:
-        `list[LayerMixing]`: One entry for each MoT layer, from the lowest up; empty if there is none.
+        `list[LayerMixing]`: One entry per MoT layer, from the lowest up; empty if there are no MoT layers.
     """
     layers = [index for index, kind in enumerate(model.config.mlp_layer_types) if kind == "sparse"]
     if not layers:
@@ -86,7 +86,7 @@ def measure_experts(model: MoTPreTrainedModel, batches: Batches, *, num_top: int
 
 
 def _measure(layer: int, logits: Tensor, first: int, num_top: int) -> LayerMixing:
-    """Measure one batch, whose logits are `[A, G, T, E]` and whose first token has the place `first`."""
+    """Measure one batch with logits `[A, G, T, E]`, whose first token is at position `first` of the text."""
     w = logits.softmax(dim=1)  # [A, G, T, E]
     entropy = torch.special.entr(w).sum(dim=1) / log(w.shape[1])  # [A, T, E]
     tokens = w.flatten(0, 2)  # [B * T, E]
@@ -97,7 +97,7 @@ def _measure(layer: int, logits: Tensor, first: int, num_top: int) -> LayerMixin
 
 
 def _join(parts: Sequence[LayerMixing], shares: Tensor, num_top: int) -> LayerMixing:
-    """Join what was measured in several batches of one layer; `shares` of the text add up to 1."""
+    """Combine the measurements of one layer over several batches, whose `shares` of the text add up to 1."""
 
     def mean(name: str) -> Tensor:
         return shares @ torch.stack([getattr(part, name) for part in parts])  # [E]
@@ -116,10 +116,10 @@ def measure_losses(model: MoTPreTrainedModel, batches: Batches, byte_counts: Ten
     Args:
         model ([`MoTPreTrainedModel`]): A causal or masked language model.
         batches (`Sequence[Mapping[str, torch.Tensor]]`): Batches as a collator makes them, with `labels`.
-        byte_counts (`torch.Tensor`, *optional*): Bytes of text by token id, see [`token_byte_counts`].
+        byte_counts (`torch.Tensor`, *optional*): Bytes of text for each token id, see [`token_byte_counts`].
 
     Returns:
-        `list[ModeLoss]`: One entry for each mode.
+        `list[ModeLoss]`: One entry per mode.
     """
     predicted = [_predicted_tokens(model, batch["labels"]) for batch in batches]
     num_tokens = sum(map(len, predicted))
@@ -134,12 +134,12 @@ def measure_losses(model: MoTPreTrainedModel, batches: Batches, byte_counts: Ten
 
 
 def _predicted_tokens(model: MoTPreTrainedModel, labels: Tensor) -> Tensor:
-    """The tokens that the loss is about, as a vector."""
+    """The tokens that the loss counts, as a vector."""
     labels = labels[:, 1:] if model.config.is_causal else labels
     return labels[labels != -100]
 
 
 def _mean_loss(model: MoTPreTrainedModel, batch: Mapping[str, Tensor], mode: str) -> float:
     inputs = {name: value.to(model.device) for name, value in batch.items()}
-    # Without logits there is no load-balancing loss, which is no part of what the model knows of the text.
+    # Without router logits there is no load-balancing loss, which says nothing about how well the text is predicted.
     return model.eval()(**inputs, mixing=mode, output_router_logits=False).loss.item()

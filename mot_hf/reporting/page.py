@@ -1,6 +1,6 @@
-"""One page about a training run: what it learnt, how it mixes, and what mixing costs.
+"""A report page for a training run: what the model learned, how it mixes, and what mixing costs.
 
-Axes: R rows, T columns, E experts, M tokens that are remembered for an expert.
+Axes: R rows, T columns, E experts, M tokens that are kept per expert.
 """
 
 import os
@@ -25,7 +25,7 @@ from mot_hf.storage.plain_files import write_whole
 from mot_hf.storage.run_log import LogHistory, Run, layer_series, series
 from mot_hf.version import __version__
 
-NUM_SHOWN_EXPERTS = 3  # of a layer, those whose tokens are shown
+NUM_SHOWN_EXPERTS = 3  # experts per layer whose tokens are shown
 
 SMALL_PICTURES = {
     "largest_weight": "largest weight",
@@ -44,17 +44,17 @@ def write_report(
     *,
     text_name: str = "validation text",
 ) -> None:
-    """Writes a page about a training run: one HTML file with its pictures in it, that needs nothing else.
+    """Writes a report page for a training run: one self-contained HTML file, including its pictures.
 
     Args:
         run ([`Run`]): The run, from [`find_run`].
         model ([`MoTPreTrainedModel`]): Its model, with any head.
         tokenizer ([`PreTrainedTokenizerBase`]): Its tokenizer.
         batches (`Sequence[Mapping[str, torch.Tensor]]`):
-            Batches to measure the model on, as a collator for language modeling makes them: full groups of rows of one
-            length. May be empty.
+            Batches to measure the model on, as a collator for language modeling makes them: full groups of rows of the
+            same length. May be empty.
         path (`str` or `os.PathLike`): File to write.
-        text_name (`str`, *optional*, defaults to `"validation text"`): What the page calls the text of the batches.
+        text_name (`str`, *optional*, defaults to `"validation text"`): Name of the text on the page.
 
     Raises:
         OSError: If the file cannot be written.
@@ -103,15 +103,15 @@ def _describe_model(run: Run, model: MoTPreTrainedModel) -> dict[str, str]:
     config, size = model.config, count_parameters(model)
     layers = [str(index) for index, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
     facts = {
-        "Model": f"{type(model).__name__}, read from {run.model_dir}",
-        "Parameters": f"{size.total:,} in total, {size.active:,} active for one token",
+        "Model": f"{type(model).__name__}, loaded from {run.model_dir}",
+        "Parameters": f"{size.total:,} in total, {size.active:,} active per token",
         "Blocks": f"{config.num_hidden_layers} of width {config.hidden_size:,}",
         "MoT layers": ", ".join(layers) or "none",
     }
     if layers:
         facts |= {
             "Experts": f"E = {config.num_experts} of width {config.moe_intermediate_size:,} in each MoT layer",
-            "Groups": f"G = {config.group_size} tokens are mixed",
+            "Groups": f"G = {config.group_size} tokens are mixed together",
             "Experts per token": f"K = {config.num_experts_per_tok} in modes per_sequence and moe",
             "Mixing": f"{config.mixing} in training, {config.inference_mixing} at inference",
         }
@@ -126,7 +126,7 @@ def _describe_text(batches: Batches, name: str) -> dict[str, Any]:
 
 
 def _summarise_training(log_history: LogHistory, model: MoTPreTrainedModel) -> dict[str, Any] | None:
-    """The training curve, and the last and the lowest value of everything in it; `None` without losses."""
+    """The training curve, with the last and the lowest value of each line; `None` without losses."""
     names = {"loss": "training loss", "eval_loss": "validation loss", "eval_bits_per_byte": "bits per byte"}
     logged = {name: series(log_history, key) for key, name in names.items()}
     rows = [
@@ -156,7 +156,7 @@ def _best(steps: list[int], values: list[float]) -> int:
 
 
 def _draw_mixing_over_time(log_history: LogHistory) -> dict[str, Any] | None:
-    """The pictures of what a callback logged of mixing; `None` if there was none."""
+    """The pictures of what a callback logged about mixing; `None` if nothing was logged."""
     entropy = layer_series(log_history, "entropy")
     lines = {title: layer_series(log_history, quantity) for quantity, title in SMALL_PICTURES.items()}
     small = {title: draw_by_layer(line, title, is_small=True) for title, line in lines.items() if line}
@@ -180,7 +180,7 @@ def _draw_experts(layers: list[LayerMixing], model: MoTPreTrainedModel) -> str:
 def _find_tokens(
     layers: list[LayerMixing], tokenizer: PreTrainedTokenizerBase, batches: Batches
 ) -> dict[int, list[dict[str, Any]]]:
-    """By layer, the most concentrated experts with their heaviest tokens."""
+    """The most concentrated experts of each layer, with their heaviest tokens."""
     if not layers:
         return {}
     rows = torch.cat([batch["input_ids"].cpu() for batch in batches])  # [R, T]
@@ -200,7 +200,7 @@ def _find_tokens(
 def _show_tokens(
     layer: LayerMixing, expert: int, tokenizer: PreTrainedTokenizerBase, rows: Tensor
 ) -> list[tuple[float, Passage]]:
-    """The heaviest tokens of one expert in rows `[R, T]`: their weights, and the text around them."""
+    """The heaviest tokens of one expert in rows `[R, T]`, as weights and the text around the tokens."""
     places = [divmod(place, rows.shape[1]) for place in layer.top_tokens[:, expert].tolist()]  # [M] rows and columns
     passages = [find_passage(tokenizer, rows[row].tolist(), column) for row, column in places]
     return list(zip(layer.top_weights[:, expert].tolist(), passages, strict=True))
@@ -209,7 +209,7 @@ def _show_tokens(
 def _compare_modes(
     log_history: LogHistory, model: MoTPreTrainedModel, tokenizer: PreTrainedTokenizerBase, batches: Batches
 ) -> dict[str, Any]:
-    """The picture of the losses that were logged by mode, and those measured now; `None` and empty without."""
+    """The picture of the losses logged by mode, or `None`, and the losses measured now, or an empty list."""
     logged = {mode: series(log_history, f"eval_{mode}_loss") for mode in MIXING_MODES}
     logged = {mode: line for mode, line in logged.items() if line[0]}
     is_measured = batches and _is_language_model(model) and "sparse" in model.config.mlp_layer_types
@@ -220,7 +220,7 @@ def _compare_modes(
 
 
 def _count_bytes(tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
-    """Bytes of text by token id; `None` if the tokenizer is of a kind that does not say."""
+    """Bytes of text by token id; `None` if this kind of tokenizer does not provide them."""
     try:
         return token_byte_counts(tokenizer)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Text around single tokens of a row, for a page."""
+"""The text around single tokens of a row, for the report page."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,18 +6,18 @@ from typing import NamedTuple
 from markupsafe import Markup, escape
 from transformers import PreTrainedTokenizerBase
 
-# A character has at most this many bytes, and so tokens.
+# A character has at most this many bytes, and therefore at most this many tokens.
 _CHARACTER = 4
 _UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
 _VISIBLE = {" ": "\N{MIDDLE DOT}", "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW}"}
 
 
 class Passage(NamedTuple):
-    """A token and the text beside it.
+    """A token and the text around it.
 
     Args:
         before (`str`): Text of the tokens before it.
-        token (`str`): Text of the token itself; of the whole character if the token is only a part of one.
+        token (`str`): Text of the token itself, or the whole character if the token is only a part of one.
         after (`str`): Text of the tokens after it.
     """
 
@@ -34,24 +34,24 @@ def find_passage(
     Args:
         tokenizer ([`PreTrainedTokenizerBase`]): The tokenizer.
         row (`Sequence[int]`): Token ids of the row.
-        column (`int`): Place of the token in the row.
-        num_before (`int`, *optional*, defaults to 12): Number of tokens to show before it, where there are as many.
-        num_after (`int`, *optional*, defaults to 6): Number of tokens to show after it, where there are as many.
+        column (`int`): Position of the token in the row.
+        num_before (`int`, *optional*, defaults to 12): Maximum number of tokens to show before it.
+        num_after (`int`, *optional*, defaults to 6): Maximum number of tokens to show after it.
 
     Returns:
         [`Passage`]: The text, in three parts.
     """
     first, last = _whole_characters(tokenizer, row, column)
     start, stop = max(0, first - num_before), last + num_after
-    # As lengths of one text that grows: tokenizers may decode a token differently where it comes first.
+    # Cut one growing text by length: tokenizers may decode a token differently at the start of a text.
     before, upto, whole = (_decode(tokenizer, row[start:end]) for end in (first, last, stop))
-    # Bytes that make no character may add nothing to those before them.
+    # Bytes that are not a complete character may add nothing to the text before them.
     token, after = upto[len(before) :] or _decode(tokenizer, row[first:last]), whole[len(upto) :]
     return Passage(before.lstrip(_UNDECODABLE), token, after.rstrip(_UNDECODABLE))
 
 
 def _whole_characters(tokenizer: PreTrainedTokenizerBase, row: Sequence[int], column: int) -> tuple[int, int]:
-    """The columns of the characters that a token is a part of; its own column where that is nothing to decode."""
+    """The columns of the characters that a token is a part of; only its own column if these cannot be decoded."""
     for first in range(column, max(-1, column - _CHARACTER), -1):
         for last in range(column + 1, min(column + _CHARACTER, len(row)) + 1):
             if _UNDECODABLE not in _decode(tokenizer, row[first:last]):
@@ -64,14 +64,14 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def show_invisible(text: str) -> Markup:
-    """Makes text HTML in which whitespace and what cannot be printed are to be seen.
+    """Converts text to HTML in which whitespace and unprintable characters are visible.
 
     Args:
         text (`str`): Any text.
 
     Returns:
-        `Markup`: The text, escaped, with a sign of class `invisible` for every character without a shape of its own;
-        lines may break after it.
+        `Markup`: The escaped text, with a symbol of class `invisible` for each character that has no visible shape.
+        Lines may break after each symbol.
     """
     return Markup("").join(map(_show_character, text))
 

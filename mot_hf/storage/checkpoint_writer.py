@@ -1,4 +1,4 @@
-"""Checkpoints in safetensors files, written without holding a whole model in memory."""
+"""Writes checkpoints in safetensors files, without keeping a whole model in memory."""
 
 import json
 from pathlib import Path
@@ -14,20 +14,20 @@ DEFAULT_SHARD_SIZE = 5 * 10**9  # bytes, as in transformers
 
 
 class CheckpointWriter(OutputFolder):
-    """Writes a checkpoint in shards, and gives it its name only when all of it is there.
+    """Writes a checkpoint in shards, and gives it its final name only when it is complete.
 
-    Used as a context manager, as its base is: nothing half-written ever bears the final name.
+    Use it as a context manager, like its base class.
 
     Args:
-        folder (`str` or `Path`): Where the checkpoint shall be: a folder that is not there yet, or is empty.
-        source (`str` or `Path`): Folder that is read meanwhile, which must not be overwritten.
-        force (`bool`): Whether to replace a model that `folder` holds. Other files and folders in it stay.
-        max_shard_size (`int`, *optional*, defaults to 5 GB): Size that no file of several tensors exceeds, in bytes;
-            also about what is held in memory.
-        min_size (`int`, *optional*, defaults to 0): Bytes that will be written at least.
+        folder (`str` or `Path`): Folder of the checkpoint, which must not exist yet or be empty.
+        source (`str` or `Path`): Folder that is read meanwhile, and must not be overwritten.
+        force (`bool`): Whether to replace a model in `folder`. Other files and folders in it stay.
+        max_shard_size (`int`, *optional*, defaults to 5 GB): Maximum size of a file of several tensors, in bytes; also
+            about the amount kept in memory.
+        min_size (`int`, *optional*, defaults to 0): Minimum number of bytes that will be written.
 
     Raises:
-        OSError: `folder` may not be written to, or the disk has no room; nothing was changed.
+        OSError: If `folder` must not be written to, or the disk has too little space. Nothing was changed.
     """
 
     def __init__(
@@ -47,27 +47,27 @@ class CheckpointWriter(OutputFolder):
         self._total_size = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Adds a tensor, and writes a shard to the disk where the next one would be too large.
+        """Adds a tensor, after writing the current shard to disk if the tensor would make it too large.
 
-        A tensor that shares its contents with another one, such as a tied embedding, is not to be added twice.
+        Add a tensor that has several names, such as a tied embedding, only once.
 
         Args:
             name (`str`): Name of the tensor.
-            tensor (`torch.Tensor`): The tensor; must not change before the writer is closed.
+            tensor (`torch.Tensor`): The tensor. It must not change before the writer is closed.
 
         Raises:
-            ValueError: There is a tensor of this name already.
-            OSError: The shard cannot be written.
+            ValueError: If a tensor of this name was added before.
+            OSError: If the shard cannot be written.
         """
         if name in self._shard or any(name in names for names in self._shards):
-            raise ValueError(f"The tensor {name!r} was added before.")
+            raise ValueError(f"The tensor {name!r} was added before: add it once.")
         if self._shard_size + tensor.nbytes > self._max_shard_size:
             self.new_shard()
         self._shard[name] = tensor.detach().contiguous()
         self._shard_size += tensor.nbytes
 
     def new_shard(self) -> None:
-        """Writes what was added to the disk; what is added from now on goes into another file."""
+        """Writes the tensors added so far to disk. Later ones go into another file."""
         if not self._shard:
             return
         try:
@@ -79,7 +79,7 @@ class CheckpointWriter(OutputFolder):
         self._shard, self._shard_size = {}, 0
 
     def _temporary_shard(self, index: int) -> Path:
-        """Where a shard stays while the number of shards is unknown, which is part of their names."""
+        """Path of a shard until the number of shards is known, which is part of their names."""
         return self.folder / f"shard-{index}.safetensors"
 
     def _finish(self) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run can go on from, after whatever stopped it."""
+"""Finds the checkpoint from which a stopped run can be resumed."""
 
 import logging
 import os
@@ -16,9 +16,9 @@ from mot_hf.storage.plain_files import read_json, read_object
 logger = logging.getLogger(__name__)
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-# Folders of distributed checkpoints: FSDP's by torch, DeepSpeed's by itself.
+# Folders of distributed checkpoints: FSDP's, written by torch, and DeepSpeed's own.
 _SHARDED_WEIGHTS = ("pytorch_model_fsdp_*", "global_step*")
-# As in transformers.trainer, whose import needs an extra and takes seconds.
+# Copied from transformers.trainer, whose import needs an extra and takes seconds.
 TRAINER_STATE_NAME = "trainer_state.json"
 SCHEDULER_NAME = "scheduler.pt"
 # Files of `torch.save` that the `Trainer` loads; it does not load training_args.bin.
@@ -26,28 +26,28 @@ _TORCH_FILES = ("*.pt", "*.pth", "optimizer*.bin", "pytorch_model_fsdp*.bin")
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
-    """Finds the checkpoint that `args.resume_from_checkpoint` asks for.
+    """Finds the checkpoint that `args.resume_from_checkpoint` selects.
 
-    `"true"` asks for the last good one of `output_dir`: damaged and half-written ones are named in a warning and
-    skipped for the one before. A path asks for that one.
+    `"true"` selects the last good one in `output_dir`, and skips damaged and incomplete ones with a warning. A path
+    selects that checkpoint.
 
     Args:
         args (`TrainingArguments`): Arguments of the `Trainer`.
 
     Returns:
-        `str` or `None`: The folder of the checkpoint; `None` to start from scratch, also where `"true"` finds none.
+        `str` or `None`: The folder of the checkpoint; `None` to start from scratch, also if `"true"` finds none.
 
     Raises:
-        ValueError: The checkpoint asked for is damaged, or every one is; or none was asked for, and `output_dir` holds
-            some that a new run would mix up with its own.
-        OSError: The checkpoint asked for does not exist.
+        ValueError: If the selected checkpoint is damaged, or all of them are; or if none was selected but `output_dir`
+            has some, which a new run would confuse with its own.
+        OSError: If the selected checkpoint does not exist.
     """
     wanted = (args.resume_from_checkpoint or "").strip()
     if wanted.lower() in ("", "false"):
         if checkpoints := list_checkpoints(args.output_dir):
             raise ValueError(
-                f"`output_dir={args.output_dir!r}` holds checkpoints of an earlier run ({checkpoints[-1].name}): go "
-                "on from the last good one with --resume_from_checkpoint true, or choose another folder."
+                f"`output_dir={args.output_dir!r}` has checkpoints of an earlier run ({checkpoints[-1].name}): resume "
+                "from the last good one with --resume_from_checkpoint true, or choose another folder."
             )
         return None
     found = _find_last_of(args.output_dir) if wanted.lower() == "true" else _check_path(wanted)
@@ -60,7 +60,7 @@ def _find_last_of(output_dir: str) -> str | None:
     last = find_last_checkpoint(output_dir)
     if last is None and list_checkpoints(output_dir):
         raise ValueError(
-            f"No checkpoint in `output_dir={output_dir!r}` can be resumed from, see the warnings. Move them away to "
+            f"No checkpoint in `output_dir={output_dir!r}` can be resumed from, see the warnings: move them away to "
             "start from scratch."
         )
     return last
@@ -68,25 +68,27 @@ def _find_last_of(output_dir: str) -> str | None:
 
 def _check_path(wanted: str) -> str:
     if not Path(wanted).is_dir():
-        raise OSError(f"`resume_from_checkpoint={wanted!r}` is no folder: give a checkpoint-N folder, or true.")
+        raise OSError(f"`resume_from_checkpoint={wanted!r}` is not a folder: give a checkpoint-N folder, or true.")
     if problem := find_damage(wanted):
-        raise ValueError(f"`resume_from_checkpoint={wanted!r}` cannot be resumed from: {problem}.")
+        raise ValueError(
+            f"`resume_from_checkpoint={wanted!r}` cannot be resumed from: {problem}. Choose another one, or true."
+        )
     return wanted
 
 
 def _announce(checkpoint: str | None, args: TrainingArguments) -> None:
-    """Say where the run goes on, as warnings: nothing below them is shown by default."""
+    """Log where the run resumes, as warnings: lower levels are not shown by default."""
     if checkpoint is None:
-        logger.warning("There is no checkpoint in %s to go on from: the run starts from scratch.", args.output_dir)
+        logger.warning("There is no checkpoint in %s to resume from: the run starts from scratch.", args.output_dir)
         return
-    logger.warning("The run goes on from %s, step %d.", checkpoint, read_state(checkpoint).global_step)
+    logger.warning("The run resumes from %s, step %d.", checkpoint, read_state(checkpoint).global_step)
     num_saved = _count_processes(Path(checkpoint))
     if num_saved == 0:
-        logger.warning("%s holds no random states: the run goes on, but not bit for bit.", checkpoint)
+        logger.warning("%s has no random states: the run resumes, but is not bit for bit the same.", checkpoint)
     elif num_saved != args.world_size:
         logger.warning(
-            "The number of processes has changed from %d to %d: the run goes on from %s with other batches and random "
-            "numbers, so not bit for bit as if nothing had happened.",
+            "The number of processes changed from %d to %d: the run resumes from %s with other batches and random "
+            "numbers, so it is not bit for bit the same as without the interruption.",
             num_saved,
             args.world_size,
             checkpoint,
@@ -94,7 +96,7 @@ def _announce(checkpoint: str | None, args: TrainingArguments) -> None:
 
 
 def find_last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Finds the last checkpoint that training can go on from; names the later ones that it cannot in warnings.
+    """Finds the last checkpoint that training can resume from, and warns of later ones that it cannot.
 
     Args:
         output_dir (`str` or `os.PathLike`): Folder of the run.
@@ -111,10 +113,10 @@ def find_last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def find_damage(checkpoint: str | os.PathLike[str]) -> str | None:
-    """Tells what keeps training from going on from a checkpoint exactly as it was.
+    """Finds out why training cannot resume exactly from a checkpoint.
 
-    The `Trainer` writes a checkpoint's state last, so one that lacks it is half-written. Weights are checked for their
-    length, other files by their checksums.
+    The `Trainer` writes the state last, so a checkpoint without it is incomplete. The weights are checked by their
+    length, the other files by their checksums.
 
     Args:
         checkpoint (`str` or `os.PathLike`): Folder of the checkpoint.
@@ -135,8 +137,8 @@ def read_state(checkpoint: str | os.PathLike[str]) -> TrainerState:
         `TrainerState`: The state.
 
     Raises:
-        ValueError: It is damaged.
-        OSError: It cannot be read.
+        ValueError: If the state is damaged.
+        OSError: If it cannot be read.
     """
     path = Path(checkpoint) / TRAINER_STATE_NAME
     try:
@@ -150,7 +152,7 @@ def read_state(checkpoint: str | os.PathLike[str]) -> TrainerState:
 
 def _find_problems(checkpoint: Path) -> Iterator[str]:
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
-        yield f"it is half-written, {TRAINER_STATE_NAME} is missing"
+        yield f"it is incomplete, {TRAINER_STATE_NAME} is missing"
     elif not _is_readable(checkpoint):
         yield f"{TRAINER_STATE_NAME} is damaged"
     for path in (checkpoint / "config.json", checkpoint / "adapter_config.json"):
@@ -188,7 +190,7 @@ def _find_problems_of_pickles(checkpoint: Path) -> Iterator[str]:
 
 
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """Lists the checkpoints of a run, good or not, by their steps.
+    """Lists the checkpoints of a run, good and damaged ones, in the order of their steps.
 
     Args:
         folder (`str` or `os.PathLike`): Folder of the run.
@@ -209,7 +211,7 @@ def _count_processes(checkpoint: Path) -> int:
 
 
 def _list_ranks(checkpoint: Path) -> set[int]:
-    """Ranks of the processes whose random states were saved; none if there was one process only."""
+    """Return the ranks of the processes whose random states were saved; empty if there was only one process."""
     names = [re.fullmatch(r"rng_state_(\d+)\.pth", path.name) for path in checkpoint.glob("rng_state_*.pth")]
     return {int(name[1]) for name in names if name}
 
@@ -231,7 +233,7 @@ def _is_object(path: Path) -> bool:
 
 
 def _list_shards(index: Path) -> set[str] | None:
-    """Names of the files that an index names; `None` if it is no index of files beside it."""
+    """Return the files that an index names; `None` if it is not an index of files beside it."""
     try:
         names = set(read_object(index)["weight_map"].values())
     except (ValueError, OSError, TypeError, KeyError, AttributeError):

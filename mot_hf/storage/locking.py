@@ -1,4 +1,4 @@
-"""One process at a time in a folder that is written to."""
+"""Lets only one process at a time write to a folder."""
 
 import os
 from collections.abc import Iterator
@@ -13,16 +13,16 @@ LOCK_NAME = "_in_use.lock"
 
 @contextmanager
 def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Keeps other processes from writing to a folder, as long as they ask by this function too.
+    """Keeps other processes that use this function from writing to a folder.
 
-    The lock ends with the process, whatever ends it: what a killed one leaves of it locks nothing. In one process it
-    may be taken again while it is held.
+    The lock ends with its process, even if the process is killed: the file that it leaves locks nothing. A process may
+    take a lock again that it already has.
 
     Args:
-        folder (`str` or `os.PathLike`): The folder, made if it does not exist.
+        folder (`str` or `os.PathLike`): The folder. It is created if it does not exist.
 
     Raises:
-        OSError: Another process holds the lock, or the folder cannot be written to.
+        OSError: If another process has the lock, or the folder cannot be written to.
     """
     path = Path(folder).resolve() / LOCK_NAME
     path.parent.mkdir(parents=True, exist_ok=True)

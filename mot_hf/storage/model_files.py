@@ -1,11 +1,11 @@
-"""Which files of a folder are those of a saved model: weights, configuration, tokenizer, code."""
+"""Recognizes the files of a saved model: weights, configuration, tokenizer, code."""
 
 import re
 from pathlib import Path
 
 from mot_hf import modeling
 
-# What `save_pretrained` of models and tokenizers writes, and what our own conversions do.
+# Files written by `save_pretrained` of models and tokenizers, and by our own conversions.
 _WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
 _CONFIGURATION = r"config\.json|generation_config\.json"
 _TOKENIZER = (
@@ -15,36 +15,36 @@ _TOKENIZER = (
 _MODEL_FILES = re.compile("|".join((_WEIGHTS, _CONFIGURATION, _TOKENIZER)))
 _WEIGHT_FILES = re.compile(_WEIGHTS)
 
-# What `mot upcycle` writes beside the model that it makes.
+# `mot upcycle` writes this file beside its model.
 RECEIPT_NAME = "upcycling.json"
 
-# Folder of the code that goes with a model, and the names of its files.
+# Folder of the code that is saved with a model, and the names of its files.
 CODE_FOLDER = Path(modeling.__file__).parent
 CODE_FILES = frozenset(path.name for path in CODE_FOLDER.glob("*_mot.py"))
 
-# The one folder that a tokenizer writes.
+# The only folder that a tokenizer writes.
 CHAT_TEMPLATES = "additional_chat_templates"
 
 
 def is_model_file(name: str) -> bool:
-    """Tells whether a file or folder of this name is part of a saved model.
+    """Checks whether a file or folder of this name is part of a saved model.
 
     Args:
         name (`str`): Its name in the model's folder.
 
     Returns:
-        `bool`: Whether saving another model there replaces it.
+        `bool`: Whether it is, so that saving another model there replaces it.
     """
     return name in {CHAT_TEMPLATES, RECEIPT_NAME, *CODE_FILES} or _MODEL_FILES.fullmatch(name) is not None
 
 
 def is_weight_file(name: str) -> bool:
-    """Tells whether a file of this name holds weights of a saved model, or is the index of its shards.
+    """Checks whether a file of this name is part of a saved model's weights, or the index of their shards.
 
     Args:
         name (`str`): Its name in the model's folder.
 
     Returns:
-        `bool`: Whether it does.
+        `bool`: Whether it is.
     """
     return _WEIGHT_FILES.fullmatch(name) is not None

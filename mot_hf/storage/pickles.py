@@ -1,8 +1,8 @@
-"""What the pickles of a checkpoint hold, found out without running any of it.
+"""Inspects the pickles of a checkpoint without running any code in them.
 
-A pickle names functions, and whoever loads it calls them. The `Trainer` loads its own files by torch's weights-only
-loader, which calls none but torch's. FSDP's sharded checkpoints and DeepSpeed's are loaded without it, by torch and
-DeepSpeed themselves: what those name is compared here with what they have when they were written by a run.
+A pickle names functions, and loading it calls them. The `Trainer` loads its own files with torch's weights-only
+loader, which only calls functions of torch. But torch and DeepSpeed load the sharded checkpoints of FSDP and DeepSpeed
+without it, so the names in those are compared here with the names that a run writes.
 """
 
 import io
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-# The weights-only loader decides about these itself; optimizers and random states are made of them.
+# Optimizers and random states consist of these; the weights-only loader itself decides which to allow.
 _TENSOR_LIBRARIES = frozenset({"torch", "torchao", "numpy", "_codecs"})
 
 _OF_DEEPSPEED = frozenset(
@@ -58,10 +58,10 @@ class Part:
     """A part of a distributed checkpoint.
 
     Args:
-        file (`str`): The file that it lies in, from the index's folder.
-        offset (`int`): Where it begins, in bytes.
-        length (`int`): Its bytes.
-        is_tensor (`bool`): Whether it is a tensor, which torch loads by its weights-only loader, or anything else.
+        file (`str`): Name of its file, in the folder of the index.
+        offset (`int`): Its start in the file, in bytes.
+        length (`int`): Its length, in bytes.
+        is_tensor (`bool`): Whether it is a tensor, which torch loads with its weights-only loader, or anything else.
     """
 
     file: str
@@ -71,13 +71,13 @@ class Part:
 
 
 def find_file_problem(path: Path) -> str | None:
-    """Tells what keeps a file of `torch.save` from being loaded as a part of a checkpoint.
+    """Finds out why a file of `torch.save` must not be loaded as part of a checkpoint.
 
     Args:
         path (`Path`): A file that the `Trainer` or DeepSpeed would load.
 
     Returns:
-        `str` or `None`: That it is damaged, by its checksums, or that it holds code; `None` if there is nothing.
+        `str` or `None`: That it is damaged, by its checksums, or that it contains code; `None` if it is sound.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -94,17 +94,17 @@ def find_file_problem(path: Path) -> str | None:
 
 
 def find_folder_problem(folder: Path) -> str | None:
-    """Tells what keeps a distributed checkpoint of torch from being loaded.
+    """Finds out why a distributed checkpoint of torch must not be loaded.
 
     Args:
         folder (`Path`): Folder with an index, `.metadata`, and the files that it names.
 
     Returns:
-        `str` or `None`: That it is damaged or incomplete, or that it holds code; `None` if there is nothing.
+        `str` or `None`: That it is damaged or incomplete, or that it contains code; `None` if it is sound.
     """
     try:
         read_index(folder / ".metadata")
-        # Where torch cannot read this index, it loads another one.
+        # If torch cannot read this index, it loads another one.
         parts = [part for index in sorted(folder.glob("*.metadata")) for part in read_index(index)]
         if any(part.offset + part.length > (folder / part.file).stat().st_size for part in parts):
             return "is damaged"
@@ -122,15 +122,15 @@ def _read(folder: Path, part: Part) -> io.BytesIO:
 
 
 def _say_code(names: list[str]) -> str | None:
-    return f"holds code that no run has put there ({', '.join(dict.fromkeys(names))})" if names else None
+    return f"contains code that no run writes ({', '.join(dict.fromkeys(names))})" if names else None
 
 
 class ForeignGlobalError(pickle.UnpicklingError):
-    """A pickle names a function or class that has no place in it."""
+    """Raised if a pickle names a function or class that does not belong in it."""
 
 
 class _Inert:
-    """Stands for an object of a pickle: keeps what it is made of, and does nothing."""
+    """Stands for an object in a pickle: keeps its arguments and state, and does nothing."""
 
     state: Any = None
 
@@ -142,10 +142,10 @@ class _Inert:
 
 
 class _InertUnpickler(pickle.Unpickler):
-    """Makes inert objects only, and those only for classes that an index is made of."""
+    """Makes only inert objects, and only for the classes of an index."""
 
     def find_class(self, module_name: str, global_name: str) -> type[_Inert]:
-        """Make a class that stands for the one that is named."""
+        """Make a class that stands for the named one."""
         name = f"{module_name}.{global_name}"
         if name not in _OF_AN_INDEX:
             raise ForeignGlobalError(name)
@@ -162,8 +162,8 @@ def read_index(path: Path) -> list[Part]:
         `list[Part]`: The checkpoint's parts.
 
     Raises:
-        ForeignGlobalError: The index names a function that has no place in it.
-        Exception: It is damaged; anything may be raised.
+        ForeignGlobalError: If the index names a function that does not belong in it.
+        Exception: If it is damaged; any exception may be raised.
     """
     with path.open("rb") as file:
         index = _InertUnpickler(file).load().state
@@ -181,12 +181,12 @@ def read_index(path: Path) -> list[Part]:
 
 def _inside(name: str) -> str:
     if Path(name).name != name:
-        raise ValueError(f"{name!r} is no file of the folder")
+        raise ValueError(f"{name!r} is not a file in the folder")
     return name
 
 
 def _list_globals(file: Path | BinaryIO) -> list[str]:
-    """Names in a file of `torch.save` that torch's weights-only loader does not know."""
+    """Return the names in a file of `torch.save` that torch's weights-only loader does not know."""
     try:
         return sorted(get_unsafe_globals_in_checkpoint(file))
     except Exception as error:  # noqa: BLE001, a damaged file may raise anything

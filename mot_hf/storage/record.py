@@ -1,4 +1,4 @@
-"""What a run leaves about itself beside its model, for the model card."""
+"""The record that a run saves beside its model, for the model card."""
 
 import json
 import os
@@ -22,15 +22,15 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a run knows of itself, and its log does not say.
+    """Facts about a run that are not in its log.
 
     Args:
-        text_name (`str`, *optional*): What the training text is called.
-        base_model (`str`, *optional*): The model that was trained further: its name on the Hub, or, without a slash,
-            that of its folder.
-        num_processes (`int`, *optional*, defaults to 1): Processes that trained together.
-        hyperparameters (`Mapping[str, Any]`, *optional*): Values of `TrainingArguments`, by their names there.
-        best_step (`int`, *optional*): The step whose weights were saved at the end, if that is not the last one.
+        text_name (`str`, *optional*): Name of the training text.
+        base_model (`str`, *optional*): The model that was trained further: its name on the Hub, or the name of its
+            folder, without a slash.
+        num_processes (`int`, *optional*, defaults to 1): Number of processes that trained together.
+        hyperparameters (`Mapping[str, Any]`, *optional*): Values of `TrainingArguments`, by name.
+        best_step (`int`, *optional*): The step whose weights were saved at the end, if it is not the last one.
     """
 
     text_name: str | None = None
@@ -45,10 +45,10 @@ def write_record(record: TrainingRecord, folder: str | os.PathLike[str]) -> None
 
     Args:
         record ([`TrainingRecord`]): The record.
-        folder (`str` or `os.PathLike`): Where it is written.
+        folder (`str` or `os.PathLike`): Folder of the model.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: If the file cannot be written.
     """
     path = Path(folder) / RECORD_NAME
     path.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
@@ -64,7 +64,7 @@ def read_record(folder: str | os.PathLike[str]) -> TrainingRecord | None:
         [`TrainingRecord`] or `None`: The record; `None` if there is none.
 
     Raises:
-        ValueError: The file is damaged.
+        ValueError: If the file is damaged.
     """
     path = Path(folder) / RECORD_NAME
     if not path.is_file():
@@ -74,12 +74,12 @@ def read_record(folder: str | os.PathLike[str]) -> TrainingRecord | None:
     except (ValueError, TypeError) as error:
         reason = error.__cause__ or error
         raise ValueError(
-            f"{str(path)!r} is damaged ({reason}): delete it, and the model card does without."
+            f"{str(path)!r} is damaged ({reason}): delete it, and the model card is made without it."
         ) from error
     for name, kind in _KINDS.items():
         value = getattr(record, name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(
-                f"{str(path)!r} is damaged (`{name}` is {value!r}): delete it, and the model card does without."
+                f"{str(path)!r} is damaged (`{name}` is {value!r}): delete it, and the model card is made without it."
             )
     return record

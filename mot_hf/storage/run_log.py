@@ -1,4 +1,4 @@
-"""The folder of a training run: where its newest model is, and what the `Trainer` logged."""
+"""Reads the folder of a training run: its newest model, and what the `Trainer` logged."""
 
 import logging
 import os
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 LogHistory = Sequence[Mapping[str, Any]]
 
 
-_LARGEST_STATE = 2**28  # bytes of a trainer_state.json: some 100 000 entries of everything that can be logged
+_LARGEST_STATE = 2**28  # bytes of a trainer_state.json: about 100 000 entries of everything that can be logged
 _LARGEST_NUMBER = 2**53
 
 
 class _State(NamedTuple):
-    """Of a `trainer_state.json`: see [`Run`]."""
+    """Content of a `trainer_state.json`, see [`Run`]."""
 
     log_history: list[dict[str, Any]]
     num_steps: int
@@ -31,14 +31,14 @@ class _State(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a training run.
+    """A training run: its model and its log.
 
     Args:
         folder (`Path`): The run's folder.
-        model_dir (`Path`): Where its model is: the folder itself, else the newest checkpoint in it.
+        model_dir (`Path`): Folder of its model: the run's folder itself, else the newest checkpoint in it.
         log_history (`list[dict[str, Any]]`): Entries of the newest log; empty if there is none.
-        num_steps (`int`): Training steps behind that log.
-        max_steps (`int`): Steps that the training was to have; 0 if not known.
+        num_steps (`int`): Training steps covered by this log.
+        max_steps (`int`): Planned training steps; 0 if unknown.
     """
 
     folder: Path
@@ -59,16 +59,16 @@ def find_run(folder: str | os.PathLike[str]) -> Run:
 
     Raises:
         NotADirectoryError: If there is no such folder.
-        FileNotFoundError: If neither the folder nor a checkpoint in it holds a model.
+        FileNotFoundError: If neither the folder nor a checkpoint in it contains a model.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise NotADirectoryError(f"{str(folder)!r} is no folder: give the `output_dir` of a training run.")
+        raise NotADirectoryError(f"{str(folder)!r} is not a folder: give the `output_dir` of a training run.")
     candidates = [folder, *reversed(list_checkpoints(folder))]
     model_dir = next((path for path in candidates if _holds_model(path)), None)
     if model_dir is None:
         raise FileNotFoundError(
-            f"{str(folder)!r} is no training run: neither it nor a folder checkpoint-N in it holds config.json and "
+            f"{str(folder)!r} is not a training run: neither it nor a folder checkpoint-N in it has config.json and "
             "*.safetensors. Give the `output_dir` of a training run, or the folder of a saved model."
         )
     states = [state for path in candidates if (state := _read_state(path / "trainer_state.json"))]
@@ -81,7 +81,7 @@ def _holds_model(folder: Path) -> bool:
 
 
 def _read_state(path: Path) -> _State | None:
-    """A `Trainer`'s state; `None` if there is none or it is not readable, being written just now, say."""
+    """Read the state of a `Trainer`; `None` if there is none or it is unreadable, perhaps still being written."""
     if not path.is_file():
         return None
     try:
@@ -91,18 +91,18 @@ def _read_state(path: Path) -> _State | None:
             kept = [cleaned for entry in entries if (cleaned := _clean_entry(entry))]
             if len(kept) < len(entries):
                 logger.warning(
-                    "%d of %d entries of the log in %s are none and are left out.",
+                    "Skipping %d of %d entries of the log in %s: they are not log entries.",
                     *(len(entries) - len(kept), len(entries), path),
                 )
             return _State(kept, num_steps, max_steps)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
-    logger.warning("%s is not readable as the state of a Trainer and is left out.", path)
+    logger.warning("Skipping %s: it cannot be read as the state of a Trainer.", path)
     return None
 
 
 def _clean_entry(entry: Any) -> dict[str, Any] | None:
-    """What of an entry can be drawn; `None` if it has no step, or a loss that is no number."""
+    """Return the part of an entry that can be drawn; `None` if it has no step, or a loss that is not a number."""
     if not (isinstance(entry, dict) and _is_step(entry.get("step"))):
         return None
     if any(name.endswith("loss") and not _is_number(value) for name, value in entry.items()):
@@ -115,14 +115,14 @@ def _is_step(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a picture has room for the value; NaN and infinity are left for it to show."""
+    """Whether a figure can show the value. NaN and infinity are kept, so that the figure can mark them."""
     return isinstance(value, int | float) and (
         abs(value) < _LARGEST_NUMBER or (isinstance(value, float) and not isfinite(value))
     )
 
 
 def series(log_history: LogHistory, key: str) -> tuple[list[int], list[float]]:
-    """Picks one logged quantity.
+    """Selects one logged quantity.
 
     Args:
         log_history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`.
@@ -136,14 +136,14 @@ def series(log_history: LogHistory, key: str) -> tuple[list[int], list[float]]:
 
 
 def layer_series(log_history: LogHistory, quantity: str) -> dict[str, tuple[list[int], list[float]]]:
-    """Picks a quantity of mixing that was logged by layers, under keys such as `mixing/entropy/layers_2-3`.
+    """Selects a mixing quantity that was logged by layers, under keys such as `mixing/entropy/layers_2-3`.
 
     Args:
         log_history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`.
         quantity (`str`): Name of the quantity, such as `"entropy"`.
 
     Returns:
-        `dict[str, tuple[list[int], list[float]]]`: Steps and values by what a picture calls the layers, such as
+        `dict[str, tuple[list[int], list[float]]]`: Steps and values by the label of the layers in a figure, such as
         "layers 2-3", from the lowest layer up.
     """
     pattern = re.compile(rf"mixing/{re.escape(quantity)}/layers_(\d+)(?:-(\d+))?")

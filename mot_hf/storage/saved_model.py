@@ -1,4 +1,4 @@
-"""MoT models in folders: checked as a whole before anything is done with them."""
+"""MoT models in folders, checked as a whole before they are used."""
 
 import os
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from mot_hf.devices import find_device, find_dtype
 from mot_hf.modeling import MoTConfig, MoTPreTrainedModel
 from mot_hf.registration import AUTO_CLASSES
 from mot_hf.storage.checkpoint_files import CheckpointReader
@@ -20,7 +21,7 @@ class SavedModel:
     """A complete MoT model in a folder, without its weights in memory.
 
     Args:
-        reader ([`CheckpointReader`]): Its tensors.
+        reader ([`CheckpointReader`]): Reader of its tensors.
         model ([`MoTPreTrainedModel`]): The model, on the meta device.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The tokenizer beside it.
         generation_config (`GenerationConfig`, *optional*): The generation settings beside it.
@@ -33,14 +34,14 @@ class SavedModel:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether there is a tokenizer too."""
+        """Whether the folder also has a tokenizer."""
         return self.tokenizer is not None
 
 
 def read_model(model_dir: str | os.PathLike[str]) -> SavedModel:
-    """Checks that a folder holds a MoT model that can be loaded and used, without loading it.
+    """Checks that a folder contains a MoT model that can be loaded and used, without loading it.
 
-    Every value of the weights is looked at, one tensor at a time, so it takes about as long as reading the files.
+    The check covers every value of the weights, one tensor at a time. It takes about as long as reading the files.
 
     Args:
         model_dir (`str` or `os.PathLike`): Folder of the model.
@@ -49,16 +50,16 @@ def read_model(model_dir: str | os.PathLike[str]) -> SavedModel:
         [`SavedModel`]: The model.
 
     Raises:
-        OSError: The folder, its configuration, or a file of its weights is missing.
-        ValueError: It is no MoT model, a file is damaged, or the files do not fit one another: tensors are missing,
-            of another shape or type, or in excess, values are no finite numbers, or the tokenizer has more tokens
-            than the model.
+        OSError: If the folder, its configuration, or a file of its weights is missing.
+        ValueError: If it is not a MoT model, a file is damaged, or the files do not match: tensors are missing,
+            unexpected, or of another shape or type, values are NaN or infinite, or the tokenizer has more tokens than
+            the model.
     """
     reader = CheckpointReader(Path(model_dir))
     name = find_class_name(reader) or "MoTModel"
     if name not in _CLASSES:
         raise ValueError(
-            f"config.json in {str(model_dir)!r} names the class {name!r}, which is none of {', '.join(_CLASSES)}."
+            f"config.json in {str(model_dir)!r} names the class {name!r}, which is not one of {', '.join(_CLASSES)}."
         )
     config = make_config(reader, MoTConfig)
     tokenizer = load_tokenizer(reader.folder, config.vocab_size)
@@ -66,43 +67,49 @@ def read_model(model_dir: str | os.PathLike[str]) -> SavedModel:
     return SavedModel(reader, make_empty_model(reader, _CLASSES[name], config), tokenizer, generation_config)
 
 
-def open_model(model_dir: str | os.PathLike[str]) -> tuple[MoTPreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a MoT model and its tokenizer, after all the checks of [`read_model`].
+def open_model(
+    model_dir: str | os.PathLike[str], *, device: str | None = None, dtype: str = "auto"
+) -> tuple[MoTPreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a MoT model and its tokenizer, after all checks of [`read_model`].
 
     Args:
         model_dir (`str` or `os.PathLike`): Folder of the model and its tokenizer.
+        device (`str`, *optional*): Device to load it on, see [`~mot_hf.devices.find_device`].
+        dtype (`str`, *optional*, defaults to `"auto"`): Precision to load it in; `"auto"` takes the checkpoint's.
 
     Returns:
         `tuple[MoTPreTrainedModel, PreTrainedTokenizerBase]`: The model, in evaluation mode, and the tokenizer.
 
     Raises:
-        OSError: The folder, or a file that it must hold, is missing.
-        ValueError: It holds no MoT model, no tokenizer, or what does not fit together.
+        OSError: If the folder or a required file is missing.
+        ValueError: If it contains no MoT model or no tokenizer, or the files do not match.
     """
+    target, precision = find_device(device), find_dtype(dtype)
     saved = read_model(model_dir)
     if saved.tokenizer is None:
         raise ValueError(
-            f"{str(model_dir)!r} holds no tokenizer: save it there (`tokenizer.save_pretrained`), and give it to the "
-            "Trainer as `processing_class`, which saves it with every checkpoint."
+            f"{str(model_dir)!r} has no tokenizer: save it there (`tokenizer.save_pretrained`). The Trainer saves it "
+            "with every checkpoint if you give it as `processing_class`."
         )
-    return type(saved.model).from_pretrained(saved.reader.folder, config=saved.model.config), saved.tokenizer
+    model = type(saved.model).from_pretrained(saved.reader.folder, config=saved.model.config, dtype=precision)
+    return model.to(target), saved.tokenizer
 
 
 def find_class_name(reader: CheckpointReader) -> str | None:
-    """Finds the class of a MoT model.
+    """Finds the class name of a MoT model.
 
     Args:
         reader ([`CheckpointReader`]): The model's checkpoint.
 
     Returns:
-        `str` or `None`: The name that its `config.json` gives; `None` if it gives none.
+        `str` or `None`: The name in its `config.json`; `None` if there is none.
 
     Raises:
-        ValueError: It is no MoT model, or what stands there is no name.
+        ValueError: If it is not a MoT model, or the entry is not a name.
     """
     folder, model_type = str(reader.folder), reader.config.get("model_type")
     if model_type != MoTConfig.model_type:
-        raise ValueError(f"{folder!r} holds a model of type {model_type!r}, not 'mot'.")
+        raise ValueError(f"{folder!r} contains a model of type {model_type!r}, not 'mot'.")
     names = reader.config.get("architectures")
     if not names and (names is None or isinstance(names, list)):
         return None

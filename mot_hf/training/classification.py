@@ -1,4 +1,4 @@
-"""Fine-tuning of pretrained MoT models for the classification of sequences and of tokens."""
+"""Fine-tuning of pretrained MoT models for sequence and token classification."""
 
 from collections.abc import Sequence
 
@@ -43,37 +43,37 @@ def finetune_classification(
     text_name: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
-    """Fine-tunes a pretrained model on labelled texts and saves it, with its tokenizer, in `training_args.output_dir`.
+    """Fine-tunes a pretrained model on labelled texts and saves it with its tokenizer in `training_args.output_dir`.
 
-    Texts are cut to the length that the model is meant for, and padded on the right. A MoT model is trained in mode
-    `config.mixing` and evaluated in mode `config.inference_mixing`. In mode `cross_example` the rows of a group should
-    have nothing to do with one another, lest a row's label shows in its companions: both splits are shuffled once, and
-    `train_sampling_strategy="random"` shuffles the training split again for every epoch. `"group_by_length"` saves
-    padding, but then the last batches, which weigh most in the statistics of the typical group, are not typical.
-    Training texts that fill no batch are left out, fewer than one batch; all validation texts count.
+    Texts are truncated to the model's maximum length and padded on the right. A MoT model is trained in mode
+    `config.mixing` and evaluated in mode `config.inference_mixing`. In mode `cross_example`, the rows of a group
+    should be unrelated, so that a row's companions do not reveal its label. Both splits are therefore shuffled once,
+    and `train_sampling_strategy="random"` shuffles the training split again in every epoch. `"group_by_length"` saves
+    padding, but then the last batches, which have the most weight in the statistics of the typical group, are not
+    typical. Training texts beyond the last full batch are dropped; all validation texts are used.
 
     Args:
-        model_name_or_path (`str`): A pretrained model with a tokenizer, MoT or dense.
-        data (`DatasetDict`): Texts as [`load_classification_data`] gives them.
-        training_args (`TrainingArguments`): Those of the stock `Trainer`.
-        method_args ([`MethodArguments`], *optional*): Monitoring, early stopping, adapters.
-        text_name (`str`, *optional*): What the texts are called in the model card.
-        callbacks (`Sequence[TrainerCallback]`, *optional*): Callbacks of the trainer, besides its own.
+        model_name_or_path (`str`): A pretrained model with a tokenizer, either MoT or dense.
+        data (`DatasetDict`): Texts, as returned by [`load_classification_data`].
+        training_args (`TrainingArguments`): Arguments of the stock `Trainer`.
+        method_args ([`MethodArguments`], *optional*): Monitoring, early stopping and adapters.
+        text_name (`str`, *optional*): Name of the texts in the model card.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): Additional callbacks for the trainer.
 
     Returns:
-        `Trainer`: The trainer after training. Its `evaluate()` gives accuracy and macro F1 on the validation split.
+        `Trainer`: The trainer after training. Its `evaluate()` returns accuracy and macro F1 on the validation split.
 
     Raises:
-        ValueError: If there are fewer than two labels, the tokenizer cannot pad or gives no offsets,
-            `dataloader_drop_last` is set, the checkpoint to resume from has other labels, settings or tokens, or
-            `output_dir` holds checkpoints and nothing says what to do with them.
+        ValueError: If there are fewer than two labels, the tokenizer cannot pad or return offsets,
+            `dataloader_drop_last` is set, the checkpoint to resume from has different labels, settings or tokens, or
+            `output_dir` has checkpoints and the arguments do not say what to do with them.
         OSError: If the model cannot be read or written, or another run is writing to the folder.
-        FloatingPointError: If the loss or a parameter is no finite number.
+        FloatingPointError: If the loss or a parameter is not finite.
     """
     if training_args.dataloader_drop_last:
         raise ValueError(
-            "`dataloader_drop_last=True` would leave out validation texts too: set it to False. Training texts that "
-            "fill no batch are left out anyway."
+            "`dataloader_drop_last=True` would drop validation texts too: set it to False. Training texts beyond the "
+            "last full batch are dropped anyway."
         )
     with lock_run(training_args):
         return _finetune(
@@ -122,7 +122,9 @@ def _label_names(data: DatasetDict) -> list[str]:
     features = data["train"].features
     names = features["labels"].feature.names if "labels" in features else features["label"].names
     if len(names) < 2:
-        raise ValueError(f"`data` has the labels {names}, and there must be two or more to choose from.")
+        raise ValueError(
+            f"`data` has the labels {names}, but classification needs at least two: add texts with other labels."
+        )
     return names
 
 
@@ -131,12 +133,12 @@ def _load_tokenizer(model_name_or_path: str, of_tokens: bool) -> PreTrainedToken
     if tokenizer.pad_token_id is None:
         raise ValueError(
             f"The tokenizer of `model_name_or_path={model_name_or_path!r}` has no padding token: set "
-            "`tokenizer.pad_token` to a token that no text holds, and save it."
+            "`tokenizer.pad_token` to a token that does not occur in the texts, and save the tokenizer."
         )
     if of_tokens and not tokenizer.is_fast:
         raise ValueError(
-            f"The tokenizer of `model_name_or_path={model_name_or_path!r}` does not say where its tokens are in the "
-            "text: token classification needs a fast one."
+            f"The tokenizer of `model_name_or_path={model_name_or_path!r}` cannot return the positions of its tokens "
+            "in the text: token classification needs a fast tokenizer."
         )
     return tokenizer
 
@@ -158,7 +160,7 @@ def _load_model(
 def _check_resumed(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: MethodArguments, checkpoint: str
 ) -> None:
-    """Refuse to go on from a checkpoint with other labels, settings or tokens."""
+    """Refuse to resume from a checkpoint with different labels, settings or tokens."""
     check_settings(model.config, type(model).__name__, checkpoint)
     check_adapters(args.lora_rank, args.lora_alpha, checkpoint)
     if saved := load_checkpoint_tokenizer(checkpoint):
@@ -171,19 +173,19 @@ def _fill_batches(rows: Dataset, args: TrainingArguments) -> Dataset:
 
 
 def _most_likely(logits: Tensor, labels: Tensor) -> Tensor:
-    """The predicted labels [...], all that is kept of logits [..., L]."""
+    """The predicted labels [...]; the logits [..., L] are not kept."""
     return logits.argmax(dim=-1)
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Compares predicted labels with true ones, where there is a true one.
+    """Compares predicted labels with true labels, and ignores positions without a true label.
 
     Args:
-        prediction (`EvalPrediction`): Predicted labels and true ones, of the same shape; -100 is no label.
+        prediction (`EvalPrediction`): Predicted and true labels, of the same shape; -100 means no label.
 
     Returns:
-        `dict[str, float]`: `accuracy`, and `macro_f1`, the mean of F1 over all labels that are true or predicted
-        somewhere.
+        `dict[str, float]`: `accuracy`, and `macro_f1`, the mean F1 over all labels that occur among the true or the
+        predicted ones.
     """
     counted = prediction.label_ids != IGNORED
     predicted, true = prediction.predictions[counted], prediction.label_ids[counted]

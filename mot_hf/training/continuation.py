@@ -1,4 +1,4 @@
-"""A run that was interrupted ends as if nothing had happened: also one that was already at its end."""
+"""Makes an interrupted run end as if it had never stopped, even if it was already complete."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -23,15 +23,16 @@ logger = logging.getLogger(__name__)
 
 
 class LogBeforeSaving(TrainerCallback):
-    """Logs the training loss wherever a checkpoint may be written, and at the end.
+    """Logs the training loss whenever a checkpoint may be written, and at the end.
 
-    The `Trainer` forgets what it has added up since its last log when it is resumed. So every step is in some log.
+    A resumed `Trainer` loses the loss that was accumulated since the last log. With this callback, every step is in
+    some log.
     """
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Log before what is to come."""
+        """Log before an evaluation, a save or the end."""
         is_stop = control.should_save or control.should_evaluate or control.should_training_stop
         if is_stop and args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True
@@ -39,22 +40,22 @@ class LogBeforeSaving(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Log before what is to come."""
+        """Log before an evaluation, a save or the end."""
         self.on_step_end(args, state, control)
 
 
 def continue_run(trainer: Trainer, checkpoint: str | None) -> TrainerState:
-    """Prepares a trainer to end as it would have without an interruption.
+    """Prepares a trainer so that its run ends as it would have without an interruption.
 
-    A run that is complete is not trained further: `trainer.train` then only loads the model that it ended with. The
-    patience of early stopping goes on from where it was, and `train_loss` is the mean over all steps.
+    A complete run is not trained further: `trainer.train` then only loads its final model. The patience count of early
+    stopping continues from its saved value, and `train_loss` is the mean over all steps.
 
     Args:
         trainer (`Trainer`): The trainer, with all its callbacks.
-        checkpoint (`str`, *optional*): Folder of the checkpoint to go on from.
+        checkpoint (`str`, *optional*): Folder of the checkpoint to resume from.
 
     Returns:
-        `TrainerState`: Where the run begins.
+        `TrainerState`: The state in which the run starts.
 
     Raises:
         ValueError: The checkpoint is damaged.
@@ -70,15 +71,15 @@ def continue_run(trainer: Trainer, checkpoint: str | None) -> TrainerState:
 
 
 def settle_run(trainer: Trainer, start: TrainerState, checkpoint: str | None) -> None:
-    """Lets a run in which nothing was left to train have the log that it had, and its model the right mixing modes.
+    """Restores the mixing modes of the model, and the log of a run in which nothing was left to train.
 
-    Transition tuning changes the modes in the course of a run. Where the weights are those of a checkpoint, the best
-    one or the last one, the modes have to be too.
+    Transition tuning changes the modes during a run. If the weights come from a checkpoint (the best or the last one),
+    the modes must come from it too.
 
     Args:
         trainer (`Trainer`): The trainer, after training.
         start (`TrainerState`): What [`continue_run`] returned.
-        checkpoint (`str`, *optional*): Folder of the checkpoint that the run went on from.
+        checkpoint (`str`, *optional*): Folder of the checkpoint that the run was resumed from.
     """
     state, origin = trainer.state, None
     if checkpoint and start.global_step == state.global_step:
@@ -97,11 +98,11 @@ def mean_loss(log_history: Sequence[Mapping[str, Any]], num_steps: int) -> float
     """Computes the mean training loss of a run from its log.
 
     Args:
-        log_history (`Sequence[Mapping[str, Any]]`): Entries of the log. A `loss` is the mean since the one before.
+        log_history (`Sequence[Mapping[str, Any]]`): Entries of the log. A `loss` is the mean since the previous one.
         num_steps (`int`): Steps of the run.
 
     Returns:
-        `float` or `None`: Mean over the steps, in nats per token; `None` if the log does not reach to the last one.
+        `float` or `None`: Mean over the steps, in nats per token; `None` if the log does not reach the last step.
     """
     total, last = 0.0, 0
     for entry in log_history:
@@ -112,7 +113,7 @@ def mean_loss(log_history: Sequence[Mapping[str, Any]], num_steps: int) -> float
 
 
 def _read_final_log(output_dir: str, state: TrainerState) -> list[dict[str, float]] | None:
-    """The log that a complete run has left, with the time that it took."""
+    """The final log of a complete run, including its duration."""
     try:
         final = read_state(output_dir)
     except (ValueError, OSError):
@@ -122,7 +123,7 @@ def _read_final_log(output_dir: str, state: TrainerState) -> list[dict[str, floa
 
 
 def _log_whole_loss(trainer: Trainer, start: TrainerState) -> None:
-    """Correct `train_loss`, which the `Trainer` takes over the steps since the run was resumed."""
+    """Correct `train_loss`, which the `Trainer` computes only over the steps since the run was resumed."""
     log = trainer.log
     is_whole = start.global_step == 0 or mean_loss(start.log_history, start.global_step) is not None
 
@@ -131,7 +132,7 @@ def _log_whole_loss(trainer: Trainer, start: TrainerState) -> None:
             loss = mean_loss(trainer.state.log_history, trainer.state.global_step) if is_whole else None
             if loss is not None:
                 logs["train_loss"] = loss
-            elif start.global_step:  # nobody knows it
+            elif start.global_step:  # it is unknown
                 del logs["train_loss"]
         log(logs, *args, **kwargs)
 
@@ -147,7 +148,7 @@ def _restore_patience(trainer: Trainer, start: TrainerState) -> None:
 
 
 def _train_nothing_if_complete(trainer: Trainer, start: TrainerState, checkpoint: str) -> None:
-    """Let the `Trainer` plan no epoch where there is none left: it looks for the end only after a step."""
+    """Let the `Trainer` plan no epoch if none is left, because it checks for the end only after a step."""
     plan = trainer.set_initial_training_values
 
     def plan_the_rest(args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
@@ -158,7 +159,7 @@ def _train_nothing_if_complete(trainer: Trainer, start: TrainerState, checkpoint
             return values
         if trainer.is_world_process_zero():
             logger.warning(
-                "This run is complete: %s has %s. Nothing is trained, its model is saved again.", checkpoint, reason
+                "This run is complete: %s has %s. Nothing is trained; the model is saved again.", checkpoint, reason
             )
         return (0, *values[1:-1], max(max_steps, start.global_step))
 
@@ -166,7 +167,7 @@ def _train_nothing_if_complete(trainer: Trainer, start: TrainerState, checkpoint
 
 
 def _find_end(trainer: Trainer, start: TrainerState, max_steps: int) -> str | None:
-    """What a run has reached that ends it; `None` if there is something left to train."""
+    """The reason why a run is complete; `None` if there is something left to train."""
     args = trainer.args
     if start.global_step >= max_steps:
         return f"{start.global_step} of {max_steps} steps"

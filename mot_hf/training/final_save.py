@@ -1,4 +1,4 @@
-"""A run's model under its final name: complete, or the one before it, or none; never a part of one."""
+"""Saves the final model of a run so that its folder never has a partly written model."""
 
 import logging
 import os
@@ -16,14 +16,14 @@ from mot_hf.storage.record import TrainingRecord, write_record
 
 logger = logging.getLogger(__name__)
 
-# The `Trainer` uploads nothing whose name begins with an underscore.
+# The `Trainer` does not upload files and folders whose names begin with an underscore.
 UNFINISHED = "_unfinished"
 
-# What a loader opens: the weights, else the index of several files of weights.
+# What a loader opens: the single file of weights, or else the index of a sharded model.
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
-# Those that the record of a run, and so its model card, tells.
+# Arguments that are listed in the record of a run, and therefore in its model card.
 _HYPERPARAMETERS = (
     "learning_rate",
     "lr_scheduler_type",
@@ -43,22 +43,22 @@ _HYPERPARAMETERS = (
 
 
 def remove_unfinished(args: TrainingArguments) -> None:
-    """Removes what is left of a save that was interrupted.
+    """Removes the leftovers of an interrupted save.
 
     Args:
         args (`TrainingArguments`): Arguments of the `Trainer`.
     """
     folder = Path(args.output_dir) / UNFINISHED
     if folder.exists():
-        logger.warning("%s is what an interrupted run had saved of its model: it is removed.", folder)
+        logger.warning("%s is a partly saved model of an interrupted run: removing it.", folder)
         shutil.rmtree(folder)
 
 
 def save_whole(trainer: Trainer) -> None:
-    """Lets a trainer's `save_model` and `push_to_hub` replace a model only by one that is written to its end.
+    """Makes a trainer's `save_model` and `push_to_hub` replace a model only after the new one is written completely.
 
     Args:
-        trainer (`Trainer`): The trainer. Its checkpoints are saved as before.
+        trainer (`Trainer`): The trainer. How it saves checkpoints does not change.
     """
     save, home = trainer.save_model, Path(trainer.args.output_dir)
 
@@ -75,17 +75,17 @@ def save_whole(trainer: Trainer) -> None:
 
 
 def save_run(trainer: Trainer, text_name: str | None) -> None:
-    """Saves the model with its tokenizer, and the log and the record of the run, together.
+    """Saves the model with its tokenizer, together with the log and the record of the run.
 
     Args:
         trainer (`Trainer`): The trainer, after training.
-        text_name (`str`, *optional*): What the training text is called.
+        text_name (`str`, *optional*): Name of the training text.
     """
     with _replacing(trainer) as folder:
         trainer.save_model(str(folder), _internal_call=True)
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-            # Adapters have a card of their own.
+            # PEFT writes its own card for adapters.
             if isinstance(trainer.accelerator.unwrap_model(trainer.model), MoTPreTrainedModel):
                 write_record(_make_record(trainer, text_name), folder)
 
@@ -109,13 +109,13 @@ def _name_base_model(name_or_path: str) -> str | None:
 
 @contextmanager
 def _replacing(trainer: Trainer) -> Iterator[Path]:
-    """A folder to write to, whose files then take the place of those in the run's folder."""
+    """A folder to write to. Its files then replace those in the run's folder."""
     home = Path(trainer.args.output_dir)
     folder = home / UNFINISHED
     if trainer.args.should_save:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        if hasattr(trainer.model, "peft_config") and (home / "README.md").is_file():  # PEFT adds to it
+        if hasattr(trainer.model, "peft_config") and (home / "README.md").is_file():  # PEFT extends it
             shutil.copy(home / "README.md", folder)
     trainer.accelerator.wait_for_everyone()
     try:
@@ -129,10 +129,10 @@ def _replacing(trainer: Trainer) -> Iterator[Path]:
 
 
 def _move_files(source: Path, target: Path) -> None:
-    """Move a model's files over those of another one.
+    """Replace the files of a model by those of another one.
 
-    One file of weights takes the place of another in one operation. Of several, some would be old and some new in
-    between: then there is no model at all until the last one, the index, is there.
+    A single file of weights is replaced in one operation. Several files could be partly old and partly new in between,
+    so the folder has no loadable model until the last file, the index, is in place.
     """
     names = sorted(path.name for path in source.iterdir())
     shards = [name for name in names if _SHARD.fullmatch(name)]

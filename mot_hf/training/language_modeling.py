@@ -39,14 +39,14 @@ from mot_hf.training.vocabulary import count_tokens, enlarge_embeddings
 
 logger = logging.getLogger(__name__)
 
-# Documents that a tokenizer is trained on; a stream may have no end.
+# Limit on the documents to train a tokenizer on, as a stream may be endless.
 _MAX_TOKENIZER_DOCUMENTS = 20_000
 _VOCAB_SIZE = 4096
 
 
 @dataclass
 class LanguageData:
-    """Rows of tokens, and the tokenizer that made them.
+    """Rows of tokens, and the tokenizer that was used for them.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
@@ -68,26 +68,26 @@ def train_language_model(
     masked: bool,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
-    """Trains a MoT language model and saves it, with its tokenizer, in `training_args.output_dir`.
+    """Trains a MoT language model and saves it with its tokenizer in `training_args.output_dir`.
 
     Args:
-        model_args ([`ModelArguments`]): Architecture, or the checkpoint to train further.
+        model_args ([`ModelArguments`]): Architecture of a new model, or the checkpoint to train further.
         corpus_args ([`CorpusArguments`]): Text, tokenizer and rows.
-        training_args (`TrainingArguments`): Those of the stock `Trainer`. `train_sampling_strategy="sequential"` keeps
-            the order in which neighbours in the text share no group. See [`find_checkpoint`] for
-            `resume_from_checkpoint`.
-        method_args ([`MethodArguments`], *optional*): Monitoring, transition tuning, adapters.
+        training_args (`TrainingArguments`): Arguments of the stock `Trainer`. `train_sampling_strategy="sequential"`
+            keeps the order of the rows, in which neighbours in the text are never in the same group. See
+            [`find_checkpoint`] for `resume_from_checkpoint`.
+        method_args ([`MethodArguments`], *optional*): Monitoring, transition tuning and adapters.
         masked (`bool`): Whether to train a masked language model instead of a causal one.
-        callbacks (`Sequence[TrainerCallback]`, *optional*): Callbacks of the trainer, besides its own.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): Additional callbacks for the trainer.
 
     Returns:
-        `Trainer`: The trainer after training, for its model and its log.
+        `Trainer`: The trainer after training, with the model and the log.
 
     Raises:
-        ValueError: An argument does not fit, also not the checkpoint to train further or to resume from; or
-            `output_dir` holds checkpoints and nothing says what to do with them.
+        ValueError: An argument is invalid or does not fit the checkpoint to train further or to resume from, or
+            `output_dir` has checkpoints and the arguments do not say what to do with them.
         OSError: Text or model cannot be read, a checkpoint cannot be written, or another run is writing to the folder.
-        FloatingPointError: The loss or a parameter is no finite number.
+        FloatingPointError: The loss or a parameter is not finite.
     """
     with lock_run(training_args):
         return _train(model_args, corpus_args, training_args, method_args or MethodArguments(), masked, callbacks)
@@ -167,20 +167,20 @@ def _load_data(
 
 
 def _make_config(args: ModelArguments, block_length: int) -> MoTConfig:
-    """The model's configuration, as far as it is known without a tokenizer."""
+    """The model's configuration, except for the fields that depend on the tokenizer."""
     if not args.model_name_or_path:
         return MoTConfig(**args.config_fields(), max_position_embeddings=block_length)
     config: Any = AutoConfig.from_pretrained(args.model_name_or_path, **args.config_fields())
     if config.model_type != MoTConfig.model_type:
         raise ValueError(
-            f"`model_name_or_path={args.model_name_or_path!r}` is a model of type {config.model_type!r} and no MoT "
-            "model: `mot upcycle` makes one of a dense Qwen3."
+            f"`model_name_or_path={args.model_name_or_path!r}` is a model of type {config.model_type!r}, not a MoT "
+            "model: convert a dense Qwen3 model with `mot upcycle`."
         )
     args.check_checkpoint(config)
     if block_length > config.max_position_embeddings:
         logger.warning(
-            "Rows of `block_length=%d` tokens are longer than what `model_name_or_path=%r` was trained for: give "
-            "--block_length %d or less.",
+            "Rows of `block_length=%d` tokens are longer than the rows that `model_name_or_path=%r` was trained on: "
+            "set --block_length to %d or less.",
             block_length,
             args.model_name_or_path,
             config.max_position_embeddings,
@@ -197,17 +197,18 @@ def _set_vocabulary(config: MoTConfig, tokenizer: PreTrainedTokenizerBase, *, is
 def _make_metrics(tokenizer: PreTrainedTokenizerBase, masked: bool) -> LanguageModelMetrics:
     try:
         return LanguageModelMetrics(tokenizer, masked=masked)
-    except ValueError:  # no byte-level tokenizer, so there are no bits per byte
+    except ValueError:  # without a byte-level tokenizer, there are no bits per byte
         return LanguageModelMetrics(masked=masked)
 
 
 def _check_evaluation(args: TrainingArguments, corpus_args: CorpusArguments, num_rows: int) -> None:
-    """The `Trainer` drops the last batch of an evaluation too, and logs no loss where that was the only one."""
+    """Refuse an evaluation without a full batch: the `Trainer` would drop the only batch and log no loss."""
     batch_size = args.eval_batch_size * args.world_size
     if args.eval_strategy != IntervalStrategy.NO and args.dataloader_drop_last and num_rows < batch_size:
         raise ValueError(
-            f"There are {num_rows} validation rows (`max_eval_rows={corpus_args.max_eval_rows}`), less than one batch "
-            f"of {batch_size}, which dataloader_drop_last drops: lower per_device_eval_batch_size, or evaluate more."
+            f"There are {num_rows} validation rows (`max_eval_rows={corpus_args.max_eval_rows}`), fewer than one "
+            f"batch of {batch_size}, so `dataloader_drop_last` drops them all: lower per_device_eval_batch_size, or "
+            "evaluate more rows."
         )
 
 

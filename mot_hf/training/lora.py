@@ -1,4 +1,4 @@
-"""LoRA adapters for MoT models and dense ones, by PEFT."""
+"""LoRA adapters for MoT and dense models, with PEFT."""
 
 from typing import TYPE_CHECKING
 
@@ -20,21 +20,23 @@ def add_lora(
 ) -> "PeftModel":
     """Freezes a model and adds LoRA adapters to its attention, dense layers and experts.
 
-    The statistics of the typical group are trained on, and saved with the adapters. A model that is not MoT gets
-    adapters on all linear layers below its head, and on its experts where they are named as MoT's (as Qwen3-MoE's).
+    The statistics of the typical group are still updated, and are saved with the adapters. Other models get adapters
+    on all linear layers below their head, and on their experts if these have the same names as those of MoT (as in
+    Qwen3-MoE).
 
     Args:
         model ([`MoTPreTrainedModel`] or `PreTrainedModel`): The model.
-        rank (`int`): Rank of the adapters, at least 1.
-        alpha (`int` or `float`, *optional*, defaults to 16): Scale of the adapters, divided by their rank; above 0.
-        task_type (`str`, *optional*): PEFT's word for the head: `"CAUSAL_LM"`, `"SEQ_CLS"` or `"TOKEN_CLS"`; a
-            classification head is then trained as a whole.
+        rank (`int`): Rank of the adapters. Must be at least 1.
+        alpha (`int` or `float`, *optional*, defaults to 16): Scale of the adapters, which is divided by their rank.
+            Must be above 0.
+        task_type (`str`, *optional*): PEFT's name for the kind of head: `"CAUSAL_LM"`, `"SEQ_CLS"` or `"TOKEN_CLS"`. A
+            classification head is trained fully, without adapters.
 
     Returns:
         `PeftModel`: The model with adapters.
 
     Raises:
-        ValueError: `rank` or `alpha` is too small, or the model has adapters already or no linear layers.
+        ValueError: `rank` or `alpha` is too small, or the model already has adapters or has no linear layers.
         ImportError: PEFT is not installed.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -45,10 +47,10 @@ def add_lora(
 
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            "The model has adapters already. Merge them into it first: `PeftModel.from_pretrained(base, "
-            "folder).merge_and_unload()`, saved in a folder of its own."
+            "The model already has adapters. Merge them into it first with `PeftModel.from_pretrained(base, "
+            "folder).merge_and_unload()`, and save the result in another folder."
         )
-    parameters = [name for name, _ in model.named_parameters()]  # an expert's are of no module that PEFT knows
+    parameters = [name for name, _ in model.named_parameters()]  # PEFT has no module for those of experts
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -63,20 +65,20 @@ def add_lora(
 def _find_targets(model: PreTrainedModel) -> list[str]:
     if isinstance(model, MoTPreTrainedModel):
         return _PROJECTIONS
-    # PEFT's own "all-linear" takes the heads of some models too, and then cannot train these as a whole.
+    # PEFT's own "all-linear" includes the heads of some models, which then cannot be trained fully.
     backbone = {id(module) for module in model.base_model.modules() if isinstance(module, nn.Linear | Conv1D)}
     names = [name for name, module in model.named_modules() if id(module) in backbone]
     if not names:
-        raise ValueError(f"{type(model).__name__} has no linear layers for adapters: train it without `rank`.")
+        raise ValueError(f"{type(model).__name__} has no linear layers for adapters: set `lora_rank=0`.")
     return names
 
 
 def _find_whole(model: PreTrainedModel, task_type: "TaskType | str | None") -> list[str]:
-    """Modules that are trained, or gathered, and saved as a whole."""
+    """Modules that are trained fully, or updated as statistics, and saved as a whole."""
     if isinstance(model, MoTPreTrainedModel):
         return ["companions"] if "sparse" in model.config.mlp_layer_types else []
     if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
         return []
-    # A new head may be more than the layer that PEFT knows.
+    # A new head may have more than the one layer that PEFT expects.
     children = {name: child for name, child in model.named_children() if child is not model.base_model}
     return [name for name, child in children.items() if any(True for _ in child.parameters())]

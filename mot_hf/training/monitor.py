@@ -1,4 +1,4 @@
-"""What the mixing of a MoT model does while it is trained.
+"""Monitoring of the mixing while a MoT model is trained.
 
 Axes: B rows, T columns, A groups of rows, G group size, N = A * T groups of tokens, E experts, D model width.
 """
@@ -18,26 +18,27 @@ from transformers.trainer_utils import IntervalStrategy
 from mot_hf.modeling.mixing_mot import MixingContext, MoTRouter
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 
-# Groups of tokens that are looked at, spread over the columns, and ranges of layers that are logged.
+# Groups of tokens to measure, spread over the columns, and ranges of layers to log.
 _MAX_GROUPS = 64
 _MAX_RANGES = 4
 
 
 class MixingMonitor(TrainerCallback):
-    """Logs what the mixing does, beside every training loss and to wherever the `Trainer` reports.
+    """Logs statistics of the mixing with every training loss, to all trackers of the `Trainer`.
 
-    For up to four ranges of MoT layers, as means over groups, experts and processes:
+    They are logged for up to four ranges of MoT layers, as means over groups, experts and processes:
 
-    - `mixing/entropy/layers_A-B`: entropy of an expert's mixing weights over log n, for a group of n tokens: 1 where
-      all tokens weigh the same, 0 where an expert receives one token.
+    - `mixing/entropy/layers_A-B`: entropy of an expert's mixing weights, divided by log n for a group of n tokens: 1
+      if all tokens have the same weight, 0 if an expert receives one token.
     - `mixing/largest_weight/...`: largest mixing weight in a group.
-    - `mixing/effective_tokens/...`: 1 / sum of squared weights, the number of tokens that an expert really mixes.
-    - `mixing/mixture_similarity/...`: mean cosine between the mixtures that two experts receive from one group.
+    - `mixing/effective_tokens/...`: 1 / sum of squared weights, the number of tokens that an expert effectively mixes.
+    - `mixing/mixture_similarity/...`: mean cosine similarity of the mixtures that two experts receive from the same
+      group.
     - `mixing/companion_drift/...`: relative change of the expected mixtures since the last log.
-    - `mixing/full_groups`: share of groups in which no token is missing.
+    - `mixing/full_groups`: fraction of groups in which no token is missing.
 
-    Weights are those among the tokens that are present. Only steps that log are looked at (with logging strategy
-    `"steps"`), and in them up to 64 groups of every micro-batch. In other modes than `cross_example` there is no log.
+    Weights are taken among the tokens that are present. Only steps that log are measured (with logging strategy
+    `"steps"`), with up to 64 groups of each micro-batch. In modes other than `cross_example`, nothing is logged.
 
     Args:
         trainer (`Trainer`): The trainer that logs: `trainer.add_callback(MixingMonitor(trainer))`.
@@ -66,7 +67,7 @@ class MixingMonitor(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Record if this step will log."""
+        """Start recording if this step will log."""
         step = state.global_step + 1
         by_steps = args.logging_strategy == IntervalStrategy.STEPS and step % max(1, int(state.logging_steps)) == 0
         self.is_recording = by_steps or (step == 1 and args.logging_first_step)
@@ -74,7 +75,7 @@ class MixingMonitor(TrainerCallback):
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count a micro-batch, once it can no longer be recomputed."""
+        """Add a micro-batch to the totals once it can no longer be recomputed."""
         for index, values in self.pending.items():
             self.totals[index].append(values)
         self.pending.clear()
@@ -94,7 +95,7 @@ class MixingMonitor(TrainerCallback):
         logs: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        """Log what was recorded, after the training loss: an earlier log would take the place of that one."""
+        """Log the recorded statistics after the training loss; an earlier log would replace it."""
         if "loss" in logs and self.totals:
             values = self._summarize()
             self.totals.clear()
@@ -103,7 +104,7 @@ class MixingMonitor(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the model as it was."""
+        """Remove the hooks from the model."""
         self._unhook()
 
     def _unhook(self) -> None:
@@ -120,7 +121,7 @@ class MixingMonitor(TrainerCallback):
         index, group_size = layer.layer_idx, layer.config.group_size
 
         def record(router: MoTRouter, inputs: tuple[Tensor], logits: Tensor) -> None:
-            # Recomputation under gradient checkpointing comes by a second time.
+            # Gradient checkpointing runs the forward pass a second time.
             if self.is_recording and index in self.token_masks and index not in self.pending:
                 token_mask = self.token_masks.pop(index)
                 self.pending[index] = measure_mixing(inputs[0], logits, token_mask, group_size)
@@ -132,7 +133,7 @@ class MixingMonitor(TrainerCallback):
         layers = {index: _average(passes) for index, passes in sorted(self.totals.items())}
         for index, values in layers.items():
             before, now = self.expected_inputs[index], reduce(self.layers[index].companions.mean_input, "mean")
-            if before.any():  # not yet where nothing was expected
+            if before.any():  # all zero until the first update
                 values["companion_drift"] = (now - before).norm() / before.norm()
             self.expected_inputs[index] = now
         logs = {"mixing/full_groups": torch.stack([values.pop("full_groups") for values in layers.values()]).mean()}
@@ -157,8 +158,8 @@ def measure_mixing(
         group_size (`int`): Rows G of a group.
 
     Returns:
-        `dict[str, torch.Tensor]`: `entropy`, `largest_weight`, `effective_tokens`, `mixture_similarity` and
-        `full_groups`, scalars as in [`MixingMonitor`].
+        `dict[str, torch.Tensor]`: The scalars `entropy`, `largest_weight`, `effective_tokens`,
+        `mixture_similarity` and `full_groups`, as defined in [`MixingMonitor`].
     """
     num_rows, num_columns = hidden_states.shape[:2]
     num_groups = -(-num_rows // group_size)
@@ -174,7 +175,7 @@ def measure_mixing(
     entropy = torch.special.entr(w).sum(dim=1) / num_present.clamp(min=2).log()  # [N, E]
     mixtures = F.normalize(w.transpose(1, 2) @ x.masked_fill(~present, 0), dim=-1)  # [N, E, D]
     num_experts = mixtures.shape[1]
-    cosines = mixtures.sum(dim=1).square().sum(dim=-1) - num_experts  # [N], over all pairs of two experts
+    cosines = mixtures.sum(dim=1).square().sum(dim=-1) - num_experts  # [N], summed over all pairs of different experts
     return {
         "entropy": _mean(entropy.mean(1), mixed),
         "largest_weight": _mean(w.amax(dim=1).mean(1), counts),
@@ -192,14 +193,14 @@ def split_layers(indices: list[int]) -> list[list[int]]:
 
 
 def _gather_groups(rows: Tensor, group_size: int, num_groups: int) -> Tensor:
-    """Cut rows `[B, T, ...]` into groups `[A * T, G, ...]`, the last ones filled up with zeros."""
+    """Split rows `[B, T, ...]` into groups `[A * T, G, ...]`; the last groups are padded with zeros."""
     missing = num_groups * group_size - rows.shape[0]
     rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
     return rows.unflatten(0, (num_groups, group_size)).transpose(1, 2).flatten(0, 1)
 
 
 def _mean(values: Tensor, counts: Tensor) -> Tensor:
-    """Mean over the groups that count; 0 if none does."""
+    """Mean over the groups with `counts` true; 0 if there are none."""
     return (values * counts).sum() / counts.sum().clamp(min=1)
 
 

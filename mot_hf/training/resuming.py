@@ -1,4 +1,4 @@
-"""What a resumed run must have in common with the run that it goes on from."""
+"""Checks that a resumed run matches the run that it continues."""
 
 import inspect
 import json
@@ -26,33 +26,34 @@ from mot_hf.training.vocabulary import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Where a checkpoint without these files of its own has its configuration and tokenizer.
+# Folder for the configuration and the tokenizer, in checkpoints that are saved without them.
 _DESCRIPTION = "description"
 # The `Trainer` sets these itself.
 _OF_THE_TRAINER = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
-# What transition tuning changes in the course of a run.
+# What transition tuning changes during a run.
 TRANSITION_FIELDS = frozenset({"mixing", "inference_mixing", "output_router_logits"})
 
 
 class ResumeCheck(TrainerCallback):
-    """Says when a run starts that its checkpoints cannot be resumed from, rather than after the work is done."""
+    """Warns at the start of a run if it cannot be resumed from its checkpoints."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look at what is saved."""
+        """Check what the checkpoints will include."""
         if args.save_only_model and args.save_strategy != SaveStrategy.NO and state.is_world_process_zero:
             logger.warning(
-                "The checkpoints of this run hold no optimizer state (save_only_model=True): after an interruption it "
-                "cannot go on from them. Set save_only_model to False, unless they are only to be compared."
+                "The checkpoints of this run have no optimizer state (save_only_model=True), so the run cannot be "
+                "resumed from them after an interruption. Set save_only_model to False, unless you only compare the "
+                "checkpoints."
             )
 
 
 class CheckpointDescription(TrainerCallback):
-    """Adds to each checkpoint what a resumed run is compared with, where the `Trainer` has not saved it.
+    """Adds the files that a resumed run is compared with to each checkpoint, if the `Trainer` has not saved them.
 
-    Sharded checkpoints have neither configuration nor tokenizer, and adapters no configuration. They get a folder with
-    both; beside the weights of adapters a configuration would pass for a whole model.
+    Sharded checkpoints have neither configuration nor tokenizer, and adapters have no configuration. They get a
+    subfolder with both, because a configuration next to the weights of adapters would look like a whole model.
 
     Args:
         config (`PreTrainedConfig`): Configuration of the trained model.
@@ -64,7 +65,7 @@ class CheckpointDescription(TrainerCallback):
         self.config, self.architecture, self.tokenizer = config, architecture, tokenizer
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write what is missing, whole or not at all."""
+        """Write all missing files in one operation."""
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if not args.should_save or not checkpoint.is_dir() or _is_described(checkpoint):
             return
@@ -91,12 +92,12 @@ def load_checkpoint_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase | None
 def check_settings(
     config: PreTrainedConfig, architecture: str, checkpoint: str, *, changing: Collection[str] = ()
 ) -> None:
-    """Refuses to go on with a model of other settings than those of the checkpoint; all are named with both values.
+    """Refuses to resume if the model's settings differ from those of the checkpoint, and lists the differences.
 
     Args:
         config (`PreTrainedConfig`): Configuration of the model that the run would train.
         architecture (`str`): Name of its class.
-        checkpoint (`str`): Folder of the checkpoint. One that has no configuration passes.
+        checkpoint (`str`): Folder of the checkpoint. Without a configuration, nothing is checked.
         changing (`Collection[str]`, *optional*): Fields that change during training.
 
     Raises:
@@ -115,7 +116,7 @@ def check_settings(
 
 
 def check_adapters(rank: int, alpha: int, checkpoint: str) -> None:
-    """Refuses to go on with other LoRA adapters than those of the checkpoint.
+    """Refuses to resume with LoRA adapters that differ from those of the checkpoint.
 
     Args:
         rank (`int`): Rank of the run's adapters; 0 for none.
@@ -139,7 +140,7 @@ def _refuse_differences(settings: Mapping[str, tuple[Any, Any]], checkpoint: str
     if differences:
         raise ValueError(
             f"The checkpoint {checkpoint!r} was trained with other settings: {'; '.join(differences)}. Resume with "
-            "those of the checkpoint, or start a new run in another folder."
+            "the settings of the checkpoint, or start a new run in another folder."
         )
 
 
@@ -147,7 +148,7 @@ def _describe(name: str, saved: Any, asked: Any) -> str:
     if isinstance(saved, dict) and isinstance(asked, dict):
         changed = [key for key in saved | asked if saved.get(key) != asked.get(key)]
         saved, asked = ({key: each[key] for key in changed if key in each} for each in (saved, asked))
-    return f"{name}={saved!r} there and {asked!r} here"
+    return f"{name}={saved!r} in the checkpoint and {asked!r} now"
 
 
 def _is_described(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A run of the stock `Trainer` on a MoT model: what watches it, and how it ends."""
+"""Runs of the stock `Trainer` on a MoT model: callbacks, locking and saving."""
 
 import gc
 import logging
@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 def add_callbacks(trainer: Trainer, args: MethodArguments | None = None) -> None:
-    """Adds what a run of a MoT model should have to any stock `Trainer`.
+    """Adds the callbacks that a MoT model needs to a stock `Trainer`.
 
     Args:
         trainer (`Trainer`): The trainer, before training.
-        args ([`MethodArguments`], *optional*): Whether to monitor the mixing, when to stop early, when to switch to
+        args ([`MethodArguments`], *optional*): Whether to monitor the mixing, when to stop early and when to switch to
             mode `moe`.
     """
     args = args or MethodArguments()
@@ -46,15 +46,15 @@ def add_callbacks(trainer: Trainer, args: MethodArguments | None = None) -> None
 
 @contextmanager
 def lock_run(args: TrainingArguments) -> Iterator[None]:
-    """Keeps other runs out of `output_dir`, and removes what an interrupted one has left of its model there.
+    """Locks `output_dir` against other runs, and removes a model that an interrupted run saved only in part.
 
-    Of the processes of a run the first one asks; it may ask again while it holds the folder.
+    Only the first process of a run takes the lock, and it may take it several times.
 
     Args:
         args (`TrainingArguments`): Arguments of the `Trainer`.
 
     Raises:
-        OSError: Another run is writing to the folder, or it cannot be written to.
+        OSError: Another run is writing to the folder, or the folder is not writable.
     """
     if args.process_index != 0:
         yield
@@ -65,59 +65,58 @@ def lock_run(args: TrainingArguments) -> Iterator[None]:
 
 
 def run_training(trainer: Trainer, checkpoint: str | None, text_name: str | None = None) -> None:
-    """Trains, from a checkpoint on if there is one, and saves the model, its tokenizer, its card and the run's log.
+    """Trains a model, from a checkpoint if there is one, and saves it with its tokenizer, its card and the log.
 
-    From a checkpoint of a run that is complete nothing is trained: its model is saved again.
+    If the checkpoint is from a complete run, nothing is trained and the model is saved again.
 
     Args:
         trainer (`Trainer`): The trainer.
-        checkpoint (`str`, *optional*): Folder of the checkpoint to go on from.
-        text_name (`str`, *optional*): What the training text is called in the model card.
+        checkpoint (`str`, *optional*): Folder of the checkpoint to resume from.
+        text_name (`str`, *optional*): Name of the training text in the model card.
 
     Raises:
-        OSError: A file could not be written, earlier checkpoints are untouched; or another run is writing to the
-            folder.
+        OSError: A file could not be written (earlier checkpoints are kept), or another run is writing to the folder.
         ValueError: The checkpoint is damaged.
-        FloatingPointError: The loss or a parameter is no finite number.
+        FloatingPointError: The loss or a parameter is not finite.
     """
-    # Adapters have a card of their own, and no code.
+    # PEFT writes its own card for adapters, and they need no model code.
     describes_model = isinstance(trainer.model, MoTPreTrainedModel) and trainer.is_world_process_zero()
     with lock_run(trainer.args):
         with explain_failures(trainer.args):
             if describes_model and trainer.args.push_to_hub:
-                # What the trainer pushes during training are the weights, and whatever else is here.
+                # During training, the trainer pushes the weights and all other files of this folder.
                 trainer.model.config.save_pretrained(trainer.args.output_dir)
-                # Whenever it pushes a model, it would replace the card by one of its own.
+                # Each push would replace the card by the trainer's own.
                 trainer.create_model_card = lambda **kwargs: None
             save_whole(trainer)
             start = continue_run(trainer, checkpoint)
             trainer.train(resume_from_checkpoint=checkpoint)
-            if trainer.is_fsdp_enabled:  # checkpoints may be sharded, but the model is for everyone
+            if trainer.is_fsdp_enabled:  # checkpoints may be sharded, but the final model must load anywhere
                 trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
             settle_run(trainer, start, checkpoint)
             save_run(trainer, text_name)
             if describes_model:
                 _write_card(trainer)
-            # A launcher ends all processes when one fails: none may leave while another one still saves.
+            # A launcher ends all processes when one fails, so none may exit while another is still saving.
             trainer.accelerator.wait_for_everyone()
         if trainer.args.push_to_hub:
             trainer.push_to_hub()
 
 
 def _write_card(trainer: Trainer) -> None:
-    """Write the model's card; someone's own card stays."""
+    """Write the model card, unless the folder has one that was written by hand."""
     try:
         # Imported here: it needs the extra `report`, which training does not.
         from mot_hf.reporting.card import write_card
 
         write_card(trainer.args.output_dir, model_id=trainer.hub_model_id)
     except ImportError as error:
-        logger.warning("No model card is written (%s): `pip install 'mot_hf[report]'` and `mot card`.", error)
-    except (OSError, ValueError) as error:  # such as weights that DeepSpeed keeps in its own format
-        logger.warning("No model card is written: %s", error)
+        logger.warning("No model card was written (%s): run `pip install 'mot_hf[report]'`, then `mot card`.", error)
+    except (OSError, ValueError) as error:  # for example, weights in DeepSpeed's own format
+        logger.warning("No model card was written: %s", error)
 
 
 def end_processes() -> None:
-    """Ends the connections between processes; call it last. Processes joined by gloo else may abort when they exit."""
-    gc.collect()  # the model of a trainer that is no longer used holds on to them
+    """Closes the connections between processes. Call it last; otherwise, processes that use gloo may abort at exit."""
+    gc.collect()  # an unused trainer's model may keep them alive
     PartialState().destroy_process_group()

@@ -1,4 +1,4 @@
-"""Training that cannot go on stops with a clear error, and leaves the last good checkpoint untouched."""
+"""Stops training that cannot continue with a clear error, and keeps the last good checkpoint."""
 
 import errno
 import shutil
@@ -19,26 +19,27 @@ from transformers.trainer_utils import SaveStrategy
 
 from mot_hf.storage.checkpoints import TRAINER_STATE_NAME, find_last_checkpoint, list_checkpoints
 
-# Functions, of the `Trainer` and here, in which files of a run are written; and those in which they are uploaded.
+# Functions of the `Trainer` and of this package that write a run's files, and functions that upload them.
 _SAVING = frozenset({"save_model", "save_run", "_save_checkpoint"})
 _PUSHING = frozenset({"push_to_hub", "_push_from_checkpoint"})
 
 
 class FiniteCheck(TrainerCallback):
-    """Stops the run at the first loss that is not a number, and before a model that is not finite is saved.
+    """Stops the run at the first loss that is not finite, and before a model that is not finite is saved.
 
-    The stock `Trainer` goes on: it leaves such losses out of its log (`logging_nan_inf_filter`), saves the ruined
-    model and deletes good checkpoints for it (`save_total_limit`). DeepSpeed ZeRO-3 keeps gradients and parameters to
-    itself: there nothing is seen, and nothing stopped.
+    The stock `Trainer` would continue: it hides such losses from its log (`logging_nan_inf_filter`), saves the ruined
+    model and deletes good checkpoints to make room for it (`save_total_limit`). Under DeepSpeed ZeRO-3, gradients and
+    parameters are not accessible, so the check has no effect.
 
     Raises:
-        FloatingPointError: The gradient or the parameters are not finite; says at which step, and where to go on from.
+        FloatingPointError: The gradient or a parameter is not finite. The message names the step and the checkpoint to
+            resume from.
     """
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Look at the gradient of the smallest parameter: a loss that is not a number spoils that of every one."""
+        """Check the gradient of the smallest parameter: a loss that is not finite spoils every gradient."""
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if gradients and not _is_finite(min(gradients, key=Tensor.numel)) and not args.fp16:
             self._stop(args, state.global_step + 1, "The loss is not a finite number")
@@ -46,27 +47,27 @@ class FiniteCheck(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Look at the parameters if they are to be saved."""
+        """Check the parameters if they are about to be saved."""
         if control.should_save and not all(_is_finite(parameter) for parameter in model.parameters()):
             self._stop(args, state.global_step, "A parameter is not a finite number")
 
     def _stop(self, args: TrainingArguments, step: int, what: str) -> None:
         last = find_last_checkpoint(args.output_dir)
         raise FloatingPointError(
-            f"{what} at step {step}; nothing was saved. {f'Go on from {last}' if last else 'Start again'} with a "
+            f"{what} at step {step}; nothing was saved. {f'Resume from {last}' if last else 'Start again'} with a "
             f"lower learning_rate (now {args.learning_rate:g}), a longer warm-up or a smaller max_grad_norm (now "
-            f"{args.max_grad_norm:g}), or look for bad examples."
+            f"{args.max_grad_norm:g}), or look for bad examples in the data."
         )
 
 
 class DiskSpaceCheck(TrainerCallback):
-    """Refuses to start a run whose first checkpoint cannot fit on the disk.
+    """Refuses to start a run if its first checkpoint cannot fit on the disk.
 
-    Counted is what it takes at least: the weights that are saved, which are the trained ones if there are adapters,
-    and Adam's two moments of those that are trained.
+    It counts the minimum size: the saved weights, which are only the trained ones if there are adapters, and Adam's
+    two moments of the trained weights.
 
     Raises:
-        OSError: Less is free; says how much.
+        OSError: The disk has less free space. The message gives both sizes.
     """
 
     def on_train_begin(
@@ -86,7 +87,7 @@ class DiskSpaceCheck(TrainerCallback):
         if free < needed:
             raise OSError(
                 errno.ENOSPC,
-                f"A checkpoint takes at least {needed / 1e9:.3f} GB and `output_dir` has {free / 1e9:.3f} GB free: "
+                f"A checkpoint takes at least {needed / 1e9:.3f} GB, but `output_dir` has {free / 1e9:.3f} GB free: "
                 "free some space, choose another folder, or set save_only_model",
                 args.output_dir,
             )
@@ -94,14 +95,14 @@ class DiskSpaceCheck(TrainerCallback):
 
 @contextmanager
 def explain_failures(args: TrainingArguments) -> Iterator[None]:
-    """Turns what libraries raise when a checkpoint cannot be written, or data no longer be read, into clear errors.
+    """Converts errors of libraries into clear ones if a checkpoint cannot be written or data can no longer be read.
 
     Args:
         args (`TrainingArguments`): Arguments of the `Trainer`.
 
     Raises:
-        OSError: A file could not be written, or the connection that text comes from broke; says why, and which
-            checkpoint is the last good one.
+        OSError: A file could not be written, or the connection to the text broke. The message gives the reason and the
+            last good checkpoint.
     """
     try:
         yield
@@ -109,7 +110,7 @@ def explain_failures(args: TrainingArguments) -> Iterator[None]:
         if isinstance(error, ConnectionError | ClientError) and not _passed_through(error, _SAVING | _PUSHING):
             raise OSError(
                 f"Reading the text was interrupted ({error}). The last good checkpoint is "
-                f"{find_last_checkpoint(args.output_dir) or 'none'}: go on with --resume_from_checkpoint true."
+                f"{find_last_checkpoint(args.output_dir) or 'none'}: continue with --resume_from_checkpoint true."
             ) from error
         if not _is_failed_write(error):
             raise
@@ -118,20 +119,20 @@ def explain_failures(args: TrainingArguments) -> Iterator[None]:
         raise OSError(
             getattr(error, "errno", None) or errno.ENOSPC,
             f"A file of the run could not be written ({error}); {free / 1e9:.3f} GB are free. The last good "
-            f"checkpoint is {last or 'none'}: free some space and go on with --resume_from_checkpoint true",
+            f"checkpoint is {last or 'none'}: free some space and continue with --resume_from_checkpoint true",
             args.output_dir,
         ) from error
 
 
 def _is_failed_write(error: BaseException) -> bool:
-    """Whether the system refused to write; libraries tell it by errors of their own, in their own words."""
+    """Check whether the system refused to write. Each library reports this with an error of its own."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return not _passed_through(error, {"on_train_begin"})  # `DiskSpaceCheck` has explained it
+        return not _passed_through(error, {"on_train_begin"})  # `DiskSpaceCheck` has already explained it
     if not _passed_through(error, _SAVING) or _passed_through(error, _PUSHING):
         return False
-    if isinstance(error, RuntimeError):  # torch's own writer
+    if isinstance(error, RuntimeError):  # from torch's own writer
         return not isinstance(error, torch.OutOfMemoryError) and _passed_through(error, {"_save", "save"}, "torch")
-    # Tokenizers raise a bare `Exception`.
+    # The tokenizers library raises a bare `Exception`.
     return isinstance(error, OSError | SafetensorError | CheckpointException) or (
         type(error) is Exception and "os error" in str(error)
     )
@@ -144,7 +145,7 @@ def _passed_through(error: BaseException, functions: Iterable[str], package: str
 
 
 def _count_bytes_saved(model: nn.Module, optimizer: Any) -> int:
-    """Bytes of a checkpoint, as far as they are certain."""
+    """The minimum size of a checkpoint in bytes."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     has_adapters = hasattr(model, "peft_config")
     weights = sum(_local(parameter).nbytes for parameter in (trained if has_adapters else model.parameters()))
@@ -154,7 +155,7 @@ def _count_bytes_saved(model: nn.Module, optimizer: Any) -> int:
 
 
 def _count_unfinished(output_dir: str) -> int:
-    """Bytes of half-written checkpoints, which the run writes over."""
+    """The size of partly written checkpoints in bytes, which the run overwrites."""
     unfinished = [path for path in list_checkpoints(output_dir) if not (path / TRAINER_STATE_NAME).is_file()]
     return sum(path.stat().st_size for folder in unfinished for path in folder.rglob("*") if path.is_file())
 

@@ -1,4 +1,4 @@
-"""Which tokenizer a run of language modeling takes."""
+"""Chooses the tokenizer of a language modeling run."""
 
 import logging
 
@@ -15,23 +15,23 @@ logger = logging.getLogger(__name__)
 def find_tokenizer(
     model_args: ModelArguments, args: CorpusArguments, config: MoTConfig, checkpoint: str | None, masked: bool
 ) -> PreTrainedTokenizerBase | None:
-    """Finds the tokenizer of a run: that of the checkpoint to resume from, else the one asked for, else the model's.
+    """Finds a run's tokenizer: the one of the checkpoint to resume from, else the requested one, else the model's.
 
     Args:
-        model_args ([`ModelArguments`]): Which model is trained further, if any.
-        args ([`CorpusArguments`]): Which tokenizer is asked for, if any.
+        model_args ([`ModelArguments`]): Which model to train further, if any.
+        args ([`CorpusArguments`]): Which tokenizer is requested, if any.
         config ([`MoTConfig`]): Configuration of the model.
         checkpoint (`str`, *optional*): Folder of the checkpoint to resume from.
         masked (`bool`): Whether a masked language model is trained.
 
     Returns:
-        `PreTrainedTokenizerBase` or `None`: The tokenizer, with the special tokens that training needs; `None` if one
-        is to be trained on the text.
+        `PreTrainedTokenizerBase` or `None`: The tokenizer, with the special tokens that training needs; `None` if a
+        new one must be trained on the text.
 
     Raises:
-        ValueError: The tokenizer asked for is not that of the checkpoint or the model, `vocab_size` is not its size,
-            or the checkpoint to resume from has none.
-        OSError: There is no tokenizer under the name.
+        ValueError: The requested tokenizer differs from the one of the checkpoint or the model, `vocab_size` is not
+            its size, or the checkpoint to resume from has none.
+        OSError: There is no tokenizer with this name.
     """
     if checkpoint and (saved := load_checkpoint_tokenizer(checkpoint)):
         return _resume_tokenizer(args, saved, checkpoint, masked)
@@ -39,12 +39,12 @@ def find_tokenizer(
     if not name:
         if checkpoint:
             raise ValueError(
-                f"The checkpoint {checkpoint!r} holds no tokenizer, and one trained on the text anew may give the ids "
-                "other meanings: give --tokenizer, for example another checkpoint of the run that holds it."
+                f"The checkpoint {checkpoint!r} has no tokenizer, and a new one may assign the ids to other tokens: "
+                "set --tokenizer, for example to another checkpoint of the run that has the tokenizer."
             )
         return None
     if checkpoint:
-        logger.warning("The checkpoint %r holds no tokenizer to compare that of %r with.", checkpoint, name)
+        logger.warning("The checkpoint %r has no tokenizer to compare with the one of %r.", checkpoint, name)
     tokenizer = _load_tokenizer(name)
     if args.tokenizer and model_args.model_name_or_path:
         _compare_with_model(tokenizer, args.tokenizer, model_args.model_name_or_path)
@@ -53,8 +53,8 @@ def find_tokenizer(
     known = {num_tokens, config.vocab_size} if model_args.model_name_or_path else {num_tokens}
     if args.is_meant("vocab_size") and args.vocab_size not in known:
         raise ValueError(
-            f"`vocab_size={args.vocab_size}` is for a tokenizer that is trained on the text, and that of {name!r} has "
-            f"{num_tokens} tokens: leave vocab_size out."
+            f"`vocab_size={args.vocab_size}` is only for a tokenizer that is trained on the text, but the one of "
+            f"{name!r} has {num_tokens} tokens: remove vocab_size."
         )
     return tokenizer
 
@@ -62,28 +62,28 @@ def find_tokenizer(
 def _resume_tokenizer(
     args: CorpusArguments, saved: PreTrainedTokenizerBase, checkpoint: str, masked: bool
 ) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer; a text that has changed would give another one, and ids other meanings."""
+    """The checkpoint's tokenizer. Training one on a changed text would assign the ids to other tokens."""
     if args.tokenizer:
         asked = complete_tokenizer(_load_tokenizer(args.tokenizer), masked)
         check_meanings(asked, saved, name=f"`tokenizer={args.tokenizer!r}`", own_name=f"the checkpoint {checkpoint!r}")
         if len(asked) != len(saved):
             raise ValueError(
-                f"`tokenizer={args.tokenizer!r}` has {len(asked)} tokens and that of the checkpoint {checkpoint!r} "
-                f"{len(saved)}: leave --tokenizer out."
+                f"`tokenizer={args.tokenizer!r}` has {len(asked)} tokens, but the tokenizer of the checkpoint "
+                f"{checkpoint!r} has {len(saved)}: remove --tokenizer."
             )
         return saved
-    if args.is_meant("vocab_size") and (args.vocab_size or 0) < count_tokens(saved):  # a short text gives fewer
+    if args.is_meant("vocab_size") and (args.vocab_size or 0) < count_tokens(saved):  # a short text may give fewer
         raise ValueError(
             f"`vocab_size={args.vocab_size}` is less than the {count_tokens(saved)} tokens of the checkpoint "
-            f"{checkpoint!r}: give that of the checkpoint, or start a new run in another folder."
+            f"{checkpoint!r}: use the checkpoint's vocab_size, or start a new run in another folder."
         )
-    logger.warning("The tokenizer is that of the checkpoint %r, of %d tokens.", checkpoint, len(saved))
+    logger.warning("Using the tokenizer of the checkpoint %r with %d tokens.", checkpoint, len(saved))
     return saved
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if (tokenizer := load_tokenizer(name)) is None:
-        raise OSError(f"{name!r} holds no tokenizer: name one with --tokenizer.")
+        raise OSError(f"{name!r} has no tokenizer: choose one with --tokenizer.")
     return tokenizer
 
 
@@ -91,8 +91,8 @@ def _compare_with_model(tokenizer: PreTrainedTokenizerBase, name: str, model_nam
     own = load_tokenizer(model_name)
     if own is None:
         logger.warning(
-            "`model_name_or_path=%r` holds no tokenizer to compare `tokenizer=%r` with: it must be the one that the "
-            "model was trained with.",
+            "`model_name_or_path=%r` has no tokenizer to compare with `tokenizer=%r`: make sure that it is the one "
+            "that the model was trained with.",
             model_name,
             name,
         )

@@ -1,4 +1,4 @@
-"""Transition tuning: a MoT model goes on as token choice, with the same parameters."""
+"""Transition tuning: a MoT model continues training with token choice and the same parameters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,20 +12,20 @@ from mot_hf.modeling.mixing_mot import MIXING_MODES
 
 
 class TransitionTuning(TrainerCallback):
-    """Switches a run to mode `moe` at a given share of its steps, and logs the loss in every mode.
+    """Switches a run to mode `moe` after a given fraction of its steps, and logs the loss in every mode.
 
-    The transition tuning of arXiv 2310.15961: parameters and optimizer state go on as they are, the controller becomes
-    the router. From the switch on the load-balancing loss is added in training, with weight
-    `config.router_aux_loss_coef`, and `config.mixing` and `config.inference_mixing` are `"moe"`, in every checkpoint
-    saved from then on too. Which step comes in which mode follows from the number of the step alone, so a resumed run
-    switches where it would have.
+    This is the transition tuning of arXiv 2310.15961: parameters and optimizer state are kept, and the controller
+    becomes the router. After the switch, training adds the load-balancing loss with weight
+    `config.router_aux_loss_coef`, and `config.mixing` and `config.inference_mixing` are `"moe"`, including in all
+    checkpoints saved from then on. The mode depends only on the number of the step, so a resumed run switches at the
+    same step.
 
     If the trainer evaluates, `eval_<mode>_loss` is logged for every mode at each evaluation and before the first step
-    in mode `moe`; it leaves out the load-balancing loss.
+    in mode `moe`. It does not include the load-balancing loss.
 
     Args:
-        trainer (`Trainer`): The trainer, which evaluates: `trainer.add_callback(TransitionTuning(trainer, 0.9))`.
-        share (`float`): Share of the steps that come before the switch, in [0, 1); 0.9 in the paper, 0 to tune a
+        trainer (`Trainer`): The trainer that evaluates: `trainer.add_callback(TransitionTuning(trainer, 0.9))`.
+        share (`float`): Fraction of the steps before the switch, in [0, 1): 0.9 in the paper, or 0 to tune a
             finished model.
 
     Raises:
@@ -48,7 +48,7 @@ class TransitionTuning(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Set the mode of the step; at the switch, evaluate first."""
+        """Set the mode of the step, and evaluate before the switch."""
         switch = round(self.share * state.max_steps)
         if state.global_step == switch:
             self.evaluate_modes(model)
@@ -60,7 +60,7 @@ class TransitionTuning(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Evaluation and checkpoints are without the load-balancing loss."""
+        """Switch off the load-balancing loss for evaluation and checkpoints."""
         for config in _configs(model):
             config.output_router_logits = False
 
@@ -72,7 +72,7 @@ class TransitionTuning(TrainerCallback):
             self.evaluate_modes(model)
 
     def evaluate_modes(self, model: nn.Module) -> None:
-        """Log the loss in every mode, if there is something to evaluate on.
+        """Log the loss in every mode, if there is a data set for evaluation.
 
         Args:
             model (`nn.Module`): The trainer's model.
@@ -99,6 +99,6 @@ def _inference_mixing(model: nn.Module, mode: str) -> Iterator[None]:
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """The configurations of a model and its backbone: a masked language model works on a copy."""
+    """The configurations of a model and its backbone: a masked language model uses a copy."""
     owners = [module for module in model.modules() if isinstance(module, MoTPreTrainedModel)]
     return list({id(owner.config): owner.config for owner in owners}.values())

@@ -1,4 +1,4 @@
-"""Whether a tokenizer fits a model: every token has a row of the embedding, and every id means what it meant."""
+"""Checks that a tokenizer fits a model: each token has an embedding, and each id stands for the same token."""
 
 import logging
 from pathlib import Path
@@ -20,18 +20,18 @@ from mot_hf.storage.tokenizers import has_tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Those that the `Trainer` copies into the configuration when training begins.
+# Special tokens that the `Trainer` copies to the configuration when training starts.
 _COPIED_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 class VocabularyCheck(TrainerCallback):
-    """Refuses to train a model whose embedding has no row for some token of the trainer's tokenizer.
+    """Refuses to train a model that has no embedding for some token of the trainer's tokenizer.
 
-    Such a token ends a run at the first text that holds it, on a GPU with an error that names nothing. Processing
-    classes without a vocabulary are not looked at.
+    Such a token would end the run at the first text that contains it, on a GPU with an obscure error. Processing
+    classes without a vocabulary are not checked.
 
     Raises:
-        ValueError: A token is beyond the vocabulary; says how many there are, and what to do.
+        ValueError: A token is beyond the vocabulary. The message gives both sizes, and what to do.
     """
 
     def on_train_begin(
@@ -53,20 +53,20 @@ class VocabularyCheck(TrainerCallback):
         if num_rows is not None and num_tokens > num_rows:
             last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
             raise ValueError(
-                f"The tokenizer has {num_tokens} tokens (such as {last[0]!r}, id {last[1]}), and the model has "
+                f"The tokenizer has {num_tokens} tokens (such as {last[0]!r}, id {last[1]}), but the model has "
                 f"embeddings for {num_rows} (`config.vocab_size`): call `model.resize_token_embeddings({num_tokens})` "
-                "before training, or take the tokenizer that the model was trained with."
+                "before training, or use the tokenizer that the model was trained with."
             )
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Counts the rows of an embedding that a tokenizer needs.
+    """Computes the number of embedding rows that a tokenizer needs.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
 
     Returns:
-        `int`: One more than its highest id, so more than its tokens if it leaves some ids out.
+        `int`: The highest id plus 1. This is more than the number of tokens if some ids are unused.
     """
     ids = [*tokenizer.get_vocab().values(), *(getattr(tokenizer, name, None) for name in _COPIED_IDS)]
     return 1 + max((token_id for token_id in ids if token_id is not None), default=-1)
@@ -76,15 +76,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     """Loads the tokenizer of a folder or a model, if it has one.
 
     Args:
-        name (`str`): Folder or name.
+        name (`str`): Folder or name of a model.
 
     Returns:
-        `PreTrainedTokenizerBase` or `None`: The tokenizer; `None` if there is none.
+        `PreTrainedTokenizerBase` or `None`: The tokenizer, or `None` if there is none.
 
     Raises:
-        OSError: There is no model of that name.
+        OSError: There is no model with this name.
     """
-    # Without files transformers would make a tokenizer that knows nothing.
+    # Without files, transformers would create a tokenizer with an empty vocabulary.
     if Path(name).is_dir() and not has_tokenizer(name):
         return None
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -92,30 +92,30 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
 
 
 def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, masked: bool = False) -> PreTrainedTokenizerBase:
-    """Adds the tokens that training needs and a tokenizer lacks, and says which.
+    """Adds the special tokens that training needs if the tokenizer lacks them, and logs which ones.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): The tokenizer, which is changed.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer, which is changed in place.
         masked (`bool`, *optional*, defaults to `False`): Whether a masked language model is trained.
 
     Returns:
         `PreTrainedTokenizerBase`: The same tokenizer.
     """
-    # For padding the end token would be left out of the loss.
+    # If the end token were used for padding, it would be excluded from the loss.
     needed = {"pad_token": PAD_TOKEN} | ({"mask_token": MASK_TOKEN} if masked else {})
     added = {name: token for name, token in needed.items() if getattr(tokenizer, name) is None}
     if added:
         tokenizer.add_special_tokens(added)
-        logger.warning("The tokenizer got the special tokens that it lacks: %s.", added)
-    if tokenizer.eos_token is None:  # BERT's tokenizers end a text with their separator
+        logger.warning("Added special tokens that the tokenizer lacks: %s.", added)
+    if tokenizer.eos_token is None:  # BERT's tokenizers end a text with the separator token
         tokenizer.eos_token = tokenizer.sep_token
     return tokenizer
 
 
 def enlarge_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives a model rows of the embeddings for all tokens of a tokenizer, and says so.
+    """Enlarges the embeddings of a model to all tokens of a tokenizer, and logs it.
 
-    New rows are drawn around the mean of the others. A model that has more rows than there are tokens keeps them.
+    New rows are sampled around the mean of the others. If the model has more rows than tokens, it keeps them.
 
     Args:
         model (`PreTrainedModel`): The model, without adapters.
@@ -125,7 +125,7 @@ def enlarge_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     if num_tokens > num_rows:
         model.resize_token_embeddings(num_tokens)
         logger.warning(
-            "The tokenizer has %d tokens and the model had embeddings for %d: it got %d more, which are not trained.",
+            "The tokenizer has %d tokens, but the model had embeddings for %d: added %d untrained ones.",
             num_tokens,
             num_rows,
             num_tokens - num_rows,
@@ -135,23 +135,23 @@ def enlarge_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 def check_meanings(
     tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, *, name: str, own_name: str
 ) -> None:
-    """Refuses a tokenizer whose ids stand for other tokens than those that a model has learned.
+    """Refuses a tokenizer whose ids stand for other tokens than in the model's training.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): The tokenizer asked for; it may have more tokens than the other.
+        tokenizer (`PreTrainedTokenizerBase`): The requested tokenizer. It may have more tokens than the other.
         own (`PreTrainedTokenizerBase`): The tokenizer that the model was trained with.
-        name (`str`): What to call the first.
-        own_name (`str`): What to call the model.
+        name (`str`): Name of the requested tokenizer in the message.
+        own_name (`str`): Name of the model in the message.
 
     Raises:
-        ValueError: An id that both have stands for different tokens.
+        ValueError: An id stands for different tokens in the two tokenizers.
     """
     tokens, own_tokens = ({number: token for token, number in each.get_vocab().items()} for each in (tokenizer, own))
     changed = sorted(number for number in tokens.keys() & own_tokens.keys() if tokens[number] != own_tokens[number])
     if changed:
         first = changed[0]
         raise ValueError(
-            f"{name} (of {len(tokens)} tokens) is another tokenizer than that of {own_name} (of {len(own_tokens)}): "
-            f"{len(changed)} ids mean other tokens, such as {first}, {own_tokens[first]!r} there and "
-            f"{tokens[first]!r} here. Take that one, or train a new model."
+            f"{name} ({len(tokens)} tokens) differs from the tokenizer of {own_name} ({len(own_tokens)} tokens): "
+            f"{len(changed)} ids stand for other tokens, such as {first} for {tokens[first]!r} instead of "
+            f"{own_tokens[first]!r}. Use the tokenizer of {own_name}, or train a new model."
         )

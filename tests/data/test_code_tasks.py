@@ -95,17 +95,17 @@ class TestPackageTask:
         assert all(text.startswith("def ") for text in texts)
 
     def test_too_few_packages_are_refused(self, files: dict[str, Path]) -> None:
-        with pytest.raises(ValueError, match=r"`min_functions=9` .* packages \[\].*lower it"):
+        with pytest.raises(ValueError, match=r"`min_functions=9` .* packages \[\].*lower `min_functions`"):
             package_task(files, min_functions=9)
 
     @pytest.mark.parametrize("fraction", [0, 1.0])
     def test_a_fraction_out_of_range_is_refused(self, files: dict[str, Path], fraction: float) -> None:
-        with pytest.raises(ValueError, match=f"`validation_fraction={fraction}` must lie between 0 and 1"):
+        with pytest.raises(ValueError, match=f"`validation_fraction={fraction}` must be between 0 and 1"):
             package_task(files, validation_fraction=fraction)
 
     def test_a_file_that_is_not_python_is_named(self, files: dict[str, Path]) -> None:
         files["alone.py"].write_text("def :")
-        with pytest.raises(ValueError, match=r"'alone.py', which is not Python \(.*leave it out"):
+        with pytest.raises(ValueError, match=r"'alone.py', which is not Python \(.*remove it"):
             role_task(files)
 
 

@@ -91,6 +91,13 @@ class TestDefaultCorpus:
         assert (before.num_files, before.num_bytes) == (after.num_files, after.num_bytes)
         assert before.digest != after.digest
 
+    def test_folders_are_left_out_by_their_whole_names(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+        for name in ("test", "a/tests", "testing", "encodings", "a/encodings_of_text"):
+            (tmp_path / name).mkdir(parents=True)
+            (tmp_path / name / "b.py").touch()
+        assert list(default_corpus_files()) == ["a/encodings_of_text/b.py", "testing/b.py"]
+
     def test_splits_are_disjoint_by_file_and_complete(self) -> None:
         corpus = load_corpus()
         texts = {split: [hashlib.sha256(t.encode()).digest() for t in corpus[split]["text"] if t] for split in corpus}
@@ -225,7 +232,7 @@ class TestLoadErrors:
     def test_split_without_text(self, tmp_path: Path) -> None:
         for i in range(20):
             (tmp_path / f"{i}.txt").write_text("")
-        with pytest.raises(ValueError, match=r"train split of `source` holds no text: give more text"):
+        with pytest.raises(ValueError, match=r"train split of `source` has no text: give more text"):
             load_corpus(f"{tmp_path}/*.txt")
 
     def test_validation_split_without_text(self) -> None:
@@ -236,15 +243,15 @@ class TestLoadErrors:
             load_corpus(Dataset.from_dict({"text": ["x"]}))
 
     def test_dataset_without_rows(self) -> None:
-        with pytest.raises(ValueError, match="train split of `source` holds no text"):
+        with pytest.raises(ValueError, match="train split of `source` has no text"):
             load_corpus(Dataset.from_dict({"text": []}))
 
     def test_missing_text_column(self) -> None:
-        with pytest.raises(ValueError, match=r"`text_column='text'` is no column.*use \['body'\]"):
+        with pytest.raises(ValueError, match=r"`text_column='text'` is not a column.*use one of \['body'\]"):
             load_corpus(Dataset.from_dict({"body": TEXTS}))
 
     def test_missing_train_split(self) -> None:
-        with pytest.raises(ValueError, match=r"splits \['eval'\] and needs one called 'train'"):
+        with pytest.raises(ValueError, match=r"splits \['eval'\] but needs one called 'train'"):
             load_corpus(DatasetDict({"eval": Dataset.from_dict({"text": TEXTS})}))
 
 
@@ -307,7 +314,7 @@ class TestTokenByteCounts:
 
     def test_other_tokenizers_are_refused(self) -> None:
         words = Tokenizer(models.WordLevel({"▁word": 0}, unk_token="▁word"))
-        with pytest.raises(ValueError, match="must be byte-level BPE, its decoder is None"):
+        with pytest.raises(ValueError, match="must be byte-level BPE, but its decoder is None"):
             token_byte_counts(PreTrainedTokenizerFast(tokenizer_object=words))
 
 

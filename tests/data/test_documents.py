@@ -43,14 +43,12 @@ class TestTypes:
         else:
             pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
         place = "line 1" if suffix == ".jsonl" else "row 1"
-        with pytest.raises(
-            ValueError, match=rf"`text_column='text'` in '.*', {place}, holds no text but .* \({kind}\)"
-        ):
+        with pytest.raises(ValueError, match=rf"`text_column='text'` in '.*', {place}, has .* \({kind}\), not text"):
             load_corpus(folder)
 
     def test_dates_in_parquet_are_named(self, folder: Path) -> None:
         pq.write_table(pa.table({"text": [datetime.date(2020, 1, 1)]}), folder / "rows.parquet")
-        with pytest.raises(ValueError, match=r"holds no text but '2020-01-01' \(date\)"):
+        with pytest.raises(ValueError, match=r"has '2020-01-01' \(date\), not text"):
             load_corpus(folder)
 
     @pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
@@ -61,12 +59,12 @@ class TestTypes:
     @pytest.mark.parametrize("values", [[1, 2], [0.5], [True], [["a"]], [{"a": "b"}]])
     def test_columns_of_data_sets_are_named(self, values: list) -> None:
         rows = Dataset.from_dict({"text": values})
-        with pytest.raises(ValueError, match=r"`text_column='text'` holds no text but"):
+        with pytest.raises(ValueError, match=r"`text_column='text'` has values of type"):
             load_corpus(rows)
 
     def test_classes_are_no_text(self) -> None:
         rows = Dataset.from_dict({"text": [0, 1]}).cast_column("text", ClassLabel(names=["a", "b"]))
-        with pytest.raises(ValueError, match=r"`text_column='text'` holds no text but ClassLabel"):
+        with pytest.raises(ValueError, match=r"`text_column='text'` has values of type ClassLabel"):
             load_corpus(rows)
 
     def test_large_strings_of_data_sets(self) -> None:
@@ -83,7 +81,7 @@ class TestLosses:
             texts = all_texts(load_corpus(folder, validation_fraction=0.3))
             assert "Gr\ufffd\ufffde 3" in texts
             assert [record.getMessage() for record in caplog.records] == [
-                "10 bytes of `source` are not UTF-8 and replaced by \ufffd: convert to UTF-8."
+                "Replacing 10 bytes of `source` by \ufffd: not UTF-8. Convert to UTF-8."
             ]
 
     def test_what_is_no_text_is_left_out_of_a_folder(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -93,7 +91,7 @@ class TestLosses:
             (folder / f"picture {number}.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
         (folder / "paper.pdf").write_bytes(b"%PDF-1.4\n")
         assert all_texts(load_corpus(folder, validation_fraction=0.3)) == sorted(TEXTS)
-        expected = "6 files of `source=.*` are no text and left out: 'paper.pdf', 'picture 0.png', .* and 3 more"
+        expected = "Skipping 6 files without text in `source=.*`: 'paper.pdf', 'picture 0.png', .* and 3 more"
         assert len(caplog.records) == 1
         with pytest.raises(AssertionError, match=expected):
             raise AssertionError(caplog.records[0].getMessage())
@@ -102,9 +100,9 @@ class TestLosses:
     def test_what_is_no_text_and_named_is_refused(self, folder: Path, in_list: bool) -> None:
         path = folder / "picture.png"
         path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
-        with pytest.raises(ValueError, match=r"`source='.*picture.png'` is no text"):
+        with pytest.raises(ValueError, match=r"`source='.*picture.png'` is not text"):
             load_corpus([path] if in_list else path)
-        with pytest.raises(ValueError, match=r"`source=.*` holds no text"):
+        with pytest.raises(ValueError, match=r"`source=.*` has no text"):
             load_corpus(folder)
 
     @pytest.mark.parametrize("streaming", [False, True])
@@ -116,7 +114,7 @@ class TestLosses:
         assert all_texts(load_corpus(folder, validation_fraction=0.3, streaming=streaming)) == sorted(TEXTS)
         place = "'.*rows.jsonl'" if streaming else "`source`"
         assert len(caplog.records) == 1
-        with pytest.raises(AssertionError, match=f"3 texts of {place} are null or empty and left out"):
+        with pytest.raises(AssertionError, match=f"Skipping 3 texts of {place}: null or empty"):
             raise AssertionError(caplog.records[0].getMessage())
 
     @pytest.mark.parametrize("in_splits", [False, True])
@@ -126,7 +124,7 @@ class TestLosses:
         rows = Dataset.from_dict({"text": [None, *TEXTS, ""]})
         corpus = load_corpus(DatasetDict(train=rows, test=rows) if in_splits else rows, validation_fraction=0.3)
         assert all_texts(corpus) == sorted(TEXTS * (1 + in_splits))
-        assert caplog.text.count("2 texts of `source` are null or empty and left out") == 1 + in_splits
+        assert caplog.text.count("Skipping 2 texts of `source`: null or empty") == 1 + in_splits
 
     @pytest.mark.parametrize("value", [0, False, [], 5])
     def test_a_stream_of_unknown_columns_is_checked_as_it_is_read(
@@ -134,7 +132,7 @@ class TestLosses:
     ) -> None:
         stream = IterableDataset.from_generator(lambda: iter([{"text": "a"}, {"text": value}]))
         monkeypatch.setattr("mot_hf.data.sources.load_dataset", lambda *args, **kwargs: stream)
-        with pytest.raises(ValueError, match=r"`text_column` holds no text but"):
+        with pytest.raises(ValueError, match=r"`text_column` has .*, not text"):
             load_corpus("owner/name", streaming=True)
 
 
@@ -145,7 +143,7 @@ class TestSplits:
     )
     def test_a_file_without_text(self, folder: Path, name: str, content: str, streaming: bool) -> None:
         (folder / name).write_text(content)
-        with pytest.raises(ValueError, match="The train split of `source` holds no text: give more text"):
+        with pytest.raises(ValueError, match="The train split of `source` has no text: give more text"):
             load_corpus(folder, streaming=streaming)
 
     @pytest.mark.parametrize("streaming", [False, True])
@@ -185,6 +183,7 @@ class TestSplits:
             ([0.5, 0.2, 0.9], 0.95, [0.2, 0.5]),
             ([0.5, float("nan"), 0.2], 0.05, [0.2]),
             ([0.05, 0.04], 0.05, [0.04]),
+            ([0.05, 0.5], 0.05, [0.05]),
         ],
     )
     def test_threshold(self, places: list[float], fraction: float, held_out: list[float]) -> None:
@@ -230,8 +229,8 @@ class TestSplits:
         corpus = load_corpus(folder, validation_source=str(held_out))
         assert corpus["train"]["text"][:] == TEXTS[:20]
         assert corpus["validation"]["text"][:] == TEXTS[20:]
-        assert "1 file of `source` are in `validation_source` too and held out" in caplog.text
-        with pytest.raises(ValueError, match="All files of `source` are in `validation_source` too"):
+        assert "Holding out 1 file of `source` found in `validation_source` too" in caplog.text
+        with pytest.raises(ValueError, match="All files of `source` are also in `validation_source`"):
             load_corpus(folder, validation_source=folder)
 
     @pytest.mark.parametrize("names", [["train"], ["train", "test"], ["train", "test", "validation"]])

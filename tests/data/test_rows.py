@@ -70,14 +70,14 @@ class TestJson:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ('{"text": "a"}\n{"text": "b"\n{"text": "c"}\n', "line 2, is no JSON"),
-            ('[\n{"text": "a"},\n{"text" "b"}\n]', "line 3, is no JSON"),
-            ('{"text": "a"}\n{"text": "b"}{"text": "c"}\n', "line 2, is no JSON: Extra data"),
+            ('{"text": "a"}\n{"text": "b"\n{"text": "c"}\n', "line 2, is not valid JSON"),
+            ('[\n{"text": "a"},\n{"text" "b"}\n]', "line 3, is not valid JSON"),
+            ('{"text": "a"}\n{"text": "b"}{"text": "c"}\n', "line 2, is not valid JSON: Extra data"),
             ('{"text": "a"}\n{"text":"b \\ud83d"}\n', r"line 2: '\\ud83d' is half of a character"),
-            ("[" * 100_000 + "]" * 100_000, "line 1, is no JSON that can be read"),
-            ('{"text": ' + "1" * 5000 + "}", "line 1, is no JSON that can be read"),
-            ('{"text": "a"}\n5\n', "line 2, holds '5': an object with columns is needed"),
-            ('{"body": "a"}\n', r"`text_column='text'` is no column of the data set: use \['body'\]"),
+            ("[" * 100_000 + "]" * 100_000, "line 1, is not JSON that can be read"),
+            ('{"text": ' + "1" * 5000 + "}", "line 1, is not JSON that can be read"),
+            ('{"text": "a"}\n5\n', "line 2, is '5': give an object with columns"),
+            ('{"body": "a"}\n', r"`text_column='text'` is not a column of the data set: use one of \['body'\]"),
         ],
     )
     @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
@@ -118,13 +118,13 @@ class TestCsv:
         [
             (
                 "text,id\na,1\nb,2,3\n",
-                "line 3, has 3 cells and the header 2: put cells that hold ',' in double quotes",
+                "line 3, has 3 cells but the header has 2: put cells that contain ',' in double quotes",
             ),
-            ('text,id\na,1\n"b,2\nc,3\n', "line 3: the row that begins here is broken"),
-            ('text,id\na,1\n"b"c,2\n', "line 3: the row that begins here is broken"),
+            ('text,id\na,1\n"b,2\nc,3\n', "line 3: the row that starts here is malformed"),
+            ('text,id\na,1\n"b"c,2\n', "line 3: the row that starts here is malformed"),
             ("text,text\na,b\n", "has two columns called 'text'"),
-            ("body,id\na,1\n", "`text_column='text'` is no column of the data set: use ['body', 'id']"),
-            ("PK\3\4\0\0", "is no text"),
+            ("body,id\na,1\n", "`text_column='text'` is not a column of the data set: use one of ['body', 'id']"),
+            ("PK\3\4\0\0", "is not text"),
         ],
     )
     def test_what_is_wrong_is_named_with_its_line(self, folder: Path, content: str, message: str) -> None:
@@ -146,7 +146,7 @@ class TestDamage:
         if content[0] == ord("{"):
             assert texts_in(folder / "a.jsonl.gz") == ["a"]
         else:
-            assert "line 1, is no JSON" in error_of(folder / "a.jsonl.gz")
+            assert "line 1, is not valid JSON" in error_of(folder / "a.jsonl.gz")
 
     def test_a_file_that_cannot_be_opened_is_an_os_error(self, folder: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"gone.jsonl"):
@@ -183,3 +183,11 @@ class TestTextFiles:
         assert len(content) == num_replaced + len(text.replace("\ufffd", "").encode()) + 3 * content.count(
             "\ufffd".encode()
         )
+
+
+def test_bytes_that_were_replaced_count_once_for_all_items_of_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(b'[{"text": "a\xff"}, {"text": "b"}, {"text": "c"}]')
+    rows = list(read_rows(str(path), "json", {"text_column": "text"}))
+    assert [row.values["text"] for row in rows] == ["a\ufffd", "b", "c"]
+    assert sum(row.num_replaced for row in rows) == 1

@@ -86,7 +86,7 @@ class TestRowsByWhateverName:
         write_rows(folder / "validation.jsonl", TEXTS[20:30])
         write_rows(folder / "predictions.jsonl", TEXTS[30:])
         assert all_texts(load_corpus(folder)) == sorted(TEXTS[:30])
-        assert "1 file are of no split and left out: 'predictions.jsonl'" in caplog.text
+        assert "Skipping 1 file without a split in the name: 'predictions.jsonl'" in caplog.text
 
     def test_texts_have_splits_only_where_all_say_theirs(self, folder: Path) -> None:
         for name in ("train", "valid", "test"):
@@ -130,7 +130,7 @@ class TestRowsByWhateverName:
             ),
             (OSError(28, "No space left on device"), OSError, r"^\[Errno 28\] No space left"),
             (FileNotFoundError("no\nsuch"), OSError, r"`source='owner/name'` is neither an existing .* \(no such\)"),
-            (ClientError("cut off"), OSError, r"Downloading `source='owner/name'` was interrupted"),
+            (ClientError("cut off"), OSError, r"The download of `source='owner/name'` was interrupted"),
         ],
     )
     def test_errors_of_datasets_are_one_line(

@@ -58,12 +58,12 @@ def test_a_broken_row_far_into_a_stream_is_one_line(tmp_path: Path) -> None:
     rows = [json.dumps({"text": text}) for text in TEXTS]
     (tmp_path / "rows.jsonl").write_text("\n".join([*rows, '{"text": "broken', *rows]))
     corpus = load_corpus(tmp_path / "rows.jsonl", validation_fraction=0.2, streaming=True)
-    with pytest.raises(ValueError, match=r"^'.*rows.jsonl', line 41, is no JSON: .*$"):
+    with pytest.raises(ValueError, match=r"^'.*rows.jsonl', line 41, is not valid JSON: .*$"):
         list(corpus["train"])
 
 
 def test_a_missing_column_of_a_stream_is_named(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"`text_column='text'` is no column of the data set: use \['body', 'n'\]"):
+    with pytest.raises(ValueError, match=r"`text_column='text'` is not a column .*: use one of \['body', 'n'\]"):
         load_corpus(folder / "rows.jsonl", streaming=True)
 
 

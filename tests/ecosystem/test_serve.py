@@ -70,7 +70,7 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, "-m", "mot_hf.cli", "serve", "--host", "127.0.0.1", "--port", str(port)]
+        command = [sys.executable, "-m", "mot_cli", "serve", "--host", "127.0.0.1", "--port", str(port)]
         self.log = log
         with log.open("w") as output:
             self.process = subprocess.Popen(
@@ -255,11 +255,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], int, str]] = {
         COMPLETIONS,
         {"prompt": "tokens", "generation_config": '{"num_return_sequences": 2, "do_sample": true}'},
         400,
-        "One answer is given",
+        "A request gets one answer",
     ),
     "half": (COMPLETIONS, {"prompt": "half \ud83d"}, 400, "half a character"),
     "wrong_messages": (CHAT, {"messages": [{"content": "x"}]}, 400, "KeyError('role')"),
-    "no_messages": (CHAT, {"messages": [5]}, 400, "not as OpenAI's API has them"),
+    "no_messages": (CHAT, {"messages": [5]}, 400, "do not follow OpenAI's API"),
     "template_error": (
         CHAT,
         {"messages": USER, "chat_template_kwargs": {"chat_template": "{{ raise_exception('roles') }}"}},

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from mot_cli import app
 from mot_hf import MoTForCausalLM, MoTModel, MoTPreTrainedModel
-from mot_hf.cli import app
 from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.registration import AUTO_CLASSES
 from mot_hf.reporting.card import is_generated, write_card
@@ -119,20 +119,20 @@ def test_the_metadata_are_those_of_the_head(head: type[MoTPreTrainedModel], tmp_
     assert (card.data.library_name, card.data.license) == ("transformers", "apache-2.0")
     assert {"mixture-of-tokens", "mot", "moe"} <= set(card.data.tags)
     size = count_parameters(model)
-    assert f"{size.total:,} in total, {size.active:,} active for one token" in card.text
+    assert f"{size.total:,} in total, {size.active:,} active per token" in card.text
     assert "G = 4" in card.text
     assert "E = 8" in card.text
     assert "K = 2" in card.text
-    assert "| MoT layers | 2, 3; the others are dense, 64 wide |" in card.text
-    assert "those of 3 micro-batches" in card.text
-    assert "Nothing is recorded about it." in card.text
+    assert "| MoT layers | 2, 3; the other blocks are dense, 64 wide |" in card.text
+    assert "gathered over 3 micro-batches" in card.text
+    assert "Nothing was recorded about the training." in card.text
     assert not re.search(r"\n\n\n|\{\{|\{%|None\b(?! is)", card.content)
 
 
 def test_the_flops_are_those_that_are_counted(tmp_path: Path) -> None:
     save(MoTForCausalLM, tmp_path)
     assert (
-        f"| FLOPs | {count_flops(read_model(tmp_path).model, 64):,.0f} for a token of 64, forward |"
+        f"| FLOPs | {count_flops(read_model(tmp_path).model, 64):,.0f} per token in a row of 64 (forward pass) |"
         in write_card(tmp_path).read_text()
     )
 
@@ -163,7 +163,7 @@ def test_a_run_leaves_a_card_with_what_it_measured(tmp_path: Path) -> None:
     assert card.data.eval_results[0].dataset_name == "random tokens"
     assert card.data.base_model is None
     for line in (
-        "It was made from `base`.",
+        "It is based on `base`.",
         "Text: random tokens.",
         "after 2 steps",
         "| steps | 6 |",
@@ -184,7 +184,7 @@ def test_a_run_keeps_someones_card_and_says_so(tmp_path: Path, caplog: pytest.Lo
     (tmp_path / "README.md").write_text("# Mine\n")
     run_training(make_trainer(MoTForCausalLM(tiny_config()), tmp_path, max_steps=1), None)
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
-    assert "No model card is written" in caplog.text
+    assert "No model card was written" in caplog.text
     assert (tmp_path / "model.safetensors").is_file()
 
 
@@ -205,7 +205,7 @@ def test_only_a_card_that_was_written_here_and_not_changed_is_replaced(tmp_path:
     assert is_generated(written)
     for changed in (written.replace("two", "three"), f"{written}\nMore.\n", "# Mine\n", ""):
         card.write_text(changed)
-        with pytest.raises(ValueError, match=r"README.md' was written or changed by someone and is kept: --force"):
+        with pytest.raises(ValueError, match=r"README.md' was written or edited by hand and is kept: use --force"):
             write_card(tmp_path)
         assert card.read_text() == changed
     write_card(tmp_path, force=True)
@@ -216,11 +216,11 @@ def test_what_a_model_was_made_from_is_named(tmp_path: Path) -> None:
     save(MoTForCausalLM, tmp_path)
     card = write_card(tmp_path, base_model="someone/dense")
     assert ModelCard.load(card).data.base_model == "someone/dense"
-    assert "It was made from [someone/dense](https://huggingface.co/someone/dense)." in card.read_text()
+    assert "It is based on [someone/dense](https://huggingface.co/someone/dense)." in card.read_text()
     (tmp_path / "upcycling.json").write_text(json.dumps({"source": "dense"}))
     card = write_card(tmp_path)
     assert ModelCard.load(card).data.base_model is None
-    assert "It was made from `dense`." in card.read_text()
+    assert "It is based on `dense`." in card.read_text()
 
 
 def test_what_is_no_complete_model_gets_no_card(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_rotary_embeddings_that_look_at_the_positions_cost_what_plain_ones_cost(
         ('{"best_step": 1.5}', "`best_step` is 1.5"),
         ('{"base_model": {}}', "`base_model` is {}"),
         ('{"more": 1}', "unexpected keyword argument 'more'"),
-        ("[]", "holds no JSON object"),
+        ("[]", "is not a JSON object"),
         ("{", "Expecting property name"),
     ],
 )

@@ -136,7 +136,7 @@ def test_the_head_describes_the_model(tokenizer: PreTrainedTokenizerFast, tmp_pa
     model = make_model()
     facts = dict(make_page(tmp_path, model, tokenizer, make_batches(tokenizer), HISTORY).tables[0])
     size = count_parameters(model)
-    assert facts["Parameters"] == f"{size.total:,} in total, {size.active:,} active for one token"
+    assert facts["Parameters"] == f"{size.total:,} in total, {size.active:,} active per token"
     assert facts["Model"].startswith("MoTForCausalLM")
     assert facts["MoT layers"] == "2, 3"
     assert facts["Experts"] == "E = 8 of width 32 in each MoT layer"
@@ -167,7 +167,7 @@ def test_tables_hold_what_was_measured(
     losses = [[row.mode, f"{row.loss:.4f}", f"{row.perplexity:.2f}"] for row in measure_losses(model, batches)]
     assert [row[:3] for row in page.table("mode")[1:]] == losses
     assert ("as the model saw it" in page.text) == (head is MoTForMaskedLM)
-    assert "12 validation rows of 8 tokens of some <text>" in page.text
+    assert "12 validation rows of 8 tokens from some <text>" in page.text
 
 
 def test_tokens_are_shown_in_their_text_and_escaped(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_what_was_not_logged_is_said(tokenizer: PreTrainedTokenizerFast, tmp_pat
     page = make_page(tmp_path, make_model(), tokenizer, make_batches(tokenizer))
     assert "The run has no log of losses" in page.text
     assert "The run had no mixing monitor" in page.text
-    assert "The run logged no losses by mode" in page.text
+    assert "The run did not log losses by mode" in page.text
     assert "Steps" not in dict(page.tables[0])
     assert len(page.addresses) == 1  # the experts
 
@@ -254,8 +254,8 @@ def test_bits_per_byte_of_another_kind_of_tokenizer_are_not_known(
 
     monkeypatch.setattr("mot_hf.reporting.page.token_byte_counts", refuse)
     page = make_page(tmp_path, make_model(), tokenizer, make_batches(tokenizer))
-    assert {row[3] for row in page.table("mode")[1:]} == {"not known"}
-    assert "Bits per byte need a byte-level tokenizer" in page.text
+    assert {row[3] for row in page.table("mode")[1:]} == {"unknown"}
+    assert "Bits per byte require a byte-level tokenizer" in page.text
 
 
 def test_large_pictures_are_png() -> None:

@@ -124,7 +124,7 @@ def test_an_interrupted_download_is_explained(folder: Path, url: str, streaming:
     assert broken.returncode == 1
     last_line = [line for line in broken.stderr.splitlines() if line.startswith("OSError: ")][-1]
     if streaming == "false":
-        assert last_line.startswith(f"OSError: Downloading `source='{url}'` was interrupted: check the network")
+        assert last_line.startswith(f"OSError: The download of `source='{url}'` was interrupted: check the network")
     else:
         assert last_line.startswith("OSError: Reading the text was interrupted")
         assert (

@@ -34,6 +34,6 @@ def test_kills_at_random_moments(tmp_path: Path) -> None:
         assert outcome["left_afterwards"] == [], outcome
         assert outcome["damaged_afterwards"] == [], outcome
         said = "\n".join(outcome["log"])
-        assert f"The run goes on from run{outcomes.index(outcome)}/{outcome['last']}, step" in said
-        assert all(f"{name}: it is half-written" in said for name in outcome["half_written"]), outcome
-        assert ("_unfinished is what an interrupted run" in said) is ("_unfinished" in outcome["left"]), outcome
+        assert f"The run resumes from run{outcomes.index(outcome)}/{outcome['last']}, step" in said
+        assert all(f"{name}: it is incomplete" in said for name in outcome["half_written"]), outcome
+        assert ("_unfinished is a partly saved model" in said) is ("_unfinished" in outcome["left"]), outcome

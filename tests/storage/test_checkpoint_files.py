@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from mot_hf.storage import checkpoint_files
 from mot_hf.storage.checkpoint_files import CheckpointReader
 
 INDEX = "model.safetensors.index.json"
@@ -43,6 +44,18 @@ def test_headers_are_known_without_loading(max_shard_size: str, tmp_path: Path) 
         assert reader.shape(name) == tensor.shape
         assert reader.dtype(name) == tensor.dtype == torch.bfloat16
         assert torch.equal(reader.load(name), tensor)
+    assert reader.count_bytes(reader.names) == sum(tensor.nbytes for tensor in tensors.values())
+    assert reader.count_bytes(["model.norm.weight"]) == 2 * 32
+
+
+def test_a_single_file_goes_before_shards_as_in_transformers(tmp_path: Path) -> None:
+    folder = save_dense(tmp_path / "model")
+    weights = Qwen3ForCausalLM.from_pretrained(save_dense(tmp_path / "other", max_shard_size="5GB")).state_dict()
+    (tmp_path / "other" / "model.safetensors").rename(folder / "model.safetensors")
+    reader, loaded = CheckpointReader(folder), Qwen3ForCausalLM.from_pretrained(folder).state_dict()
+    for name, tensor in weights.items():
+        assert torch.equal(reader.load(name), tensor)
+        assert torch.equal(loaded[name], tensor)
 
 
 def test_the_tensors_can_be_required_exactly(tmp_path: Path) -> None:
@@ -51,9 +64,9 @@ def test_the_tensors_can_be_required_exactly(tmp_path: Path) -> None:
     reader.require(shapes)
     with pytest.raises(ValueError, match=r"lacks extra\.weight\.$"):
         reader.require(shapes | {"extra.weight": (1,)})
-    with pytest.raises(ValueError, match=r"another shape model\.norm\.weight \[32\] instead of \[1, 32\]\.$"):
+    with pytest.raises(ValueError, match=r"another shape for model\.norm\.weight \[32\] instead of \[1, 32\]\.$"):
         reader.require(shapes | {"model.norm.weight": (1, 32)})
-    with pytest.raises(ValueError, match=r"has in excess lm_head\.weight, .* \(25 in all\)") as error:
+    with pytest.raises(ValueError, match=r"has unexpected tensors lm_head\.weight, .* \(25 in all\)") as error:
         reader.require({})
     assert len(str(error.value)) < 500
 
@@ -158,6 +171,11 @@ def add_to_index(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
+def repeat_in_other_shard(folder: Path) -> None:
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    save_file(load_file(second) | {"model.embed_tokens.weight": load_file(first)["model.embed_tokens.weight"]}, second)
+
+
 def add_to_shard(folder: Path) -> None:
     save_file(load_file(first_shard(folder)) | {"more.weight": torch.zeros(1)}, first_shard(folder))
 
@@ -165,36 +183,33 @@ def add_to_shard(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "kind", "message"),
     [
-        (drop_config, OSError, "model' holds no config.json"),
-        (
-            adapt,
-            ValueError,
-            r"holds an adapter, not a model: merge it into its model \(peft's",
-        ),
-        (spoil_config, ValueError, "config.json' is damaged, it is no JSON"),
-        (empty_config, ValueError, "config.json' is damaged, it holds no JSON object"),
-        (drop_weights, OSError, "holds no model.safetensors and no model.safetensors.index.json: is the model fully"),
+        (drop_config, OSError, "model' has no config.json"),
+        (adapt, ValueError, r"contains an adapter, not a model: merge it into its model \(`merge_and_unload`"),
+        (spoil_config, ValueError, "config.json' is damaged: it is not JSON"),
+        (empty_config, ValueError, "config.json' is damaged: it is not a JSON object"),
+        (drop_weights, OSError, "has no model.safetensors and no model.safetensors.index.json: is the model fully"),
         (pickle_weights, OSError, r"only pytorch_model\.bin\. Convert it once"),
-        (drop_shard, OSError, r"lacks model-00001-of-\d+\.safetensors, which model.safetensors.index.json names"),
-        (cut_shard, ValueError, r"model-00001-of-\d+\.safetensors' is damaged or only partly there"),
-        (empty_shard, ValueError, r"model-00001-of-\d+\.safetensors' is damaged or only partly there"),
-        (spoil_shard, ValueError, r"model-00001-of-\d+\.safetensors' is damaged or only partly there"),
-        (leave_download, ValueError, r"was interrupted, it holds .*abc\.incomplete: repeat it"),
-        (spoil_index, ValueError, "index.json' is damaged, it has no `weight_map`"),
-        (empty_index, ValueError, "index.json' is damaged, it has no `weight_map`"),
-        (strip_index, ValueError, "index.json' is damaged, it has no `metadata`"),
-        (move_in_index("../x.safetensors"), ValueError, r"names '\.\./x\.safetensors', where only a file NAME\.safet"),
-        (move_in_index("a/x.safetensors"), ValueError, "names 'a/x.safetensors', where only a file NAME.safetensors"),
+        (drop_shard, OSError, r"lacks model-00001-of-\d+\.safetensors, named in model.safetensors.index.json: repeat"),
+        (cut_shard, ValueError, r"model-00001-of-\d+\.safetensors' is damaged or incomplete"),
+        (empty_shard, ValueError, r"model-00001-of-\d+\.safetensors' is damaged or incomplete"),
+        (spoil_shard, ValueError, r"model-00001-of-\d+\.safetensors' is damaged or incomplete"),
+        (leave_download, ValueError, r"was interrupted and left .*abc\.incomplete: repeat it"),
+        (spoil_index, ValueError, "index.json' is damaged: it has no `weight_map`"),
+        (empty_index, ValueError, "index.json' is damaged: it has no `weight_map`"),
+        (strip_index, ValueError, "index.json' is damaged: it has no `metadata`"),
+        (move_in_index("../x.safetensors"), ValueError, r"names '\.\./x\.safetensors', but may only name files NAME"),
+        (move_in_index("a/x.safetensors"), ValueError, "names 'a/x.safetensors', but may only name files NAME.s"),
         (
             move_in_index("x.bin"),
             ValueError,
-            "names 'x.bin', where only a file NAME.safetensors of its own folder may",
+            "names 'x.bin', but may only name files NAME.safetensors in its own folder",
         ),
         (link_shard_out, ValueError, r"model-00001-of-\d+\.safetensors' is a link out of its folder"),
-        (lay_pipe, OSError, "vocab.json' is a pipe or a device, no file of a model"),
-        (foreign_type, ValueError, "holds values of type F4, which transformers does not read|damaged or only partly"),
+        (lay_pipe, OSError, "vocab.json' is a pipe or a device, not a file of a model"),
+        (foreign_type, ValueError, "has values of type F4, which transformers cannot read|damaged or incomplete"),
         (add_to_index, ValueError, r"disagrees with the shards about more\.weight"),
         (add_to_shard, ValueError, r"disagrees with the shards about more\.weight"),
+        (repeat_in_other_shard, ValueError, r"disagrees with the shards about model\.embed_tokens\.weight"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_at_once(
@@ -209,7 +224,7 @@ def test_a_damaged_checkpoint_is_refused_at_once(
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
     for name in ("absent", "file"):
         (tmp_path / "file").touch()
-        with pytest.raises(OSError, match=f"{name}' is no folder: give the local folder of a model"):
+        with pytest.raises(OSError, match=f"{name}' is not a folder: give the local folder of a model"):
             CheckpointReader(tmp_path / name)
 
 
@@ -222,12 +237,23 @@ def test_values_that_are_no_finite_numbers_are_named(tmp_path: Path) -> None:
         spoilt = tensor.clone()
         spoilt.view(-1)[-1] = value
         save_file(tensors | {name: spoilt}, first_shard(folder))
-        with pytest.raises(ValueError, match=rf"values that are no finite numbers in {name}: its training"):
+        with pytest.raises(ValueError, match=rf"NaN or infinite values in {name}: its training"):
             CheckpointReader(folder).require_finite()
+
+
+@pytest.mark.parametrize("place", [0, 7, 8, 31])
+def test_every_value_is_looked_at(place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_files, "_CHUNK", 8)
+    folder = save_dense(tmp_path / "model", max_shard_size="5GB")
+    tensors = load_file(first_shard(folder))
+    tensors["model.norm.weight"][place] = torch.nan
+    save_file(tensors, first_shard(folder))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
+        CheckpointReader(folder).require_finite()
 
 
 def test_an_absolute_path_in_an_index_is_not_followed(tmp_path: Path) -> None:
     folder = save_dense(tmp_path / "model")
     move_in_index(str(tmp_path / "elsewhere" / "x.safetensors"))(folder)
-    with pytest.raises(ValueError, match=r"names '/.*/elsewhere/x\.safetensors', where only a file"):
+    with pytest.raises(ValueError, match=r"names '/.*/elsewhere/x\.safetensors', but may only"):
         CheckpointReader(folder)

@@ -134,7 +134,7 @@ def test_force_replaces_the_model_and_leaves_everything_else_in_place(
         (output / name).parent.mkdir(exist_ok=True)
         (output / name).write_text("of the old model")
     others, numbers = add_others(output), {path.name: path.lstat().st_ino for path in output.iterdir()}
-    with pytest.raises(OSError, match="output' is not empty: choose another one, or replace it with --force"):
+    with pytest.raises(OSError, match="output' is not empty: choose another folder, or replace the model in it"):
         copy(source, output)
     copy(source, output, force=True)
     copy(source, tmp_path / "new")
@@ -145,7 +145,7 @@ def test_force_replaces_the_model_and_leaves_everything_else_in_place(
     assert os.readlink(output / "astray") == "/nowhere"
     AutoModelForCausalLM.from_pretrained(output)
     assert set(tmp_path.iterdir()) == {source, output, tmp_path / "old", tmp_path / "new"}
-    assert f"README.md, checkpoint-7 in {output} stayed, and may tell of the model that was replaced" in caplog.text
+    assert f"README.md, checkpoint-7 in {output} stayed, and may describe the model that was replaced" in caplog.text
 
 
 def test_a_new_repository_takes_a_model_by_force(source: Path, tmp_path: Path) -> None:
@@ -170,13 +170,16 @@ def test_force_replaces_only_models(tmp_path: Path) -> None:
     (tmp_path / "odd" / "tokenizer.json").mkdir()
     before = sorted(tmp_path.rglob("*"))
     for output, message in (
-        ("texts", r"texts' is not replaced, even by force: it holds no model \(a config.json with `model_type`\)"),
-        ("site", "it holds no model"),
-        ("broken", "it holds no model"),
-        ("adapter", r"it holds an adapter \(adapter_config.json\), which would be applied to the new model"),
-        ("odd", r"it holds folders with the names of a model's files \(tokenizer.json\)"),
-        ("run/checkpoint-1", "is or holds the model that is read"),
-        ("run", "is or holds the model that is read"),
+        (
+            "texts",
+            r"texts' is not replaced, even with --force: it contains no model \(a config.json with `model_type`\)",
+        ),
+        ("site", "it contains no model"),
+        ("broken", "it contains no model"),
+        ("adapter", r"it contains an adapter \(adapter_config.json\), which would be applied to the new model"),
+        ("odd", r"it contains folders with names of model files \(tokenizer.json\)"),
+        ("run/checkpoint-1", "is or contains the model being read"),
+        ("run", "is or contains the model being read"),
         ("run/checkpoint-1/config.json", "is a file"),
     ):
         with pytest.raises(OSError, match=message):
@@ -190,7 +193,7 @@ def test_the_current_directory_is_refused_at_once(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for output in (Path(), tmp_path / "here"):
-        with pytest.raises(OSError, match="here' is the current directory, which a new folder cannot replace"):
+        with pytest.raises(OSError, match="here' is the current directory, which cannot be replaced"):
             copy(source, output, force=True)
     copy(source, Path("inner"))
     assert CheckpointReader(tmp_path / "here" / "inner").names

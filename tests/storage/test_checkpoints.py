@@ -57,7 +57,7 @@ def write(text: str) -> Callable[[Path], object]:
 
 
 DAMAGE = [
-    ("trainer_state.json", Path.unlink, "half-written, trainer_state.json is missing"),
+    ("trainer_state.json", Path.unlink, "incomplete, trainer_state.json is missing"),
     ("trainer_state.json", truncate, "trainer_state.json is damaged"),
     ("trainer_state.json", empty, "trainer_state.json is damaged"),
     ("trainer_state.json", write("[]"), "trainer_state.json is damaged"),
@@ -97,7 +97,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped_for_the_one_before(
     skipped, begun = [record.getMessage() for record in caplog.records if record.name.startswith("mot_hf")]
     assert str(run / "checkpoint-10") in skipped
     assert problem in skipped
-    assert begun == f"The run goes on from {run / 'checkpoint-4'}, step 4."
+    assert begun == f"The run resumes from {run / 'checkpoint-4'}, step 4."
     with pytest.raises(ValueError, match=f"cannot be resumed from: .*{problem}"):
         find_checkpoint(arguments(run, str(run / "checkpoint-10")))
 
@@ -131,10 +131,10 @@ def test_random_states_that_were_not_written_are_missed(run: Path, ranks: tuple[
 @pytest.mark.parametrize(
     ("ranks", "num_processes", "message"),
     [
-        ((), 2, "The number of processes has changed from 1 to 2: "),
-        ((0, 1), 1, "The number of processes has changed from 2 to 1: "),
-        ((0, 1), 4, "The number of processes has changed from 2 to 4: "),
-        ((0, 1, 2, 3), 2, "The number of processes has changed from 4 to 2: "),
+        ((), 2, "The number of processes changed from 1 to 2: "),
+        ((0, 1), 1, "The number of processes changed from 2 to 1: "),
+        ((0, 1), 4, "The number of processes changed from 2 to 4: "),
+        ((0, 1, 2, 3), 2, "The number of processes changed from 4 to 2: "),
         ((0, 1), 2, None),
         ((), 1, None),
     ],
@@ -179,7 +179,7 @@ def test_where_there_is_nothing_to_go_on_from_it_is_said(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING, logger="mot_hf"):
         assert find_checkpoint(arguments(tmp_path / "new", "true")) is None
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("mot_hf")]
-    assert message == f"There is no checkpoint in {tmp_path / 'new'} to go on from: the run starts from scratch."
+    assert message == f"There is no checkpoint in {tmp_path / 'new'} to resume from: the run starts from scratch."
 
 
 def test_checkpoints_that_a_new_run_would_mix_up_are_not_ignored(run: Path, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_if_all_are_damaged_nothing_is_started_from_scratch(run: Path) -> None:
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="checkpoint-7'` is no folder"):
+    with pytest.raises(OSError, match="checkpoint-7'` is not a folder"):
         find_checkpoint(arguments(tmp_path, str(tmp_path / "checkpoint-7")))
 
 

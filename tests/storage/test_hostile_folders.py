@@ -1,8 +1,13 @@
-"""The commands on folders as accidents and attackers leave them: they work, or say in one line what is wrong."""
+"""The commands on folders as accidents and attackers leave them: they work, or say in one line what is wrong.
+
+A folder is given to one of the commands, which take turns: all of them read it in the same way. To try every folder
+with every command, set `MOT_HF_EVERY_COMMAND=1`.
+"""
 
 import contextlib
 import io
 import json
+import os
 import random
 import re
 import resource
@@ -20,8 +25,8 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from mot_cli import run
 from mot_hf import MoTForCausalLM
-from mot_hf.cli import run
 from mot_hf.data.tokenizer import train_tokenizer
 from tests.damaging import ESCAPE, Damage, change, state, write
 from tests.hostile import DENSE, REFUSED
@@ -34,6 +39,7 @@ TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b\n" * 4 for i in range
 COMMANDS = ("card", "push", "report", "calibrate", "export")
 LONGEST = 10  # seconds of a processor for a command
 LARGEST = 500 * 1024  # KiB of memory that a command may add
+EVERY_COMMAND = "MOT_HF_EVERY_COMMAND" in os.environ
 
 
 class LateError(BaseException):
@@ -133,14 +139,20 @@ def try_command(arguments: list[str]) -> Outcome:
 
 
 def try_all(
-    damages: dict[str, Damage], source: Path, commands: tuple[str, ...], models: Path, tmp_path: Path
+    damages: dict[str, Damage],
+    source: Path,
+    commands: tuple[str, ...],
+    models: Path,
+    tmp_path: Path,
+    *,
+    every_command: bool = EVERY_COMMAND,
 ) -> dict[tuple[str, str], Outcome]:
     outcomes = {}
     for index, (name, damage) in enumerate(damages.items()):
         folder = tmp_path / str(index) / "model"
         shutil.copytree(source, folder)
         damage(folder)
-        for command in commands:
+        for command in commands if every_command else (commands[index % len(commands)],):
             outcomes[name, command] = try_command(arguments_of(command, folder, models))
         shutil.rmtree(tmp_path / str(index))
     return outcomes
@@ -149,7 +161,7 @@ def try_all(
 RUN_ALL = """
 import sys
 import tests.conftest
-from mot_hf.cli import run
+from mot_cli import run
 
 for arguments in {commands!r}:
     sys.argv = ["mot", *arguments]
@@ -198,13 +210,13 @@ def faults_of(outcomes: dict[tuple[str, str], Outcome]) -> dict[tuple[str, str],
 
 
 def test_a_good_folder_passes_all_commands(models: Path, hub: HubServer, tmp_path: Path) -> None:
-    outcomes = try_all({"none": lambda folder: None}, models / "mot", COMMANDS, models, tmp_path)
+    outcomes = try_all({"none": lambda folder: None}, models / "mot", COMMANDS, models, tmp_path, every_command=True)
     outcomes |= try_all({"none": lambda folder: None}, models / "dense", ("upcycle",), models, tmp_path)
     assert {key: outcome for key, outcome in outcomes.items() if outcome != Outcome(0, [], None)} == {}
 
 
 @pytest.mark.slow
-def test_what_is_no_model_is_refused_by_every_command(models: Path, hub: HubServer, tmp_path: Path) -> None:
+def test_what_is_no_model_is_refused(models: Path, hub: HubServer, tmp_path: Path) -> None:
     outcomes = try_all(REFUSED, models / "mot", COMMANDS, models, tmp_path)
     assert not faults_of(outcomes)
     assert not [key for key, outcome in outcomes.items() if outcome.status == 0]

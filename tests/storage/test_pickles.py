@@ -231,7 +231,7 @@ def test_a_distributed_checkpoint_is_whole(tmp_path: Path) -> None:
 
 def test_code_in_the_parts_of_a_distributed_checkpoint(tmp_path: Path, trace: Path) -> None:
     folder = save_shards(tmp_path / "shards", make_state() | {"lr": Bomb(trace)})
-    assert find_folder_problem(folder) == "holds code that no run has put there (io.open)"
+    assert find_folder_problem(folder) == "contains code that no run writes (io.open)"
 
 
 def test_code_in_an_index_that_is_whole(tmp_path: Path, trace: Path) -> None:
@@ -239,13 +239,13 @@ def test_code_in_an_index_that_is_whole(tmp_path: Path, trace: Path) -> None:
     index = pickle.loads((folder / ".metadata").read_bytes())
     index.planner_data = {"weight": Bomb(trace)}
     (folder / ".metadata").write_bytes(pickle.dumps(index))
-    assert find_folder_problem(folder) == "holds code that no run has put there (io.open)"
+    assert find_folder_problem(folder) == "contains code that no run writes (io.open)"
 
 
 def test_code_in_an_index_that_torch_reads_when_it_cannot_read_the_first(tmp_path: Path, trace: Path) -> None:
     folder = save_shards(tmp_path / "shards", make_state())
     as_pickle(folder / "__0.metadata", trace)
-    assert find_folder_problem(folder) == "holds code that no run has put there (io.open)"
+    assert find_folder_problem(folder) == "contains code that no run writes (io.open)"
 
 
 def test_parts_outside_of_the_folder(tmp_path: Path) -> None:
@@ -281,10 +281,10 @@ def test_what_deepspeed_saves_is_no_code(tmp_path: Path, monkeypatch: pytest.Mon
     torch.save({"loss_scaler": LossScaler(), "shapes": [torch.Size([3])], "state": torch.ones(3)}, path)
     assert find_file_problem(path) is None
     torch.save({"loss_scaler": LossScaler(), "more": Bomb(trace)}, path)
-    assert find_file_problem(path) == "holds code that no run has put there (io.open)"
+    assert find_file_problem(path) == "contains code that no run writes (io.open)"
     # Where the `Trainer` loads, this class has no place.
     torch.save({"loss_scaler": LossScaler()}, tmp_path / "checkpoint-4" / "optimizer.pt")
-    assert "holds code" in str(find_file_problem(tmp_path / "checkpoint-4" / "optimizer.pt"))
+    assert "contains code" in str(find_file_problem(tmp_path / "checkpoint-4" / "optimizer.pt"))
 
 
 def test_checkpoints_that_were_not_touched_are_good(finished: Path) -> None:

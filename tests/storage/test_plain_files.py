@@ -53,7 +53,7 @@ def test_links_to_elsewhere_are_refused(target: str, tmp_path: Path) -> None:
     ):
         path.write_text("x")
     (snapshot / "config.json").symlink_to(target)
-    with pytest.raises(ValueError, match=r"config\.json' is a link out of its folder, to .*: put a copy in its place"):
+    with pytest.raises(ValueError, match=r"config\.json' is a link out of its folder, to .*: replace it with a copy"):
         find_file(snapshot, "config.json")
 
 
@@ -70,20 +70,20 @@ def test_links_to_elsewhere_are_refused(target: str, tmp_path: Path) -> None:
 )
 def test_what_is_no_file_is_refused(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "x")
-    with pytest.raises(OSError, match=r"x' is no file: remove it"):
+    with pytest.raises(OSError, match=r"x' is not a file: remove it"):
         find_file(tmp_path, "x")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "is damaged, it is no JSON"),
-        (b"", "is damaged, it is no JSON"),
-        (b'"\xff"', "is damaged, it is no JSON .*utf-8"),
-        (b"[" * 100_000, "is damaged, it is no JSON .*recursion"),
-        (b"1" * 10_000, "is damaged, it is no JSON .*digits"),
-        (b"[" * 50 + b"]" * 50, "holds more than 32 values in one another"),
-        (b'{"a":' * 50 + b"1" + b"}" * 50, "holds more than 32 values in one another"),
+        (b"{", "is damaged: it is not JSON"),
+        (b"", "is damaged: it is not JSON"),
+        (b'"\xff"', "is damaged: it is not JSON .*utf-8"),
+        (b"[" * 100_000, "is damaged: it is not JSON .*recursion"),
+        (b"1" * 10_000, "is damaged: it is not JSON .*digits"),
+        (b"[" * 50 + b"]" * 50, "is nested more than 32 levels deep"),
+        (b'{"a":' * 50 + b"1" + b"}" * 50, "is nested more than 32 levels deep"),
     ],
 )
 def test_what_is_no_json_is_refused_by_name(content: bytes, message: str, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_file_of_absurd_size_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.touch()
     os.truncate(path, 10**12)
-    with pytest.raises(ValueError, match="has 1,000,000,000,000 bytes, too many for JSON"):
+    with pytest.raises(ValueError, match="has 1,000,000,000,000 bytes, too many for its JSON"):
         read_json(path)
     path.write_text(" " * 100 + "3")
     assert read_json(path, largest=101) == 3
@@ -111,7 +111,7 @@ def test_objects_are_told_from_other_values(tmp_path: Path) -> None:
     assert read_object(path) == read_json(path) == content
     for other in ("[]", "null", "5", '"x"'):
         path.write_text(other)
-        with pytest.raises(ValueError, match="holds no JSON object"):
+        with pytest.raises(ValueError, match="is not a JSON object"):
             read_object(path)
 
 

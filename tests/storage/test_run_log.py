@@ -38,6 +38,14 @@ def test_the_log_of_the_folder_itself_counts_if_it_is_newer(tmp_path: Path) -> N
     assert find_run(tmp_path).num_steps == 300
 
 
+def test_of_two_logs_that_end_at_the_same_step_the_longer_one_counts(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 200)
+    state = make_checkpoint(tmp_path / "checkpoint-200", 200) / "trainer_state.json"
+    entries = [{"step": step, "loss": 1.0} for step in (100, 200)]
+    state.write_text(json.dumps({"global_step": 200, "log_history": entries}))
+    assert find_run(tmp_path).log_history == entries
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"global_step": 3}', '{"global_step": "3", "log_history": []}'])
 def test_a_log_that_is_not_readable_is_left_out(
     content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -80,7 +88,7 @@ def test_entries_that_are_none_are_left_out_with_their_count(
     first, second = run.log_history
     assert first.keys() == good.keys()
     assert second.keys() == good.keys() | {"mixing/entropy/layers_2"}
-    assert "1 of 3 entries of the log in" in caplog.text
+    assert "Skipping 1 of 3 entries of the log in" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -89,7 +97,7 @@ def test_entries_that_are_none_are_left_out_with_their_count(
 def test_other_odd_logs_are_left_out(content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (make_checkpoint(tmp_path) / "trainer_state.json").write_text(content)
     assert find_run(tmp_path).log_history == []
-    assert "is not readable as the state of a Trainer" in caplog.text
+    assert "it cannot be read as the state of a Trainer" in caplog.text
 
 
 def test_a_run_that_has_not_ended_has_the_model_of_its_newest_checkpoint(tmp_path: Path) -> None:
@@ -105,10 +113,10 @@ def test_a_saved_model_is_a_run_without_a_log(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(NotADirectoryError, match=r"absent' is no folder: give the `output_dir`"):
+    with pytest.raises(NotADirectoryError, match=r"absent' is not a folder: give the `output_dir`"):
         find_run(tmp_path / "absent")
     (tmp_path / "checkpoint-old").mkdir()
-    with pytest.raises(FileNotFoundError, match="is no training run"):
+    with pytest.raises(FileNotFoundError, match="is not a training run"):
         find_run(tmp_path)
 
 

@@ -8,12 +8,11 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 FLOORS = [
-    {"version", "terminal"},
+    {"version", "terminal", "devices"},
     {"data", "storage", "calibration", "registration", "sizes"},
     {"metrics", "conversion"},
     {"reporting"},
     {"training", "hub", "hub_files", "serving"},
-    {"cli"},
 ]
 
 

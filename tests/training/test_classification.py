@@ -111,8 +111,8 @@ class TestOwnData:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"text_column": "txt"}, r"`text_column='txt'` is no column of the data set: use \['text', 'label'\]"),
-            ({"label_column": "tag"}, "`label_column='tag'` is no column"),
+            ({"text_column": "txt"}, r"`text_column='txt'` is not a column .*: use one of \['text', 'label'\]"),
+            ({"label_column": "tag"}, "`label_column='tag'` is not a column"),
             ({"task": "tokens"}, "`text_column='text'` does not fit `task='tokens'`"),
         ],
     )
@@ -184,7 +184,7 @@ class TestOwnData:
     def test_float_labels_are_refused(self, tmp_path: Path, suffix: str) -> None:
         rows = [{"text": f"text {i}", "label": i / 10} for i in range(20)]
         write_file(tmp_path / f"rows{suffix}", rows)
-        message = r"`label_column='label'` holds numbers \(float\).*: only classes are supported"
+        message = r"`label_column='label'` has numbers \(float\).*: only classes are supported"
         with pytest.raises(ValueError, match=message):
             load_classification_data(ClassificationArguments("model", source=str(tmp_path)))
 
@@ -194,14 +194,14 @@ class TestOwnData:
         if labels == ["2020-01-01"]:
             rows = rows.cast_column("label", Value("timestamp[s]"))
         monkeypatch.setattr("mot_hf.data.sources.load_dataset", lambda *args, **kwargs: rows)
-        with pytest.raises(ValueError, match=r"`label_column='label'` holds .*: only classes are supported"):
+        with pytest.raises(ValueError, match=r"`label_column='label'` has .*: only classes are supported"):
             load_classification_data(ClassificationArguments("model", source="owner/name"))
 
     @pytest.mark.parametrize(
         ("row", "message"),
         [
-            ({"text": 5, "label": 1}, r"`text_column='text'` holds no text but int in '.*', line 1"),
-            ({"text": "a", "label": {"b": 1}}, r"`label_column='label'` holds dict in '.*', line 1"),
+            ({"text": 5, "label": 1}, r"`text_column='text'` has values of type int in '.*', line 1"),
+            ({"text": "a", "label": {"b": 1}}, r"`label_column='label'` has values of type dict in '.*', line 1"),
             ({"text": ["a"], "label": [1]}, r"`text_column='text'` does not fit `task='sequence'` in '.*', line 1"),
             ({"text": "a", "label": [1]}, r"`label_column='label'` does not fit `task='sequence'` in '.*', line 1"),
         ],
@@ -212,7 +212,7 @@ class TestOwnData:
 
     def test_texts_without_labels_are_refused(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("a text")
-        with pytest.raises(ValueError, match=r"`source` holds '.*a.txt', a text without labels: give files of rows"):
+        with pytest.raises(ValueError, match=r"`source` contains '.*a.txt', a text without labels: give files"):
             load_classification_data(ClassificationArguments("model", source=str(tmp_path / "a.txt")))
 
     def test_null_texts_words_and_labels_are_left_out_and_counted(
@@ -223,13 +223,13 @@ class TestOwnData:
         data = load_classification_data(replace(args, task="tokens"))
         texts = {row["text"]: row["labels"] for split in data.values() for row in split}
         assert texts == {f"{i} c": [0, 1] for i in range(40)}
-        assert "120 words without text or label are left out" in caplog.text
-        assert "2 texts of `source` are null or empty and left out" in caplog.text
+        assert "Skipping 120 words without text or label" in caplog.text
+        assert "Skipping 2 texts of `source`: null or empty" in caplog.text
         caplog.clear()
         rows = [{"text": f"text {i}", "label": i % 2} for i in range(40)]
         args = write_rows(tmp_path / "rows.jsonl", [*rows, {"text": None, "label": 1}, {"text": "", "label": 1}])
         assert sum(map(len, load_classification_data(args).values())) == 40
-        assert "2 texts of `source` are null or empty and left out" in caplog.text
+        assert "Skipping 2 texts of `source`: null or empty" in caplog.text
 
     def test_words_and_labels_must_be_as_many(self, tmp_path: Path) -> None:
         args = write_rows(tmp_path / "rows.jsonl", [{"text": ["a", "b"], "label": [1]}])
@@ -264,11 +264,11 @@ class TestOwnData:
         args = ClassificationArguments("model", task="tokens", validation_fraction=0.5)
         with pytest.raises(ValueError, match=r"`validation_source='b.jsonl'` needs a `source`"):
             load_classification_data(replace(args, validation_source="b.jsonl"))
-        with pytest.raises(ValueError, match=r"`validation_fraction=1.5` must lie between 0 and 1"):
+        with pytest.raises(ValueError, match=r"`validation_fraction=1.5` must be between 0 and 1"):
             load_classification_data(replace(args, validation_fraction=1.5))
 
     def test_an_empty_split_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="validation split of `source` holds no text"):
+        with pytest.raises(ValueError, match="validation split of `source` has no text"):
             load_classification_data(write_rows(tmp_path / "rows.jsonl", [{"text": "a", "label": "x"}]))
 
 
@@ -376,14 +376,14 @@ def test_batches_are_full_and_every_validation_text_counts(checkpoint: Path, tmp
     assert len(trainer.train_dataset) == (num_texts - num_validation) // 16 * 16
     assert sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader()) == num_validation
     trainer.args.dataloader_drop_last = True
-    with pytest.raises(ValueError, match="`dataloader_drop_last=True` would leave out validation texts too"):
+    with pytest.raises(ValueError, match="`dataloader_drop_last=True` would drop validation texts too"):
         finetune_classification(str(checkpoint), DatasetDict(), trainer.args)
 
 
 def test_one_label_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     split = Dataset.from_dict({"text": ["a"], "label": [0]}).cast_column("label", ClassLabel(names=["x"]))
     training_args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
-    with pytest.raises(ValueError, match=r"`data` has the labels \['x'\], and there must be two"):
+    with pytest.raises(ValueError, match=r"`data` has the labels \['x'\], but classification needs at least two"):
         finetune_classification(str(checkpoint), DatasetDict(train=split, validation=split), training_args)
 
 

@@ -105,7 +105,7 @@ def test_what_an_interrupted_save_has_left_is_named_and_removed(
     rest.write_bytes(b"half")
     with caplog.at_level(logging.WARNING), lock_run(make_trainer(make_model(1), tmp_path).args):
         assert not rest.parent.exists()
-    assert f"{rest.parent} is what an interrupted run had saved of its model" in caplog.text
+    assert f"{rest.parent} is a partly saved model of an interrupted run" in caplog.text
 
 
 def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ class TestTokenizer:
         assert train_tokenizer(NEW_TEXTS, 270).get_vocab() != saved
         source = write_text(tmp_path / "changed", NEW_TEXTS)
         train(tmp_path / "run", source, corpus={"vocab_size": 270}, resume_from_checkpoint="true")
-        assert f"The tokenizer is that of the checkpoint {checkpoint!r}, of 270 tokens." in caplog.text
+        assert f"Using the tokenizer of the checkpoint {checkpoint!r} with 270 tokens." in caplog.text
         assert AutoTokenizer.from_pretrained(tmp_path / "run").get_vocab() == saved
 
     def test_the_same_text_gives_the_same_run(self, tmp_path: Path, source: str) -> None:
@@ -59,8 +59,8 @@ class TestTokenizer:
     @pytest.mark.parametrize(
         ("vocab_size", "texts", "message"),
         [
-            (270, NEW_TEXTS, r"other.*another tokenizer than that of the checkpoint.*run.checkpoint-2"),
-            (280, TEXTS, r"has 280 tokens and that of the checkpoint .*checkpoint-2' 270"),
+            (270, NEW_TEXTS, r"other.*differs from the tokenizer of the checkpoint.*run.checkpoint-2"),
+            (280, TEXTS, r"has 280 tokens, but the tokenizer of the checkpoint .*checkpoint-2' has 270"),
         ],
     )
     def test_another_tokenizer_is_refused(
@@ -86,22 +86,25 @@ class TestTokenizer:
         tokens.mkdir()
         for path in Path(checkpoint).glob("tokenizer*"):
             path.rename(tokens / path.name)
-        with pytest.raises(ValueError, match=r"checkpoint-2' holds no tokenizer.*give --tokenizer"):
+        with pytest.raises(ValueError, match=r"checkpoint-2' has no tokenizer.*set --tokenizer"):
             train(tmp_path / "run", "no text is read", resume_from_checkpoint="true")
         train(tmp_path / "run", source, corpus={"tokenizer": str(tokens)}, resume_from_checkpoint="true")
-        assert "checkpoint-2' holds no tokenizer to compare" in caplog.text
+        assert "checkpoint-2' has no tokenizer to compare" in caplog.text
 
 
 class TestSettings:
     @pytest.mark.parametrize(
         ("changes", "differences"),
         [
-            ({"hidden_size": 64}, ["hidden_size=32 there and 64 here", "head_dim=16 there and 32 here"]),
-            ({"num_experts": 16}, ["num_experts=8 there and 16 here"]),
-            ({"group_size": 8}, ["group_size=4 there and 8 here"]),
-            ({"tie_word_embeddings": True}, ["tie_word_embeddings=False there and True here"]),
-            ({"mixing": "per_sequence"}, ["mixing='cross_example' there and 'per_sequence' here"]),
-            ({"num_experts_per_tok": 3}, ["num_experts_per_tok=2 there and 3 here"]),
+            (
+                {"hidden_size": 64},
+                ["hidden_size=32 in the checkpoint and 64 now", "head_dim=16 in the checkpoint and 32 now"],
+            ),
+            ({"num_experts": 16}, ["num_experts=8 in the checkpoint and 16 now"]),
+            ({"group_size": 8}, ["group_size=4 in the checkpoint and 8 now"]),
+            ({"tie_word_embeddings": True}, ["tie_word_embeddings=False in the checkpoint and True now"]),
+            ({"mixing": "per_sequence"}, ["mixing='cross_example' in the checkpoint and 'per_sequence' now"]),
+            ({"num_experts_per_tok": 3}, ["num_experts_per_tok=2 in the checkpoint and 3 now"]),
         ],
     )
     def test_what_differs_is_named_before_any_work(
@@ -112,9 +115,11 @@ class TestSettings:
         assert [words for words in differences if words not in str(raised.value)] == []
 
     def test_so_are_the_length_of_rows_and_the_kind_of_model(self, tmp_path: Path, checkpoint: str) -> None:
-        with pytest.raises(ValueError, match="max_position_embeddings=12 there and 24 here"):
+        with pytest.raises(ValueError, match="max_position_embeddings=12 in the checkpoint and 24 now"):
             train(tmp_path / "run", "-", corpus={"block_length": 24}, resume_from_checkpoint=checkpoint)
-        with pytest.raises(ValueError, match="architecture='MoTForCausalLM' there and 'MoTForMaskedLM' here"):
+        with pytest.raises(
+            ValueError, match="architecture='MoTForCausalLM' in the checkpoint and 'MoTForMaskedLM' now"
+        ):
             train(tmp_path / "run", "-", masked=True, resume_from_checkpoint=checkpoint)
 
     def test_modes_that_transition_tuning_has_changed_are_no_difference(self, tmp_path: Path, source: str) -> None:
@@ -124,7 +129,7 @@ class TestSettings:
         assert MoTConfig.from_pretrained(checkpoint).mixing == "moe"
         resumed = train(tmp_path / "resumed", source, method=method, resume_from_checkpoint=checkpoint)
         assert same_tensors(resumed.model.state_dict(), whole.model.state_dict())
-        with pytest.raises(ValueError, match="inference_mixing='moe' there and 'per_sequence' here"):
+        with pytest.raises(ValueError, match="inference_mixing='moe' in the checkpoint and 'per_sequence' now"):
             train(tmp_path / "plain", source, resume_from_checkpoint=checkpoint)
 
     def test_adapters_are_compared_too(self, tmp_path: Path, source: str, checkpoint: str) -> None:
@@ -133,13 +138,13 @@ class TestSettings:
         train(tmp_path / "lora", source, model=model, method=method, max_steps=2)
         adapters = str(tmp_path / "lora" / "checkpoint-2")
         for changed, message in (
-            ({"lora_rank": 4}, "lora_rank=2 there and 4 here"),
-            ({"lora_rank": 2, "lora_alpha": 8}, "lora_alpha=16 there and 8 here"),
-            ({}, "lora_rank=2 there and 0 here"),
+            ({"lora_rank": 4}, "lora_rank=2 in the checkpoint and 4 now"),
+            ({"lora_rank": 2, "lora_alpha": 8}, "lora_alpha=16 in the checkpoint and 8 now"),
+            ({}, "lora_rank=2 in the checkpoint and 0 now"),
         ):
             with pytest.raises(ValueError, match=message):
                 train(tmp_path / "lora", "-", model=model, method=changed, resume_from_checkpoint=adapters)
-        with pytest.raises(ValueError, match="num_experts_per_tok=2 there and 1 here"):
+        with pytest.raises(ValueError, match="num_experts_per_tok=2 in the checkpoint and 1 now"):
             train(
                 tmp_path / "lora",
                 "no text is read",
@@ -147,7 +152,7 @@ class TestSettings:
                 method=method,
                 resume_from_checkpoint=adapters,
             )
-        with pytest.raises(ValueError, match="lora_rank=0 there and 2 here"):
+        with pytest.raises(ValueError, match="lora_rank=0 in the checkpoint and 2 now"):
             train(tmp_path / "run", "-", method=method, resume_from_checkpoint=checkpoint)
         # Still adapters, and no whole model, for whoever loads them.
         loaded = AutoModelForCausalLM.from_pretrained(adapters)
@@ -168,11 +173,11 @@ class TestClassification:
         base = save_base(tmp_path / "base", train_tokenizer(TEXTS, 270))
         self.finetune(tmp_path / "run", base, ["a", "b"])
         resume = {"resume_from_checkpoint": "true", "max_steps": 3}
-        with pytest.raises(ValueError, match=r"id2label={1: 'b'} there and {1: 'c', 2: 'd'} here"):
+        with pytest.raises(ValueError, match=r"id2label={1: 'b'} in the checkpoint and {1: 'c', 2: 'd'} now"):
             self.finetune(tmp_path / "run", base, ["a", "c", "d"], **resume)
         self.finetune(tmp_path / "run", base, ["a", "b"], **resume)
         train_tokenizer(NEW_TEXTS, 270).save_pretrained(base)
-        with pytest.raises(ValueError, match="another tokenizer than that of the checkpoint"):
+        with pytest.raises(ValueError, match="differs from the tokenizer of the checkpoint"):
             self.finetune(tmp_path / "run", base, ["a", "b"], **resume)
 
     def test_a_tokenizer_with_more_tokens_than_the_model_gets_room(self, tmp_path: Path) -> None:
@@ -199,9 +204,9 @@ class TestDescription:
         checkpoint = self.save(tmp_path, model)
         assert [path.name for path in checkpoint.iterdir()] == ["description"]
         check_settings(model.config, "MoTForMaskedLM", str(checkpoint))
-        with pytest.raises(ValueError, match="group_size=4 there and 2 here"):
+        with pytest.raises(ValueError, match="group_size=4 in the checkpoint and 2 now"):
             check_settings(tiny_config(group_size=2, is_causal=False), "MoTForMaskedLM", str(checkpoint))
-        with pytest.raises(ValueError, match="architecture='MoTForMaskedLM' there"):
+        with pytest.raises(ValueError, match="architecture='MoTForMaskedLM' in the checkpoint"):
             check_settings(model.config, "MoTForCausalLM", str(checkpoint))
         tokenizer = load_checkpoint_tokenizer(str(checkpoint))
         assert tokenizer is not None
@@ -226,4 +231,4 @@ def test_checkpoints_that_cannot_be_resumed_are_warned_of_at_the_start(
     trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path, max_steps=1, **arguments)
     add_callbacks(trainer)
     trainer.train()
-    assert ("hold no optimizer state (save_only_model=True)" in caplog.text) is is_said
+    assert ("have no optimizer state (save_only_model=True)" in caplog.text) is is_said

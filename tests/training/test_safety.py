@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 
 from mot_hf import MoTForCausalLM
 from mot_hf.data.tokenizer import train_tokenizer
@@ -76,6 +76,45 @@ def test_a_spoilt_model_is_not_saved(tmp_path: Path) -> None:
 def test_without_a_checkpoint_the_advice_is_to_start_again(tmp_path: Path) -> None:
     trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path, [Spoil(0), FiniteCheck()], **SAVING)
     with pytest.raises(FloatingPointError, match=r"at step 1; nothing was saved\. Start again"):
+        trainer.train()
+
+
+class KeepScales(TrainerCallback):
+    """Remembers the scale of a float16 run's loss after every step."""
+
+    def __init__(self) -> None:
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-12)
+        self.scales: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.scales.append(self.scaler.get_scale())
+
+
+def make_float16_trainer(model: MoTForCausalLM, folder: Path, scales: KeepScales, **arguments: Any) -> Trainer:
+    """What `--fp16` makes of a trainer on a GPU: accelerate has its scaler for no CPU, torch has."""
+    trainer = make_trainer(model, folder, [FiniteCheck(), scales], **arguments)
+    trainer.args.fp16 = True
+    trainer.accelerator.state._mixed_precision = "fp16"
+    trainer.accelerator.native_amp, trainer.accelerator.scaler = True, scales.scaler
+    return trainer
+
+
+def test_a_step_that_a_float16_scaler_skips_is_none_to_stop_at(tmp_path: Path) -> None:
+    model, scales = MoTForCausalLM(tiny_config()), KeepScales()
+    trainer = make_float16_trainer(model, tmp_path, scales, **(SAVING | {"max_steps": 4, "save_steps": 1}))
+    assert trainer.train().global_step == 4
+    # Skipped are the steps at which the scale falls: gradients of 2 ** 40 and 2 ** 28 times the loss are infinite.
+    assert scales.scales == [2.0**28, 2.0**16, 2.0**16, 2.0**16]
+    norms = torch.tensor([entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry])
+    assert norms.isfinite().tolist() == [False, False, True, True]
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert find_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+def test_a_float16_model_that_is_spoilt_is_not_saved(tmp_path: Path) -> None:
+    trainer = make_float16_trainer(MoTForCausalLM(tiny_config()), tmp_path, KeepScales(), **SAVING)
+    trainer.add_callback(Spoil(3))
+    with pytest.raises(FloatingPointError, match="A parameter is not a finite number at step 4; nothing was saved"):
         trainer.train()
 
 
@@ -202,7 +241,7 @@ def test_what_the_system_says_of_a_full_disk_is_explained_wherever_it_is_met(err
 def test_text_that_can_no_longer_be_read(tmp_path: Path) -> None:
     trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
     trainer.train()
-    message = r"Reading the text was interrupted \(Server Disconnected\).*checkpoint-2: go on with"
+    message = r"Reading the text was interrupted \(Server Disconnected\).*checkpoint-2: continue with"
     with pytest.raises(OSError, match=message), explain_failures(trainer.args):
         raise ConnectionError("Server Disconnected")
 

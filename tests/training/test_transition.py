@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
 
 from mot_hf import MoTForCausalLM, MoTForMaskedLM
 from mot_hf.training import TransitionTuning
@@ -101,3 +101,17 @@ def test_a_model_without_mot_layers_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(MoTForCausalLM(tiny_config(mlp_layer_types=["dense"] * 4)), tmp_path)
     with pytest.raises(ValueError, match="no MoT layers to tune"):
         TransitionTuning(trainer, 0.9)
+
+
+def test_the_switch_is_at_the_nearest_step_whatever_the_rounding_of_the_share(tmp_path: Path) -> None:
+    model = MoTForCausalLM(tiny_config())
+    trainer = make_trainer(model, tmp_path)
+    trainer.eval_dataset = None
+    tuning = TransitionTuning(trainer, 0.58)
+    assert 0.58 * 50 < 29
+    modes = []
+    for step in (28, 29):
+        state = TrainerState(max_steps=50, global_step=step)
+        tuning.on_step_begin(trainer.args, state, trainer.control, model=model)
+        modes.append(model.config.mixing)
+    assert modes == ["cross_example", "moe"]

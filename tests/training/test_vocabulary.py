@@ -65,6 +65,7 @@ class TestEnlarging:
     def test_ids_that_a_tokenizer_leaves_out_are_counted(self) -> None:
         assert count_tokens(plain_tokenizer()) == 280
         assert count_tokens(SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 9}, eos_token_id=3)) == 10
+        assert count_tokens(SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 9}, eos_token_id=11)) == 12
 
     def test_a_model_with_room_is_left_alone(self, padded: PreTrainedTokenizerFast) -> None:
         model = MoTForCausalLM(tiny_config(vocab_size=300))
@@ -98,7 +99,7 @@ class TestScripts:
         base = save_base(tmp_path / "base", plain_tokenizer(), head, tie_word_embeddings=tied)
         num_tokens = 282 if masked else 281
         train(tmp_path / "run", write_text(tmp_path / "text"), model={"model_name_or_path": base}, masked=masked)
-        assert f"The tokenizer has {num_tokens} tokens and the model had embeddings for 280" in caplog.text
+        assert f"The tokenizer has {num_tokens} tokens, but the model had embeddings for 280" in caplog.text
         auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
         for saved in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
             tokenizer = AutoTokenizer.from_pretrained(saved)
@@ -133,7 +134,7 @@ class TestScripts:
         base = save_base(tmp_path / "base", plain_tokenizer())
         plain_tokenizer(vocab_size, ["another kind of text " * 3] * 9).save_pretrained(tmp_path / "other")
         message = (
-            r"other.*of 2\d\d tokens.*another tokenizer than that of.*base.*\d+ ids mean other tokens, such as 25"
+            r"other.*\(2\d\d tokens\) differs from the tokenizer of.*base.*\d+ ids stand for other tokens, such as 25"
         )
         with pytest.raises(ValueError, match=message):
             train(
@@ -151,15 +152,17 @@ class TestScripts:
         model, corpus = {"model_name_or_path": base}, {"tokenizer": str(tmp_path / "larger")}
         source = write_text(tmp_path / "text")
         trained = train(tmp_path / "run", source, model=model, corpus=corpus, max_steps=1)
-        assert "base'` holds no tokenizer to compare" in caplog.text
+        assert "base'` has no tokenizer to compare" in caplog.text
         assert trained.model.config.vocab_size == 301
-        with pytest.raises(OSError, match="base' holds no tokenizer: name one with --tokenizer"):
+        with pytest.raises(OSError, match="base' has no tokenizer: choose one with --tokenizer"):
             train(tmp_path / "none", source, model=model)
 
     def test_the_size_of_a_tokenizer_that_is_not_trained_is_refused(self, tmp_path: Path) -> None:
         base = save_base(tmp_path / "base", plain_tokenizer())
         model, corpus = {"model_name_or_path": base}, {"vocab_size": 500}
-        with pytest.raises(ValueError, match=r"`vocab_size=500` is for a tokenizer that is trained.*has 281 tokens"):
+        with pytest.raises(
+            ValueError, match=r"`vocab_size=500` is only for a tokenizer that is trained.*has 281 tokens"
+        ):
             train(tmp_path / "run", "no text is read", model=model, corpus=corpus)
 
 

@@ -289,7 +289,8 @@ def serve(context: typer.Context) -> None:
 
     transformers_app = importlib.import_module("transformers.cli.transformers").app
     # The server looks classes up by name in transformers itself, which its models' import replaces by a new module.
-    sys.modules["transformers"].MoTForCausalLM = modeling.MoTForCausalLM
+    transformers = sys.modules["transformers"]
+    transformers.MoTForCausalLM = modeling.MoTForCausalLM  # pyright: ignore[reportAttributeAccessIssue]  # a new name
     guard_server()
     transformers_app(["serve", *context.args], prog_name="mot")
 

@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import TransformersKwargs
 
@@ -52,7 +52,7 @@ def known_arguments_only(
         known |= _CACHE_NAMES
 
     @wraps(forward)
-    def checked(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def checked(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         for name, value in kwargs.items():
             if name in known or value is None:
                 continue

@@ -6,7 +6,7 @@ Axes: B rows, T columns, S = B * T tokens, E experts.
 import copy
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class MoTLanguageModel(MoTPreTrainedModel):
         labels: Tensor | None,
         output_router_logits: bool | None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]  # overlaps, as in transformers
     ) -> MoeCausalLMOutputWithPast:
         """Run the backbone on its `inputs`, project to the vocabulary, and add up the losses."""
         config = self.config
@@ -80,7 +80,7 @@ class MoTLanguageModel(MoTPreTrainedModel):
                 outputs.router_logits, config.num_experts, config.num_experts_per_tok, token_mask
             )
             if loss is not None:
-                loss = loss + config.router_aux_loss_coef * aux_loss.to(loss.device)
+                loss = loss + config.router_aux_loss_coef * cast(Tensor, aux_loss).to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -148,7 +148,7 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
         mixing: str | None = None,
         token_mask: Tensor | None = None,
         cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]  # overlaps, as in transformers
     ) -> MoeCausalLMOutputWithPast:
         r"""Predict the next token at every column; takes the arguments of [`MoTModel.forward`], and these.
 
@@ -214,7 +214,9 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
         if self._resolve_mixing(kwargs.get("mixing")) == "cross_example":
             stopping_criteria = RowEnds(stopping_criteria, len(input_ids), input_ids.device)
             kwargs["row_ends"] = stopping_criteria
-        return super()._sample(input_ids, *args, stopping_criteria=stopping_criteria, **kwargs)
+        # Pyright: no model has all that the protocol of transformers' `self` asks for.
+        sample = super()._sample  # pyright: ignore[reportAttributeAccessIssue]
+        return sample(input_ids, *args, stopping_criteria=stopping_criteria, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -226,9 +228,8 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Prepare the model's inputs for one step of `generate()`, with a mask of the tokens to mix."""
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-        )
+        prepare = super().prepare_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]  # as in `_sample`
+        model_inputs = prepare(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         if self._resolve_mixing(kwargs.get("mixing")) == "cross_example":
             ids, embeddings = model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")
             num_rows, num_columns = (embeddings if ids is None else ids).shape[:2]
@@ -304,7 +305,7 @@ class MoTForMaskedLM(MoTLanguageModel):
         output_router_logits: bool | None = None,
         mixing: str | None = None,
         token_mask: Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]  # overlaps, as in transformers
     ) -> MoTMaskedLMOutput:
         r"""Predict the masked tokens; takes the arguments of [`MoTModel.forward`], and these.
 

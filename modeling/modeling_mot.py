@@ -264,7 +264,7 @@ class MoTModel(MoTPreTrainedModel):
         mixing: str | None = None,
         token_mask: Tensor | None = None,
         cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]  # overlaps, as in transformers
     ) -> MoeModelOutputWithPast:
         r"""Run the backbone.
 

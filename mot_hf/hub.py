@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?(\.calibrated-[0-9a-f]{8})?\.safetensors(\.index\.json)?")
 # httpx raises this if there is no answer, in whichever version huggingface_hub uses.
-_NoAnswerError = HfHubHTTPError.__bases__[0]
+_NoAnswerError = cast(type[Exception], HfHubHTTPError.__bases__[0])
 
 
 def push_model(

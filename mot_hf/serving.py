@@ -71,7 +71,7 @@ def guard_server() -> None:
         _guard(parts["generation_state"], "get_manager", _guarding_manager)
         return _guard_app(build_server(*args, **kwargs))
 
-    server.build_server = build_guarded_server
+    server.build_server = build_guarded_server  # pyright: ignore[reportAttributeAccessIssue]  # a module's function
 
 
 def _guard(part: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

@@ -1,6 +1,6 @@
 """Counts the parameters and FLOPs of a model."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,7 +40,7 @@ def count_parameters(model: MoTPreTrainedModel) -> ModelSize:
         if isinstance(module, MoTExperts)
         for parameter in module.parameters()
     )
-    idle = in_experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts
+    idle = in_experts * (config.num_experts - cast(int, config.num_experts_per_tok)) // config.num_experts
     return ModelSize(total, total - idle)
 
 

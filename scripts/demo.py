@@ -11,6 +11,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -118,16 +119,16 @@ def evaluate_modes(trainer: Trainer, rows: Dataset, tokenizer: PreTrainedTokeniz
     """Evaluate the model on the same rows in every mixing mode."""
     predicted = np.asarray(rows["input_ids"])[:, 1:]  # the first token of a row is not predicted
     num_bytes = int(token_byte_counts(tokenizer)[predicted].sum())
-    results = {}
+    model, results = cast(MoTForCausalLM, trainer.model), {}
     for mode in MODES:
-        trainer.model.set_mixing(inference_mixing=mode)
+        model.set_mixing(inference_mixing=mode)
         loss = trainer.evaluate(rows, metric_key_prefix=f"eval_{mode}")[f"eval_{mode}_loss"]
         results[mode] = {
             "loss": loss,
             "perplexity": perplexity(loss),
             "bits_per_byte": bits_per_byte(loss, predicted.size, num_bytes),
         }
-    trainer.model.set_mixing(inference_mixing="per_sequence")
+    model.set_mixing(inference_mixing="per_sequence")
     return results
 
 
@@ -136,7 +137,9 @@ def complete_prompts(model_dir: Path, console: Console) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     inputs = tokenizer(list(PROMPTS), return_tensors="pt", padding=True)
-    outputs = model.generate(**inputs, max_new_tokens=40, do_sample=True, temperature=0.6, top_p=0.9)
+    # Pyright: no model has all that the protocol of transformers' `self` asks for.
+    generate = model.generate  # pyright: ignore[reportAttributeAccessIssue]
+    outputs = generate(**inputs, max_new_tokens=40, do_sample=True, temperature=0.6, top_p=0.9)
     for text in tokenizer.batch_decode(outputs, skip_special_tokens=True):
         console.rule(f"mode {model.config.inference_mixing}")
         console.print(text, markup=False, highlight=False)
@@ -168,7 +171,8 @@ def main(args: DemoArguments) -> None:
     console.print(f"corpus: {info.num_files} files, {info.num_bytes / 1e6:.1f} MB, Python {info.python_version}")
 
     model = make_model(args, tokenizer)
-    sample = rows["validation"].select(range(min(512, len(rows["validation"]))))
+    validation = cast(Dataset, rows["validation"])
+    sample = validation.select(range(min(512, len(validation))))
     trainer = make_trainer(args, model, tokenizer, rows["train"], sample)
     speed = trainer.train().metrics["train_samples_per_second"] * args.block_length
     modes = evaluate_modes(trainer, rows["validation"], tokenizer)

@@ -9,10 +9,15 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
+
+import huggingface_hub.constants
+import huggingface_hub.hf_api
+import pytest
 
 TOKEN = "hf_test"
 LARGE = (".safetensors", ".pt", ".pth", ".bin", ".png")
@@ -109,6 +114,20 @@ class HubServer:
     def environment(self) -> dict[str, str]:
         """What a process needs to use this server."""
         return {"HF_ENDPOINT": self.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+
+    @contextmanager
+    def in_this_process(self) -> Iterator[None]:
+        """Let the libraries of this process use the server: they read the Hub's address when they were imported."""
+        with pytest.MonkeyPatch.context() as patch:
+            constants = huggingface_hub.constants
+            patch.setattr(constants, "ENDPOINT", self.url)
+            template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+            patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+            patch.setattr(constants, "HF_HUB_OFFLINE", False)
+            patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+            patch.setattr(huggingface_hub.hf_api.api, "endpoint", self.url)  # that of functions such as create_repo
+            patch.setenv("HF_TOKEN", TOKEN)
+            yield
 
     def close(self) -> None:
         """Stop serving."""

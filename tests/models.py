@@ -1,5 +1,6 @@
 """Small models and inputs that the tests share."""
 
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -54,6 +55,11 @@ def trained(model: Model, num_batches: int = 3) -> Model:
         for seed in range(num_batches):
             model(random_ids(8, 6, seed=1000 + seed), mixing="cross_example")
     return model.eval()
+
+
+def load_with_report(loader: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Load a model by a class or Auto class; returns what transformers says about the names of its tensors too."""
+    return loader.from_pretrained(folder, output_loading_info=True, **options)
 
 
 def companions_of(model: MoTPreTrainedModel) -> dict[str, Tensor]:

@@ -101,10 +101,11 @@ def push(source: str) -> None:
     causal, classifier, target = "AutoModelForCausalLM", "AutoModelForSequenceClassification", f"{source}-trained"
     tokenizer = AutoTokenizer.from_pretrained(f"{source}-{causal}")
     options = {"push_to_hub": True, "hub_model_id": target, "hub_strategy": "end"}
-    trainer = fine_tune(causal, load(causal, f"{source}-{causal}"), "pushed", **options)
+    model = load(causal, f"{source}-{causal}")
+    trainer = fine_tune(causal, model, "pushed", **options)
     trainer.push_to_hub()
     tokenizer.push_to_hub(target)
-    answers = {causal: answer(causal, trainer.model.eval())}
+    answers = {causal: answer(causal, model.eval())}
     other = load(classifier, f"{source}-{classifier}")
     other.push_to_hub(target, revision="classifier")
     answers[classifier] = answer(classifier, other)

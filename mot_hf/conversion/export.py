@@ -6,12 +6,14 @@ Axes: E experts, D model width, F expert width.
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig
 
 from mot_hf.modeling import MoTConfig, MoTForCausalLM, MoTForMaskedLM
+from mot_hf.modeling.configuration_mot import find_layers
 from mot_hf.storage.checkpoint_files import CheckpointReader
 from mot_hf.storage.checkpoint_writer import DEFAULT_SHARD_SIZE, CheckpointWriter
 from mot_hf.storage.saved_model import find_class_name, read_model
@@ -68,7 +70,7 @@ def export_qwen3_moe(
         max_shard_size=max_shard_size,
         min_size=reader.count_bytes(names),
     )
-    if not allow_untuned and config.mixing != "moe" and "sparse" in config.mlp_layer_types:
+    if not allow_untuned and config.mixing != "moe" and find_layers(config, "sparse"):
         raise NotTunedError(
             f"{str(model_dir)!r} was not tuned in mode 'moe', the only mode of a Qwen3-MoE model (`mixing` is "
             f"{config.mixing!r} in its config.json): tune it first, with scripts/transition_tune.py."
@@ -97,11 +99,10 @@ def make_qwen3_moe_config(config: MoTConfig) -> Qwen3MoeConfig:
     shared = {name: getattr(config, name) for name in inspect.get_annotations(MoTConfig) if name in kinds}
     # Qwen3MoeConfig checks types strictly: a coefficient of 0 must be 0.0.
     shared |= {name: float(value) for name, value in shared.items() if kinds[name] is float}
-    dense = [index for index, kind in enumerate(config.mlp_layer_types) if kind == "dense"]
     return Qwen3MoeConfig(
         **shared,
         head_dim=config.head_dim,
-        mlp_only_layers=dense,
+        mlp_only_layers=find_layers(config, "dense"),
         decoder_sparse_step=1,
         dtype=config.dtype,
         architectures=["Qwen3MoeForCausalLM"],
@@ -128,12 +129,12 @@ def find_limits(config: Qwen3MoeConfig) -> list[str]:
         )
     if config.hidden_act not in ("silu", "swish"):
         limits.append(f"answers differently: it uses silu (`hidden_act` is {config.hidden_act!r})")
-    rope_type = config.rope_parameters.get("rope_type")
+    rope_type = cast(dict[str, Any], config.rope_parameters).get("rope_type")
     if rope_type not in ("default", "linear", "yarn"):
         limits.append(f"answers differently: it has plain rotary embeddings (`rope_type` is {rope_type!r})")
     limits = [f"llama.cpp {limit}." for limit in limits]
     row_bytes = [
-        width * (config.dtype or torch.float32).itemsize
+        width * cast(torch.dtype, config.dtype or torch.float32).itemsize
         for width in (config.hidden_size, config.moe_intermediate_size)
     ]
     if any(size % 16 for size in row_bytes):

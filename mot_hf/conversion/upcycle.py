@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from mot_hf.calibration import calibrate
 from mot_hf.conversion.receipt import UpcyclingReceipt, compare_predictions, compare_sizes
 from mot_hf.devices import find_device, find_dtype
 from mot_hf.modeling import MoTConfig, MoTForCausalLM
+from mot_hf.modeling.configuration_mot import find_layers
 from mot_hf.storage import model_checks
 from mot_hf.storage.checkpoint_files import CheckpointReader
 from mot_hf.storage.checkpoint_writer import CheckpointWriter
@@ -104,7 +106,7 @@ def upcycle(
             source=reader.folder.resolve().name,
             group_size=group_size,
             num_experts=num_experts,
-            dense_layers=config.mlp_layer_types.count("dense"),
+            dense_layers=len(find_layers(config, "dense")),
             logit_std=logit_std,
             seed=seed,
             sizes=compare_sizes(dense_config, config),
@@ -139,7 +141,7 @@ def load_dense_config(dense_dir: str | Path) -> Qwen3Config:
             "'qwen3', Qwen3ForCausalLM) can become MoT models."
         )
     config = model_checks.make_config(reader, Qwen3Config)
-    if any(kind != "full_attention" for kind in config.layer_types):
+    if any(kind != "full_attention" for kind in cast(list[str], config.layer_types)):
         raise ValueError(
             f"`use_sliding_window` is set in the configuration of {str(dense_dir)!r}: MoT has full attention only."
         )
@@ -217,13 +219,13 @@ def convert_tensors(
     Returns:
         `Iterator[tuple[str, torch.Tensor]]`: Names and parameters.
     """
-    is_sparse = [kind == "sparse" for kind in config.mlp_layer_types]
-    in_experts = tuple(f"model.layers.{index}.mlp." for index, sparse in enumerate(is_sparse) if sparse)
+    in_experts = tuple(f"model.layers.{index}.mlp." for index in find_layers(config, "sparse"))
     for name in reader.names:
         is_tied_copy = config.tie_word_embeddings and name == "lm_head.weight"
         if not (is_tied_copy or name.startswith(in_experts)):
             yield name, reader.load(name)
-    neurons = torch.arange(config.num_experts * config.moe_intermediate_size) % config.intermediate_size
+    num_neurons = config.num_experts * cast(int, config.moe_intermediate_size)
+    neurons = torch.arange(num_neurons) % config.intermediate_size
     neurons = neurons.view(config.num_experts, -1)  # [E, F]
     generator = torch.Generator().manual_seed(seed)
     for prefix in in_experts:

@@ -18,7 +18,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePath
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -238,7 +238,7 @@ def _decode_all(text: str, path: str, first_line: int) -> Iterator[tuple[str, An
     while start < len(text):
         value, end = _decode(text, start, path, first_line)
         yield f"line {line}", value
-        end = _SPACE.match(text, end).end()
+        end = cast("re.Match[str]", _SPACE.match(text, end)).end()  # there may be no space, which matches too
         line += text.count("\n", start, end)
         start = end
 

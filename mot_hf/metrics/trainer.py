@@ -1,5 +1,7 @@
 """Measures of a language model in the stock `Trainer`, without keeping the logits."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -129,7 +131,7 @@ def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(losses).view_as(targets)
 
 
-def _add_rows(rows: object) -> Tensor:
+def _add_rows(rows: Any) -> Tensor:
     if getattr(rows, "ndim", 0) != 2 or rows.shape[1] != NUM_SUMS:
         raise ValueError(
             f"`predictions` of shape {list(getattr(rows, 'shape', []))} must be sums [num_rows, {NUM_SUMS}]: pass "

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mot_hf.modeling import MoTForCausalLM, MoTForMaskedLM, MoTPreTrainedModel
+from mot_hf.modeling.configuration_mot import find_layers
 from mot_hf.sizes import count_flops, count_parameters
 from mot_hf.storage.checkpoint_files import CheckpointReader
 from mot_hf.storage.model_files import RECEIPT_NAME
@@ -184,7 +185,7 @@ def _render(
         facts=_describe(saved.model),
         mixing=config.mixing,
         inference_mixing=config.inference_mixing,
-        has_mixing="sparse" in config.mlp_layer_types,
+        has_mixing=bool(find_layers(config, "sparse")),
         num_batches=_count_batches(saved.reader),
         text_name=text_name,
         settings=_list_settings(record, run.num_steps),
@@ -209,7 +210,7 @@ def _count(number: int) -> str:
 
 def _describe(model: MoTPreTrainedModel) -> dict[str, str]:
     config, size = model.config, count_parameters(model)
-    layers = [str(index) for index, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
+    layers = [str(index) for index in find_layers(config, "sparse")]
     num_columns = min(_NUM_COLUMNS, config.max_position_embeddings)
     flops = count_flops(model.base_model, num_columns)
     if isinstance(model, MoTForCausalLM | MoTForMaskedLM):  # the other heads cost next to nothing

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mot_hf.metrics import bits_per_byte, perplexity
 from mot_hf.modeling import MoTModel, MoTPreTrainedModel
+from mot_hf.modeling.configuration_mot import find_layers
 from mot_hf.modeling.mixing_mot import MIXING_MODES
 
 Batches = Sequence[Mapping[str, Tensor]]
@@ -68,7 +69,7 @@ def measure_experts(model: MoTPreTrainedModel, batches: Batches, *, num_top: int
     Returns:
         `list[LayerMixing]`: One entry per MoT layer, from the lowest up; empty if there are no MoT layers.
     """
-    layers = [index for index, kind in enumerate(model.config.mlp_layer_types) if kind == "sparse"]
+    layers = find_layers(model.config, "sparse")
     if not layers:
         return []
     backbone = next(module for module in model.eval().modules() if isinstance(module, MoTModel))

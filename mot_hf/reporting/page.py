@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from mot_hf.data.tokenizer import token_byte_counts
 from mot_hf.metrics import perplexity
 from mot_hf.modeling import MoTForCausalLM, MoTForMaskedLM, MoTPreTrainedModel
+from mot_hf.modeling.configuration_mot import find_layers
 from mot_hf.modeling.mixing_mot import MIXING_MODES
 from mot_hf.reporting.figures import draw_by_layer, draw_experts, draw_mode_losses, draw_training_curve, to_data_uri
 from mot_hf.reporting.mixing_probe import Batches, LayerMixing, measure_experts, measure_losses
@@ -67,7 +68,7 @@ def write_report(
             run=run,
             facts=_describe_model(run, model),
             text=_describe_text(batches, text_name),
-            is_mot="sparse" in model.config.mlp_layer_types,
+            is_mot=bool(find_layers(model.config, "sparse")),
             is_masked=isinstance(model, MoTForMaskedLM),
             is_language_model=_is_language_model(model),
             group_size=model.config.group_size,
@@ -101,7 +102,7 @@ def _is_language_model(model: MoTPreTrainedModel) -> bool:
 
 def _describe_model(run: Run, model: MoTPreTrainedModel) -> dict[str, str]:
     config, size = model.config, count_parameters(model)
-    layers = [str(index) for index, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
+    layers = [str(index) for index in find_layers(config, "sparse")]
     facts = {
         "Model": f"{type(model).__name__}, loaded from {run.model_dir}",
         "Parameters": f"{size.total:,} in total, {size.active:,} active per token",
@@ -212,7 +213,7 @@ def _compare_modes(
     """The picture of the losses logged by mode, or `None`, and the losses measured now, or an empty list."""
     logged = {mode: series(log_history, f"eval_{mode}_loss") for mode in MIXING_MODES}
     logged = {mode: line for mode, line in logged.items() if line[0]}
-    is_measured = batches and _is_language_model(model) and "sparse" in model.config.mlp_layer_types
+    is_measured = batches and _is_language_model(model) and find_layers(model.config, "sparse")
     return {
         "picture": to_data_uri(draw_mode_losses(logged)) if logged else None,
         "measured": measure_losses(model, batches, _count_bytes(tokenizer)) if is_measured else [],

@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
@@ -87,7 +88,8 @@ def settle_run(trainer: Trainer, start: TrainerState, checkpoint: str | None) ->
         state.log_history = _read_final_log(trainer.args.output_dir, state) or state.log_history
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
         origin = state.best_model_checkpoint
-    models = [module for module in trainer.model.modules() if isinstance(module, MoTPreTrainedModel)]
+    modules = cast(nn.Module, trainer.model).modules()
+    models = [module for module in modules if isinstance(module, MoTPreTrainedModel)]
     if origin and models and (Path(origin) / "config.json").is_file():
         saved = MoTConfig.from_pretrained(origin)
         for model in models:
@@ -140,7 +142,7 @@ def _log_whole_loss(trainer: Trainer, start: TrainerState) -> None:
 
 
 def _restore_patience(trainer: Trainer, start: TrainerState) -> None:
-    saved = start.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+    saved = cast(dict[str, Any], start.stateful_callbacks).get(EarlyStoppingCallback.__name__)
     counts = [state["attributes"] for state in (saved if isinstance(saved, list) else [saved]) if state]
     callbacks = [each for each in trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
     for callback, attributes in zip(callbacks, counts, strict=False):

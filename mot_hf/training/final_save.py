@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from mot_hf.modeling import MoTPreTrainedModel
 from mot_hf.storage.checkpoints import TRAINER_STATE_NAME
@@ -94,7 +95,7 @@ def _make_record(trainer: Trainer, text_name: str | None) -> TrainingRecord:
     settings = trainer.args.to_dict()
     return TrainingRecord(
         text_name=text_name,
-        base_model=_name_base_model(trainer.model.config.name_or_path),
+        base_model=_name_base_model(cast(PreTrainedModel, trainer.model).config.name_or_path),
         num_processes=trainer.args.world_size,
         hyperparameters={name: settings[name] for name in _HYPERPARAMETERS},
         best_step=trainer.state.best_global_step if trainer.args.load_best_model_at_end else None,

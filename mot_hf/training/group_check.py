@@ -5,7 +5,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mot_hf.modeling import MoTConfig, MoTModel
+from mot_hf.modeling.configuration_mot import find_layers
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class GroupSizeCheck(TrainerCallback):
         self._end_watch()  # left over from an earlier run that failed
         backbone = next((module for module in model.modules() if isinstance(module, MoTModel)), None)
         # All processes have batches of the same size, so one warning is enough.
-        if backbone is None or "sparse" not in backbone.config.mlp_layer_types or not state.is_world_process_zero:
+        if backbone is None or not find_layers(backbone.config, "sparse") or not state.is_world_process_zero:
             return
         for message in [*explain_modes(backbone.config), *explain_trl(backbone.config, args)]:
             logger.warning(message)
@@ -283,7 +284,7 @@ def explain_trl(config: MoTConfig, args: TrainingArguments) -> list[str]:
     """
     if not hasattr(args, "router_aux_loss_coef") or config.mixing == "moe":
         return []
-    own = args.router_aux_loss_coef
+    own = getattr(args, "router_aux_loss_coef", None)
     # Not all of its trainers write it to the configuration.
     coefficient = config.router_aux_loss_coef if own is None else own
     if coefficient == 0:
@@ -318,14 +319,14 @@ def _cost(num_rows: int, group_size: int) -> str:
 def _count_shares(args: TrainingArguments, dataloader: Any) -> int:
     """The number of devices that share one batch of the data loader."""
     sampler = getattr(dataloader, "batch_sampler", None)
-    num_processes = sampler.num_processes if getattr(sampler, "split_batches", False) else 1
+    num_processes = sampler.num_processes if sampler is not None and getattr(sampler, "split_batches", False) else 1
     return num_processes * max(1, args.n_gpu)
 
 
 def _count_rows(args: TrainingArguments, state: TrainerState, dataloader: Any) -> tuple[int, int]:
     """The examples of one device's micro-batch, and those of a smaller last one (0 if there is none)."""
     sampler = getattr(dataloader, "batch_sampler", None)
-    num_rows = getattr(sampler, "batch_size", None) or state.train_batch_size
+    num_rows = getattr(sampler, "batch_size", None) or cast(int, state.train_batch_size)
     num_rows //= _count_shares(args, dataloader)
     dataset = getattr(dataloader, "dataset", None)
     if args.dataloader_drop_last or not hasattr(dataset, "__len__"):

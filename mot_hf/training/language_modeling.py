@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import (
@@ -191,7 +191,8 @@ def _make_config(args: ModelArguments, block_length: int) -> MoTConfig:
 def _set_vocabulary(config: MoTConfig, tokenizer: PreTrainedTokenizerBase, *, is_new: bool) -> None:
     num_tokens = count_tokens(tokenizer)
     config.vocab_size = num_tokens if is_new else max(num_tokens, config.vocab_size)
-    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    config.pad_token_id = cast(int | None, tokenizer.pad_token_id)
+    config.eos_token_id = cast(int | None, tokenizer.eos_token_id)
 
 
 def _make_metrics(tokenizer: PreTrainedTokenizerBase, masked: bool) -> LanguageModelMetrics:

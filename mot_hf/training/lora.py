@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mot_hf.modeling import MoTPreTrainedModel
+from mot_hf.modeling.configuration_mot import find_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel, TaskType
@@ -76,7 +77,7 @@ def _find_targets(model: PreTrainedModel) -> list[str]:
 def _find_whole(model: PreTrainedModel, task_type: "TaskType | str | None") -> list[str]:
     """Modules that are trained fully, or updated as statistics, and saved as a whole."""
     if isinstance(model, MoTPreTrainedModel):
-        return ["companions"] if "sparse" in model.config.mlp_layer_types else []
+        return ["companions"] if find_layers(model.config, "sparse") else []
     if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
         return []
     # A new head may have more than the one layer that PEFT expects.

@@ -6,7 +6,7 @@ Axes: B rows, T columns, A groups of rows, G group size, N = A * T groups of tok
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +132,8 @@ class MixingMonitor(TrainerCallback):
     def _summarize(self) -> dict[str, float]:
         layers = {index: _average(passes) for index, passes in sorted(self.totals.items())}
         for index, values in layers.items():
-            before, now = self.expected_inputs[index], reduce(self.layers[index].companions.mean_input, "mean")
+            before = self.expected_inputs[index]
+            now = cast(Tensor, reduce(self.layers[index].companions.mean_input, "mean"))
             if before.any():  # all zero until the first update
                 values["companion_drift"] = (now - before).norm() / before.norm()
             self.expected_inputs[index] = now
@@ -141,7 +142,7 @@ class MixingMonitor(TrainerCallback):
             name = f"layers_{indices[0]}-{indices[-1]}" if len(indices) > 1 else f"layers_{indices[0]}"
             for key in layers[indices[0]]:
                 logs[f"mixing/{key}/{name}"] = torch.stack([layers[index][key] for index in indices]).mean()
-        means = reduce(torch.stack([value.float() for value in logs.values()]), "mean")
+        means = cast(Tensor, reduce(torch.stack([value.float() for value in logs.values()]), "mean"))
         return dict(zip(logs, means.tolist(), strict=True))
 
 

@@ -4,8 +4,10 @@ import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from accelerate import PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from mot_hf.modeling import MoTPreTrainedModel
@@ -85,14 +87,15 @@ def run_training(trainer: Trainer, checkpoint: str | None, text_name: str | None
         with explain_failures(trainer.args):
             if describes_model and trainer.args.push_to_hub:
                 # During training, the trainer pushes the weights and all other files of this folder.
-                trainer.model.config.save_pretrained(trainer.args.output_dir)
+                cast(MoTPreTrainedModel, trainer.model).config.save_pretrained(trainer.args.output_dir)
                 # Each push would replace the card by the trainer's own.
-                trainer.create_model_card = lambda **kwargs: None
+                trainer.create_model_card = lambda *args, **kwargs: None
             save_whole(trainer)
             start = continue_run(trainer, checkpoint)
             trainer.train(resume_from_checkpoint=checkpoint)
             if trainer.is_fsdp_enabled:  # checkpoints may be sharded, but the final model must load anywhere
-                trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+                plugin = cast(FullyShardedDataParallelPlugin, trainer.accelerator.state.fsdp_plugin)
+                plugin.set_state_dict_type("FULL_STATE_DICT")
             settle_run(trainer, start, checkpoint)
             save_run(trainer, text_name)
             if describes_model:

@@ -1,10 +1,10 @@
 """Keeps the running statistics equal in all processes."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import reduce
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mot_hf.modeling.companions_mot import MoTCompanions
@@ -65,7 +65,8 @@ def _average(companions: MoTCompanions) -> None:
     met = companions.num_bucket_batches[:, None].float()  # [P, 1]
     for name, value in companions.expected()._asdict().items():
         weight = met if name in ("input_shift", "output_shift") else seen
-        value.copy_(reduce(value * weight, "sum") / reduce(weight, "sum").clamp(min=1))
+        total, total_weight = (cast(Tensor, reduce(part, "sum")) for part in (value * weight, weight))
+        value.copy_(total / total_weight.clamp(min=1))
     for count in (companions.num_batches_tracked, companions.num_bucket_batches):
         count.copy_(reduce(count, "max"))
     companions.fill_buckets()

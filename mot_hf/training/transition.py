@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mot_hf.modeling import MoTModel, MoTPreTrainedModel
+from mot_hf.modeling.configuration_mot import find_layers
 from mot_hf.modeling.mixing_mot import MIXING_MODES
 
 
@@ -35,8 +36,8 @@ class TransitionTuning(TrainerCallback):
     def __init__(self, trainer: Trainer, share: float) -> None:
         if not 0 <= share < 1:
             raise ValueError(f"`share={share}` must be in [0, 1): 0.9 switches before the last tenth of the steps.")
-        backbones = [module for module in trainer.model.modules() if isinstance(module, MoTModel)]
-        if not backbones or "sparse" not in backbones[0].config.mlp_layer_types:
+        backbones = [module for module in cast(nn.Module, trainer.model).modules() if isinstance(module, MoTModel)]
+        if not backbones or not find_layers(backbones[0].config, "sparse"):
             raise ValueError(
                 f"`trainer.model` ({type(trainer.model).__name__}) has no MoT layers to tune: "
                 "`config.mlp_layer_types` needs an entry 'sparse'."

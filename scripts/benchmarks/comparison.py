@@ -5,7 +5,7 @@ import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, DatasetDict
@@ -69,14 +69,13 @@ def load_text(args: ComparisonArguments) -> DatasetDict:
         OSError: The text cannot be read.
     """
     packages = str(Path(sysconfig.get_paths()["purelib"]) / "**" / "*.py")
-    corpus = load_corpus(args.source or packages, validation_fraction=0.02)
+    corpus = cast(DatasetDict, load_corpus(args.source or packages, validation_fraction=0.02))
     documents = corpus["train"].shuffle(seed=0).select(range(min(_NUM_TOKENIZER_DOCUMENTS, len(corpus["train"]))))
     tokenizer = train_tokenizer(documents["text"], args.vocab_size)
     rows = make_blocks(corpus, tokenizer, block_length=args.block_length, group_size=args.group_size)
-    num_eval_rows = min(args.num_eval_rows, len(rows["validation"]))
-    return DatasetDict(train=rows["train"], validation=rows["validation"].select(range(num_eval_rows))).with_format(
-        "torch"
-    )
+    validation = cast(Dataset, rows["validation"])
+    validation = validation.select(range(min(args.num_eval_rows, len(validation))))
+    return DatasetDict(train=rows["train"], validation=validation).with_format("torch")
 
 
 def make_model(architecture: str, args: ComparisonArguments) -> PreTrainedModel:

@@ -158,8 +158,10 @@ def measure_peak_memory(work: Work, device: str) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    events = profiler.profiler.kineto_results.events()
-    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    events = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]  # it has run
+    events = [event for event in events if event.name() == "[memory]"]
+    # torch's stub lacks `nbytes`.
+    changes = [(event.start_ns(), event.nbytes()) for event in events]  # pyright: ignore[reportAttributeAccessIssue]
     taken = peak = 0
     for _, num_bytes in sorted(changes, key=lambda change: change[0]):
         taken += num_bytes

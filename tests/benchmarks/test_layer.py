@@ -57,6 +57,7 @@ def test_candidates_have_the_flops_of_the_dense_layer_but_for_router_and_mixing(
 def test_the_mot_layer_gathers_statistics_as_in_training() -> None:
     x, layers = make_layers(members=1)
     layer = layers["cross_example"]
+    assert isinstance(layer, layer_benchmark.MoTLayer)
     layer(x)
     statistics, num_tokens = layer.statistics
     assert num_tokens[1:].sum() == num_tokens[0] == x.shape[0] * x.shape[1]

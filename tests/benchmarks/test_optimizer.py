@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_every_optimizer_is_measured_on_both_models(tmp_path: Path) -> None:
     assert (folder / "optimizer.png").read_bytes().startswith(b"\x89PNG")
 
 
-def measure(name: str) -> dict[str, dict[str, float]]:
+def measure(name: str) -> dict[str, Any]:
     args = benchmark.Arguments(hidden_size=32, intermediate_size=64, vocab_size=64, num_columns=4, num_rounds=2)
     model = MoTForCausalLM(benchmark.make_config(args, is_dense=False)).train()
     return benchmark.measure_optimizer(args, model, torch.randint(64, (32, 4)), benchmark.CHOICES[name])
@@ -72,7 +73,7 @@ def test_the_trainer_makes_every_optimizer() -> None:
     kinds = {}
     for name, choice in benchmark.CHOICES.items():
         parameters = benchmark.take_parameters(model_with_gradients(), choice.dtype)
-        assert {parameter.grad.dtype for parameter in parameters} == {choice.dtype}
+        assert {getattr(parameter.grad, "dtype", None) for parameter in parameters} == {choice.dtype}
         try:
             optimizer = benchmark.make_optimizer(choice, parameters)
         except ImportError:

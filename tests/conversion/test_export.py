@@ -28,7 +28,7 @@ from mot_hf.conversion.export import NotTunedError, export_qwen3_moe, find_limit
 from mot_hf.data.blocks import make_blocks
 from mot_hf.data.corpus import load_corpus
 from mot_hf.data.tokenizer import train_tokenizer
-from tests.models import PAD, random_ids, tiny_config, trained
+from tests.models import PAD, load_with_report, random_ids, tiny_config, trained
 from tests.scripts.running import PEAK_MEMORY
 
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b\n" * 10 for i in range(60)]
@@ -48,7 +48,7 @@ def save_tuned(
 
 
 def load_exported(folder: Path, **arguments: Any) -> Qwen3MoeForCausalLM:
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+    model, report = load_with_report(AutoModelForCausalLM, folder, **arguments)
     assert type(model) is Qwen3MoeForCausalLM
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
@@ -328,6 +328,7 @@ def test_a_model_that_was_not_tuned_is_refused_with_its_losses(source: Path, tmp
 
     assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0
     measured = re.search(r"([\d.]+) nats per token in mode per_sequence, and ([\d.]+) in mode moe", str(error.value))
+    assert measured is not None
     rows = make_blocks(load_corpus(source), tokenizer, block_length=64, group_size=4)["validation"]["input_ids"]
     ids = torch.tensor(rows[: len(rows) // 4 * 4])
     with torch.no_grad():
@@ -340,7 +341,7 @@ def test_losses_on_too_little_text_are_not_measured(source: Path, tmp_path: Path
     MoTForCausalLM(tiny_config(vocab_size=300, group_size=1000)).save_pretrained(tmp_path / "mot")
     train_tokenizer(TEXTS, vocab_size=300).save_pretrained(tmp_path / "mot")
     command = ["export", str(tmp_path / "mot"), str(tmp_path / "moe"), "--source", str(source)]
-    with pytest.raises(ValueError, match="There are fewer than 1000 rows of text to measure its loss on"):
+    with pytest.raises(ValueError, match="The text has fewer than 1000 rows, too few to measure its loss on"):
         CliRunner().invoke(app, command, catch_exceptions=False)
 
 

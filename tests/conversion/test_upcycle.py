@@ -22,7 +22,7 @@ from mot_hf.calibration import calibrate
 from mot_hf.conversion.upcycle import upcycle
 from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.storage.model_files import RECEIPT_NAME
-from tests.models import companions_of
+from tests.models import companions_of, load_with_report
 from tests.scripts.running import PEAK_MEMORY, run_python
 
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b\n" * 10 for i in range(60)]
@@ -80,7 +80,7 @@ def test_experts_hold_the_dense_neurons_in_turn_and_the_rest_is_copied(
     dense_dir = save_dense(tmp_path / "dense", **kind)
     convert(dense_dir, tmp_path / "mot", num_experts=num_experts)
     dense = Qwen3ForCausalLM.from_pretrained(dense_dir)
-    model, report = MoTForCausalLM.from_pretrained(tmp_path / "mot", output_loading_info=True)
+    model, report = load_with_report(MoTForCausalLM, tmp_path / "mot")
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     theirs, ours = dense.state_dict(), model.state_dict()
     assert model.config.mlp_layer_types == ["dense", "dense", "sparse", "sparse"]

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -257,5 +258,5 @@ class TestSplits:
             next(read_groups(tokenizer, folder / "one.txt"))
 
 
-def read_groups(tokenizer: PreTrainedTokenizerFast, source: Path) -> object:
+def read_groups(tokenizer: PreTrainedTokenizerFast, source: Path) -> Iterator[object]:
     return load_groups(tokenizer, str(source), "train", group_size=4, block_length=16, num_groups=2)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from mot_hf import MoTForCausalLM
 from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.training import MethodArguments, add_lora, finetune_classification
-from tests.models import MODES, companions_of, random_ids, tiny_config, trained
+from tests.models import MODES, companions_of, load_with_report, random_ids, tiny_config, trained
 from tests.training.trainers import losses_of, make_trainer, same_tensors
 
 peft = pytest.importorskip("peft")
@@ -99,7 +99,7 @@ def test_a_merged_model_is_a_plain_model(run: Run, tmp_path: Path) -> None:
     assert type(merged) is MoTForCausalLM
     assert max(largest_difference(logits_of(merged), run.logits).values()) < 1e-5
     merged.save_pretrained(tmp_path)
-    plain, report = MoTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    plain, report = load_with_report(MoTForCausalLM, tmp_path)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert plain.state_dict().keys() == make_base().state_dict().keys()
     assert same_tensors(plain.state_dict(), merged.state_dict())

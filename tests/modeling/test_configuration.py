@@ -345,7 +345,9 @@ def test_a_token_outside_the_vocabulary_is_warned_of_and_does_no_harm(
     if name == "pad_token_id":
         # torch takes -1 for the last row, which would then never be trained.
         model.train()(torch.full((4, 3), 96), labels=torch.full((4, 3), 96)).loss.backward()
-        assert model.get_input_embeddings().weight.grad[96].any()
+        gradient = model.model.embed_tokens.weight.grad
+        assert gradient is not None
+        assert gradient[96].any()
     ends = {"eos_token_id": value} if name == "eos_token_id" else {}
     assert loaded.generate(ids, max_new_tokens=3, do_sample=False, **ends).shape == (2, 8)
 
@@ -414,6 +416,9 @@ def test_a_configuration_is_refused_or_builds_a_model(names: list[str], data: st
         return
     with torch.device("meta"):
         model = MoTForCausalLM(config)
+    assert config.moe_intermediate_size is not None
+    assert config.num_experts_per_tok is not None
+    assert config.num_key_value_heads is not None
     if overrides.get("moe_intermediate_size") is None:
         assert config.moe_intermediate_size * config.num_experts == config.intermediate_size * config.group_size
     assert config.group_size >= 2

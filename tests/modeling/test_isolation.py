@@ -43,6 +43,8 @@ def filled(embeddings: Tensor, attack: str) -> Tensor:
 def poison(cache: Cache, rows: list[int]) -> None:
     """Overwrite all that a cache holds of some rows, and what it has reserved for them."""
     for layer in cache.layers:
+        assert layer.keys is not None
+        assert layer.values is not None
         layer.keys[rows] = math.nan
         layer.values[rows] = math.nan
 

@@ -30,7 +30,7 @@ from mot_hf import (
     MoTModel,
     MoTPreTrainedModel,
 )
-from tests.models import CODE, MODES, Model, companions_of, random_ids, tiny_config, trained
+from tests.models import CODE, MODES, Model, companions_of, load_with_report, random_ids, tiny_config, trained
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 AUTO_CLASSES = {
@@ -81,7 +81,7 @@ def test_a_model_comes_back_as_it_was(dtype: torch.dtype, tmp_path: Path) -> Non
     make_model().save_pretrained(tmp_path / "float32")
     model = MoTForCausalLM.from_pretrained(tmp_path / "float32", dtype=dtype)
     model.save_pretrained(tmp_path / "again")
-    loaded, report = MoTForCausalLM.from_pretrained(tmp_path / "again", output_loading_info=True)
+    loaded, report = load_with_report(MoTForCausalLM, tmp_path / "again")
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert loaded.dtype == dtype
     assert_same_tensors(loaded.state_dict(), model.state_dict())
@@ -228,7 +228,7 @@ def test_statistics_missing_from_a_checkpoint_are_zero(dtype: torch.dtype, tmp_p
     # Freed memory that is not zero, which uninitialised buffers would be made of.
     garbage = [torch.full((8, 32), torch.nan) for _ in range(64)]
     del garbage
-    loaded, report = MoTForCausalLM.from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
+    loaded, report = load_with_report(MoTForCausalLM, tmp_path, dtype=dtype)
     assert set(report["missing_keys"]) == set(companions_of(model))
     for value in companions_of(loaded).values():
         assert value.dtype in (torch.float32, torch.long)

@@ -31,7 +31,7 @@ def test_running_values_approach_the_exact_ones_on_stationary_input() -> None:
     block = MoTSparseBlock(config, layer_idx=0)
     for parameter in block.parameters():
         parameter.data.normal_(std=0.5)
-    means, exact = torch.randn(2, 16), None
+    means, batches = torch.randn(2, 16), []
     buckets = torch.tensor([0] * 3 + [1] * 5).expand(8, -1)
     for _ in range(400):
         context = MixingContext("cross_example", buckets)
@@ -39,10 +39,10 @@ def test_running_values_approach_the_exact_ones_on_stationary_input() -> None:
             block(means[buckets] + torch.randn(8, 8, 16), context)
         statistics, num_tokens = context.average(0, config.group_size)
         update_companions([block.companions], [statistics], num_tokens)
-        values = RunningStatistics(*(value / 400 for value in statistics))
-        exact = values if exact is None else RunningStatistics(*(a + b for a, b in zip(exact, values, strict=True)))
+        batches.append(statistics)
     assert block.companions.num_batches_tracked == 400
     expected = block.companions.expected()
+    exact = RunningStatistics(*(torch.stack(values).mean(dim=0) for values in zip(*batches, strict=True)))
     exact = exact._replace(
         input_shift=torch.cat([exact.input_shift[:2], exact.input_shift[1].expand(NUM_POSITION_BUCKETS - 2, -1)]),
         output_shift=torch.cat([exact.output_shift[:2], exact.output_shift[1].expand(NUM_POSITION_BUCKETS - 2, -1)]),

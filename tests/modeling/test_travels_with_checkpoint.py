@@ -29,6 +29,7 @@ def test_imports_nothing_but_torch_transformers_and_siblings(file: Path) -> None
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= ALLOWED
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            assert node.module is not None
             assert node.module.split(".")[0] in ALLOWED
             assert node.module != "__future__", "the annotation `config: MoTConfig` must be a class"
         elif isinstance(node, ast.ImportFrom):

@@ -235,7 +235,9 @@ def test_what_is_no_complete_model_gets_no_card(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_rotary_embeddings_that_look_at_the_positions_cost_what_plain_ones_cost(kind: str, tmp_path: Path) -> None:
-    pairs = tiny_config().head_dim // 2
+    head_dim = tiny_config().head_dim
+    assert head_dim is not None
+    pairs = head_dim // 2
     parameters = {"rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 32}
     if kind == "longrope":
         parameters |= {"short_factor": [1.0] * pairs, "long_factor": [2.0] * pairs}

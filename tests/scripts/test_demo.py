@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mot_hf.data.default_corpus import default_corpus_files
 from tests.scripts.running import REPOSITORY, run_script
 
 README = (REPOSITORY / "README.md").read_text()
@@ -16,9 +17,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the demo has run."""
-    folder = tmp_path_factory.mktemp("demo")
-    printed = run_script(folder, "demo.py", "--max_steps", "10", "--vocab_size", "512")
+    """A folder in which the demo has run, on an eighth of its text."""
+    folder, files = tmp_path_factory.mktemp("demo"), default_corpus_files()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mot_hf.data.corpus.default_corpus_files", lambda: dict(list(files.items())[::8]))
+        printed = run_script(folder, "demo.py", "--max_steps", "10", "--vocab_size", "512")
     (folder / "printed.txt").write_text(printed)
     return folder
 

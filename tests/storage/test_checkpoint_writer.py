@@ -21,6 +21,7 @@ from mot_hf.storage.checkpoint_files import CheckpointReader
 from mot_hf.storage.checkpoint_writer import CheckpointWriter
 from mot_hf.storage.locking import LOCK_NAME, lock_folder
 from mot_hf.storage.model_files import is_model_file
+from tests.models import load_with_report
 from tests.storage.test_checkpoint_files import save_dense
 
 INDEX = "model.safetensors.index.json"
@@ -51,7 +52,7 @@ def test_a_copy_is_the_same_model_to_transformers(
     source = save_dense(tmp_path / "source", tied=tied, dtype="bfloat16")
     copy(source, tmp_path / "copy", max_shard_size=max_shard_size)
     original = AutoModelForCausalLM.from_pretrained(source)
-    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "copy", output_loading_info=True)
+    model, report = load_with_report(AutoModelForCausalLM, tmp_path / "copy")
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.dtype == torch.bfloat16
     assert model.state_dict().keys() == original.state_dict().keys()

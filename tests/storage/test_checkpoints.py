@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from mot_hf import MoTForCausalLM
 from mot_hf.training import find_checkpoint, find_damage, find_last_checkpoint
 from tests.models import tiny_config
-from tests.training.trainers import losses_of, make_trainer
+from tests.training.trainers import losses_of, make_trainer, model_of
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +211,6 @@ def test_a_run_goes_on_as_if_nothing_had_happened(finished: Path, tmp_path: Path
     assert losses_of(trainer) == [entry["loss"] for entry in whole if "loss" in entry]
     with safe_open(finished / "checkpoint-10" / "model.safetensors", "pt") as file:
         expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    actual = trainer.model.state_dict()
+    actual = model_of(trainer).state_dict()
     assert any("companions" in name for name in expected)
     assert all(torch.equal(actual[name], value) for name, value in expected.items())

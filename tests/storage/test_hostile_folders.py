@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import huggingface_hub.constants
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -78,13 +77,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub() -> Iterator[HubServer]:
     """A Hub for this process."""
     server = HubServer()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        patch.setenv("HF_TOKEN", server.environment()["HF_TOKEN"])
+    with server.in_this_process():
         yield server
     server.close()
 

@@ -4,11 +4,12 @@ import json
 import shutil
 import tracemalloc
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from mot_hf import MoTForCausalLM, MoTForMaskedLM, MoTPreTrainedModel
@@ -87,7 +88,7 @@ def test_tied_weights_may_be_stored_twice_if_they_are_the_same(
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
     model, _ = open_model(tmp_path)
-    assert torch.equal(model.get_output_embeddings().weight, tensors["lm_head.weight"])
+    assert torch.equal(cast(nn.Linear, model.get_output_embeddings()).weight, tensors["lm_head.weight"])
     put("lm_head.weight", spoil(3.0))(tmp_path)
     with pytest.raises(ValueError, match=r"has unexpected tensors lm_head\.weight"):
         read_model(tmp_path)

@@ -146,7 +146,7 @@ def test_an_interrupted_pass_changes_nothing() -> None:
 def spoil(model: MoTForCausalLM, token: int) -> None:
     """Give one token an embedding of NaN, as an overflow would."""
     with torch.no_grad():
-        model.get_input_embeddings().weight[token] = torch.nan
+        model.model.embed_tokens.weight[token] = torch.nan
 
 
 def test_batches_that_are_not_finite_are_left_out_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -171,7 +171,7 @@ def test_no_finite_batch_is_refused_and_changes_nothing() -> None:
     model = trained(MoTForCausalLM(tiny_config())).train()
     before = companions_of(model)
     with torch.no_grad():
-        model.model.layers[1].self_attn.v_proj.weight[0, 0] = torch.nan
+        model.get_parameter("model.layers.1.self_attn.v_proj.weight")[0, 0] = torch.nan
     padding = make_batches(4)[0]
     padding["attention_mask"].zero_()
     with pytest.raises(ValueError, match="The statistics of all 2 `batches` with tokens are NaN or infinite"):

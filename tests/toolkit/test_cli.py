@@ -159,27 +159,32 @@ import sys
 sys.modules.update(dict.fromkeys({modules!r}))
 import mot_cli
 mot_cli.app({arguments!r}, standalone_mode=False)
+import {imports}
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "extras"),
+    ("arguments", "extras", "imports"),
     [
-        (["export", "tuned", "exported"], []),
-        (["calibrate", "tuned", "--source", "text", "--num-batches", "2", "--block-length", "16"], ["train"]),
-        (["card", "tuned"], ["report"]),
+        (["export", "tuned", "exported"], [], "mot_hf.metrics"),
+        (
+            ["calibrate", "tuned", "--source", "text", "--num-batches", "2", "--block-length", "16"],
+            ["train"],
+            "mot_hf.conversion.upcycle, mot_hf.reporting.mixing_probe",
+        ),
+        (["card", "tuned"], ["report"], "mot_hf.reporting.figures"),
     ],
 )
 def test_a_command_works_with_the_extras_that_it_names(
-    arguments: list[str], extras: list[str], source: Path, tmp_path: Path
+    arguments: list[str], extras: list[str], imports: str, source: Path, tmp_path: Path
 ) -> None:
     model_dir = save_model(MoTForCausalLM, tmp_path / "tuned")
     config = json.loads((model_dir / "config.json").read_text())
     (model_dir / "config.json").write_text(json.dumps(config | {"mixing": "moe"}))
     modules = [module for extra, of_extra in EXTRAS.items() if extra not in extras for module in of_extra]
     modules += [] if "train" in extras else ["peft"]  # which needs accelerate
-    run_python(tmp_path, "-c", WITHOUT.format(modules=modules, arguments=arguments))
+    run_python(tmp_path, "-c", WITHOUT.format(modules=modules, arguments=arguments, imports=imports))
 
 
 def test_help_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ def test_text_generation_continues_texts_as_generate_does(folder: Path, tokenize
 
     def continue_texts(texts: list[str], mode: str) -> list[str]:
         inputs = tokenizer(texts, return_tensors="pt", padding=True)
-        new = model.generate(**inputs, **greedy, mixing=mode)[:, -6:]
-        return [text + tokenizer.decode(row, skip_special_tokens=True) for text, row in zip(texts, new, strict=True)]
+        new = tokenizer.batch_decode(model.generate(**inputs, **greedy, mixing=mode)[:, -6:], skip_special_tokens=True)
+        return [text + continuation for text, continuation in zip(texts, new, strict=True)]
 
     def run_pipeline(**arguments: Any) -> list[str]:
         return [output[0]["generated_text"] for output in generator(TEXTS, **greedy, **arguments)]

@@ -1,13 +1,11 @@
 """The public API, pinned."""
 
 from importlib.metadata import version
-from pathlib import Path
 
 import mot_hf
 import mot_hf.metrics
 import mot_hf.modeling
 import mot_hf.training
-from tests.scripts.running import run_python
 
 MODELS = [
     "MoTConfig",
@@ -51,12 +49,6 @@ def test_names() -> None:
     ]
     for module in (mot_hf, mot_hf.modeling, mot_hf.metrics, mot_hf.training):
         assert all(hasattr(module, name) for name in module.__all__)
-
-
-def test_conversions_need_no_extra_for_reports(tmp_path: Path) -> None:
-    missing = "import sys; sys.modules.update(matplotlib=None, jinja2=None, rich=None)"
-    modules = ["conversion.upcycle", "conversion.export", "reporting.mixing_probe", "calibration"]
-    run_python(tmp_path, "-c", "\n".join([missing, *(f"import mot_hf.{module}" for module in modules)]))
 
 
 def test_version_is_that_of_the_distribution() -> None:

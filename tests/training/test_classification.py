@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     EvalPrediction,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -31,6 +33,7 @@ from mot_hf.data.sources import is_held_out
 from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.training.classification import compute_metrics, finetune_classification
 from tests.models import companions_of, tiny_config
+from tests.training.trainers import model_of
 
 WORDS = {"animal": ["cat", "dog", "horse"], "colour": ["red", "blue", "green"]}
 
@@ -326,7 +329,7 @@ def test_sequence_classification_learns_and_answers_in_a_pipeline(checkpoint: Pa
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
     assert type(model) is MoTForSequenceClassification
     assert model.config.id2label == {0: "animal", 1: "colour"}
-    assert model.config.pad_token_id == trainer.processing_class.pad_token_id
+    assert model.config.pad_token_id == cast(PreTrainedTokenizerBase, trainer.processing_class).pad_token_id
     tracked = [value for name, value in companions_of(model).items() if name.endswith("num_batches_tracked")]
     assert [int(value) for value in tracked] == [40]  # trained in mode cross_example
     classifier = pipeline("text-classification", model=str(tmp_path / "tuned"), device="cpu")
@@ -356,7 +359,7 @@ def test_dense_and_bidirectional_checkpoints_are_fine_tuned(
     MoTForMaskedLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     trainer = finetune(folder, tmp_path, task, max_steps=1)
-    assert trainer.model.config.is_causal is False
+    assert model_of(trainer).config.is_causal is False
     assert 0 <= trainer.evaluate()["eval_macro_f1"] <= 1
 
 

@@ -15,7 +15,7 @@ from mot_hf.training import MethodArguments, add_callbacks, finetune_classificat
 from mot_hf.training.resuming import CheckpointDescription, check_settings, load_checkpoint_tokenizer
 from tests.models import tiny_config
 from tests.training.language_runs import SMALL, TEXTS, plain_tokenizer, save_base, train, write_text
-from tests.training.trainers import make_trainer, same_tensors
+from tests.training.trainers import make_trainer, model_of, same_tensors
 
 NEW_TEXTS = [text.replace("fox", "xyzzy").replace("dog", "plugh") for text in TEXTS]
 
@@ -54,7 +54,7 @@ class TestTokenizer:
     def test_the_same_text_gives_the_same_run(self, tmp_path: Path, source: str) -> None:
         whole = train(tmp_path / "whole", source)
         resumed = train(tmp_path / "resumed", source, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-        assert same_tensors(resumed.model.state_dict(), whole.model.state_dict())
+        assert same_tensors(model_of(resumed).state_dict(), model_of(whole).state_dict())
 
     @pytest.mark.parametrize(
         ("vocab_size", "texts", "message"),
@@ -128,7 +128,7 @@ class TestSettings:
         checkpoint = str(tmp_path / "whole" / "checkpoint-2")
         assert MoTConfig.from_pretrained(checkpoint).mixing == "moe"
         resumed = train(tmp_path / "resumed", source, method=method, resume_from_checkpoint=checkpoint)
-        assert same_tensors(resumed.model.state_dict(), whole.model.state_dict())
+        assert same_tensors(model_of(resumed).state_dict(), model_of(whole).state_dict())
         with pytest.raises(ValueError, match="inference_mixing='moe' in the checkpoint and 'per_sequence' now"):
             train(tmp_path / "plain", source, resume_from_checkpoint=checkpoint)
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 
 from mot_hf import MoTForCausalLM
@@ -35,7 +34,7 @@ class Spoil(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: MoTForCausalLM, **kwargs: Any) -> None:
         if state.global_step == self.step:
             with torch.no_grad():
                 model.lm_head.weight[0, 0] = torch.nan
@@ -44,8 +43,9 @@ class Spoil(TrainerCallback):
 class SpoilGradient(TrainerCallback):
     """Makes one entry of a large gradient infinite, which no loss shows in this step."""
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: MoTForCausalLM, **kwargs: Any) -> None:
         if state.global_step == 3:
+            assert model.lm_head.weight.grad is not None
             model.lm_head.weight.grad[0, 0] = torch.nan
 
 

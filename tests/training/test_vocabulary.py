@@ -2,10 +2,12 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from mot_hf import MoTForCausalLM, MoTForMaskedLM, MoTPreTrainedModel
@@ -14,7 +16,7 @@ from mot_hf.training import add_callbacks
 from mot_hf.training.vocabulary import check_meanings, count_tokens, enlarge_embeddings
 from tests.models import tiny_config
 from tests.training.language_runs import TEXTS, plain_tokenizer, save_base, train, write_text
-from tests.training.trainers import make_trainer, same_tensors
+from tests.training.trainers import make_trainer, model_of, same_tensors
 
 
 @pytest.fixture
@@ -61,6 +63,12 @@ class TestStockTrainer:
         trainer.train()
 
 
+def embeddings_of(model: MoTPreTrainedModel) -> list[Tensor]:
+    """The input and output embeddings of a language model."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [cast(nn.Embedding | nn.Linear, module).weight for module in modules]
+
+
 class TestEnlarging:
     def test_ids_that_a_tokenizer_leaves_out_are_counted(self) -> None:
         assert count_tokens(plain_tokenizer()) == 280
@@ -78,14 +86,14 @@ class TestEnlarging:
         self, head: type[MoTPreTrainedModel], tied: bool, padded: PreTrainedTokenizerFast
     ) -> None:
         model = head(tiny_config(vocab_size=280, tie_word_embeddings=tied))
-        both = (model.get_input_embeddings, model.get_output_embeddings)
-        before = [embedding().weight.detach().clone() for embedding in both]
+        before = [weight.detach().clone() for weight in embeddings_of(model)]
         enlarge_embeddings(model, padded)
         assert model.config.vocab_size == model.model.config.vocab_size == 281
-        assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) is tied
-        for embedding, old in zip(both, before, strict=True):
-            assert torch.equal(embedding().weight[:280], old)
-            assert 0 < embedding().weight[280].norm() < 3 * old.norm(dim=1).mean()
+        after = embeddings_of(model)
+        assert (after[0] is after[1]) is tied
+        for new, old in zip(after, before, strict=True):
+            assert torch.equal(new[:280], old)
+            assert 0 < new[280].norm() < 3 * old.norm(dim=1).mean()
         assert model(torch.tensor([[280, 3]])).logits.shape == (1, 2, 281)
 
 
@@ -118,15 +126,15 @@ class TestScripts:
             "method": {"lora_rank": lora_rank},
         }
         whole = train(tmp_path / "whole", source, **arguments)
-        assert whole.model.config.vocab_size == 301
+        assert model_of(whole).config.vocab_size == 301
         checkpoint = str(tmp_path / "whole" / "checkpoint-2")
         resumed = train(tmp_path / "resumed", source, **arguments, resume_from_checkpoint=checkpoint)
-        assert same_tensors(resumed.model.state_dict(), whole.model.state_dict())
+        assert same_tensors(model_of(resumed).state_dict(), model_of(whole).state_dict())
         auto = AutoPeftModelForCausalLM if lora_rank else AutoModelForCausalLM
         loaded = auto.from_pretrained(tmp_path / "whole").eval()
         ids = torch.tensor([[5, 290, 300, 7]])
         with torch.no_grad():
-            expected = whole.model.eval()(ids).logits
+            expected = model_of(whole).eval()(ids).logits
             torch.testing.assert_close(loaded(ids).logits, expected)
 
     @pytest.mark.parametrize("vocab_size", [280, 300])
@@ -153,7 +161,7 @@ class TestScripts:
         source = write_text(tmp_path / "text")
         trained = train(tmp_path / "run", source, model=model, corpus=corpus, max_steps=1)
         assert "base'` has no tokenizer to compare" in caplog.text
-        assert trained.model.config.vocab_size == 301
+        assert model_of(trained).config.vocab_size == 301
         with pytest.raises(OSError, match="base' has no tokenizer: choose one with --tokenizer"):
             train(tmp_path / "none", source, model=model)
 

@@ -1,11 +1,11 @@
 """A small stock `Trainer` that the tests of training share."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from transformers import DefaultDataCollator, Trainer, TrainerCallback, TrainingArguments
+from transformers import DefaultDataCollator, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from mot_hf import MoTPreTrainedModel
 from tests.models import random_ids
@@ -38,6 +38,11 @@ def make_trainer(
         data_collator=DefaultDataCollator(),
         callbacks=callbacks,
     )
+
+
+def model_of(trainer: Trainer) -> PreTrainedModel:
+    """The model that it trains."""
+    return cast(PreTrainedModel, trainer.model)
 
 
 def losses_of(trainer: Trainer) -> list[float]:

@@ -19,13 +19,15 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments
 
+from mot_hf import MoTPreTrainedModel
 from mot_hf.data.classification import IGNORED, ClassificationArguments, load_classification_data
+from mot_hf.modeling.configuration_mot import find_layers
 from mot_hf.modeling.mixing_mot import MIXING_MODES
 from mot_hf.training import parse_arguments
 from mot_hf.training.classification import compute_metrics, finetune_classification
@@ -65,10 +67,10 @@ def run(
     with TemporaryDirectory() as folder:
         _, training_args = parse_recipe(recipe, model, "--output_dir", folder, *options)
         trainer = finetune_classification(model, data, training_args)
-    is_dense = "sparse" not in trainer.model.config.mlp_layer_types
+    tuned = cast(MoTPreTrainedModel, trainer.model)
     scores = {"majority": score_majority(trainer)}
-    for mode in ("per_sequence",) if is_dense else MIXING_MODES:
-        trainer.model.set_mixing(inference_mixing=mode)
+    for mode in MIXING_MODES if find_layers(tuned.config, "sparse") else ("per_sequence",):
+        tuned.set_mixing(inference_mixing=mode)
         metrics = trainer.evaluate()
         scores[mode] = {name: metrics[f"eval_{name}"] for name in METRICS}
     return scores
@@ -76,7 +78,7 @@ def run(
 
 def score_majority(trainer: Trainer) -> dict[str, float]:
     """Metrics of always answering the most common label of the validation split."""
-    labels = np.concatenate([np.ravel(labels) for labels in trainer.eval_dataset["labels"]])
+    labels = np.concatenate([np.ravel(labels) for labels in cast(Dataset, trainer.eval_dataset)["labels"]])
     labels = labels[labels != IGNORED]
     return compute_metrics(EvalPrediction(np.full_like(labels, np.bincount(labels).argmax()), labels))
 

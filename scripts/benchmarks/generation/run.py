@@ -14,7 +14,7 @@ On a GPU:
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from mot_hf import MoTConfig, MoTForCausalLM
+from mot_hf.modeling.configuration_mot import find_layers
 from scripts.benchmarks.measuring import describe_machine, read_clock, summarize_times
 from scripts.benchmarks.results import describe_arguments, write_results
 
@@ -92,15 +93,14 @@ def make_models(args: Arguments) -> dict[str, tuple[PreTrainedModel, dict[str, A
             num_experts_per_tok=config.num_experts_per_tok,
             moe_intermediate_size=config.moe_intermediate_size,
             norm_topk_prob=config.norm_topk_prob,
-            mlp_only_layers=[i for i, kind in enumerate(config.mlp_layer_types) if kind == "dense"],
+            mlp_only_layers=find_layers(config, "dense"),
         )
     )
     missing, unexpected = qwen3_moe.load_state_dict(mot.state_dict(), strict=False)
     if missing or any("companions" not in name for name in unexpected):
         raise RuntimeError(f"Qwen3-MoE's weights differ from MoT's: missing {missing}, unexpected {unexpected}.")
-    dense = Qwen3ForCausalLM(
-        Qwen3Config(**shared, intermediate_size=config.num_experts_per_tok * config.moe_intermediate_size)
-    )
+    num_neurons = cast(int, config.num_experts_per_tok) * cast(int, config.moe_intermediate_size)
+    dense = Qwen3ForCausalLM(Qwen3Config(**shared, intermediate_size=num_neurons))
     models = {
         REFERENCE: (qwen3_moe, {}),
         "MoT, per_sequence": (mot, {"mixing": "per_sequence"}),

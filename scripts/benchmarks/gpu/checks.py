@@ -63,7 +63,8 @@ class Reporter:
 def main(args: PartArguments) -> int:
     """Run the tests, several at a time; a worker that a test brings down is replaced. Returns pytest's exit code."""
     record = Record("checks", args)
-    NodeManager.EXIT_TIMEOUT = 1  # on a request to stop, do not wait for workers that cannot
+    # On a request to stop, do not wait for workers that cannot.
+    NodeManager.EXIT_TIMEOUT = 1  # pyright: ignore[reportAttributeAccessIssue]  # declared as the one value 10
     num_workers = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // 2))
     os.environ["MOT_GPU_CHECK_DEVICE"] = args.device
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_workers))

@@ -33,7 +33,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers import HfArgumentParser
 
@@ -216,7 +216,7 @@ def run_part(part: str, args: Arguments, seconds: float, environment: dict[str, 
     words = [str(word) for option in options.items() for word in option]
     ended = run_process([sys.executable, str(PARTS[part]), *words], seconds, folder / "log.txt", environment)
     path = folder / f"{part}.json"
-    record = json.loads(path.read_text()) if path.exists() else {"cases": []}
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cases": []}
     num_tests = len({case["name"] for case in record["cases"]})
     return Outcome(part, ended, record["cases"], max(0, record.get("num_tests", 0) - num_tests))
 
@@ -248,7 +248,7 @@ def run_parts(args: Arguments, environment: dict[str, str], deadline: float) -> 
 
 def main(args: Arguments) -> int:
     """Run the parts, say how they ended, and return the exit code."""
-    deadline = time.monotonic() + args.seconds
+    deadline = time.monotonic() + cast(float, args.seconds)
     if problem := find_gpu(args.device):
         print(problem)
         return NO_GPU

@@ -202,7 +202,8 @@ class Comparison:
     def __init__(self, record: Record, folder: str) -> None:
         self.record, args = record, record.args
         self.comparison, self.training_args = make_arguments(args, folder)
-        self.comparison.source = load_documents(max(MIN_BYTES, args.scaled(NUM_BYTES, step=1)))
+        documents = load_documents(max(MIN_BYTES, args.scaled(NUM_BYTES, step=1)))
+        self.comparison.source = documents  # pyright: ignore[reportAttributeAccessIssue]  # no word on a command line
         self.text = load_text(self.comparison)
         times, evaluation = measure_costs(args, self.comparison, self.training_args, self.text["validation"])
         seconds = {name: timing["seconds"] if args.on_gpu else timing.pop("seconds") for name, timing in times.items()}

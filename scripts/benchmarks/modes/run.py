@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from matplotlib.figure import Figure
@@ -126,7 +126,7 @@ def load_batches(args: Arguments, model_dir: Path, model: MoTPreTrainedModel) ->
 def evaluate_checkpoint(args: Arguments, run: str, step: int) -> dict[str, Any]:
     """Load a checkpoint and evaluate it."""
     model_dir = Path(run) / f"checkpoint-{step}"
-    (architecture,) = AutoConfig.from_pretrained(model_dir).architectures
+    (architecture,) = cast(list[str], AutoConfig.from_pretrained(model_dir).architectures)
     model = getattr(mot_hf, architecture).from_pretrained(model_dir)
     model.to(find_device())
     return {"run": Path(run).name, "step": step, **evaluate(model, *load_batches(args, model_dir, model))}

@@ -14,7 +14,7 @@ The stored results come from models that started with the paper's controllers: `
 import copy
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -57,7 +57,7 @@ class GatherWithMomenta(TrainerCallback):
         for block in blocks:
             block.register_forward_hook(self._update_companions)
 
-    def _update_companions(self, block: nn.Module, inputs: tuple[Tensor, MixingContext], output: Tensor) -> None:
+    def _update_companions(self, block: MoTSparseBlock, inputs: tuple[Tensor, MixingContext], output: Tensor) -> None:
         if block.training:
             statistics, num_tokens = inputs[1].average(block.layer_idx, block.config.group_size)
             for companions in self.companions.values():
@@ -71,7 +71,7 @@ def mot_blocks(model: nn.Module) -> list[MoTSparseBlock]:
 
 def evaluate(trainer: Trainer, mixing: str) -> float:
     """Validation loss in one mixing mode."""
-    trainer.model.set_mixing(inference_mixing=mixing)
+    cast(MoTPreTrainedModel, trainer.model).set_mixing(inference_mixing=mixing)
     return trainer.evaluate()["eval_loss"]
 
 

@@ -26,7 +26,7 @@ import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from matplotlib.axes import Axes
@@ -136,7 +136,7 @@ def take_parameters(model: MoTForCausalLM, dtype: torch.dtype) -> Sequence[Tenso
         return parameters
     copies = [parameter.detach().to(dtype).requires_grad_() for parameter in parameters]
     for copy, parameter in zip(copies, parameters, strict=True):
-        copy.grad = parameter.grad.to(dtype)
+        copy.grad = cast(Tensor, parameter.grad).to(dtype)
     return copies
 
 
@@ -154,8 +154,8 @@ def count_bytes(tensors: Iterable[Any]) -> int:
     parts, memory = [tensor for tensor in tensors if isinstance(tensor, Tensor)], {}
     while parts:
         tensor = parts.pop()
-        if hasattr(tensor, "__tensor_flatten__"):
-            parts += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        if flatten := getattr(tensor, "__tensor_flatten__", None):
+            parts += [getattr(tensor, name) for name in flatten()[0]]
         else:
             storage = tensor.untyped_storage()
             memory[storage.data_ptr()] = storage.nbytes()

@@ -85,7 +85,8 @@ def make_table(runs: list[dict[str, Any]]) -> str:
         cells = []
         for precision in precisions:
             loss, first = losses.get((name, precision)), losses.get((name, precisions[0]))
-            above = "" if precision == precisions[0] or None in (loss, first) else f" ({loss - first:+.4f})"
+            is_first = precision == precisions[0]
+            above = "" if is_first or loss is None or first is None else f" ({loss - first:+.4f})"
             cells.append("" if loss is None else f"{loss:.4f}{above}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

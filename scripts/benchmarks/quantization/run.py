@@ -71,8 +71,8 @@ class Arguments:
 
 def bytes_of(tensor: Tensor) -> int:
     """Bytes of a tensor; a quantized one consists of integers, scales and zero points."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        return sum(bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    if flatten := getattr(tensor, "__tensor_flatten__", None):
+        return sum(bytes_of(getattr(tensor, name)) for name in flatten()[0])
     return tensor.numel() * tensor.element_size()
 
 

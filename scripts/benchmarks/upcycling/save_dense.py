@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from transformers import AutoTokenizer, HfArgumentParser, Qwen3Config, Qwen3ForCausalLM
 
 from mot_hf import MoTConfig, MoTForCausalLM
+from mot_hf.modeling.configuration_mot import find_layers
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Arguments:
 def main(args: Arguments) -> None:
     """Load the model, and save its parameters under the other configuration."""
     model = MoTForCausalLM.from_pretrained(args.model_dir)
-    if "sparse" in model.config.mlp_layer_types:
+    if find_layers(model.config, "sparse"):
         raise ValueError(
             f"`model_dir={args.model_dir!r}` is a model with MoT layers: give one that was trained without."
         )

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mot_hf.training import find_last_checkpoint
 from tests.hub import HubServer
-from tests.scripts.running import REPOSITORY, write_texts
+from tests.scripts.running import REPOSITORY, environment_of, run_python, write_texts
 
 HUB_STRATEGIES = {
     "train_clm": "every_save",
@@ -135,9 +135,9 @@ class TestFeatures:
         flags = ["--push_to_hub", "true", "--hub_strategy", strategy, "--hub_model_id", f"tester/{output}"]
         flags += ["--hub_always_push", "true"]  # else the Trainer leaves out what it saves while it still pushes
         flags += ["--save_strategy", "steps", "--save_steps", "2", "--save_only_model", "false"]
+        command = [str(REPOSITORY / "scripts" / f"{script}.py"), *command_line(folder, script, output), *flags]
         try:
-            with hub.in_this_process():
-                run(folder, script, output, *flags)
+            run_python(folder, *command, environment=environment_of(folder) | hub.environment())
         finally:
             hub.close()
         files = hub.files[f"tester/{output}"]

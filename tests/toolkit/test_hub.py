@@ -29,7 +29,7 @@ from tests import stranger
 from tests.elsewhere import run_elsewhere
 from tests.hub import HubServer
 from tests.models import CODE, tiny_config, trained
-from tests.scripts.running import REPOSITORY, environment_of, run_python, run_script, write_texts
+from tests.scripts.running import REPOSITORY, environment_of, run_python, write_texts
 
 MODEL = CODE | {"config.json", "generation_config.json", "README.md"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -418,16 +418,19 @@ def test_every_head_goes_round(hub: HubServer, tmp_path: Path, tokenizer: PreTra
 
 
 @pytest.mark.slow
-def test_a_training_script_pushes_the_code_with_the_first_weights_and_our_card_last(
-    hub: HubServer, tmp_path: Path
-) -> None:
+def test_a_training_script_pushes_the_code_with_the_first_weights_and_our_card_last(tmp_path: Path) -> None:
     write_texts(tmp_path / "texts", num_words=100)
     tiny = "--hidden_size 32 --num_attention_heads 2 --intermediate_size 64 --num_hidden_layers 2 --group_size 4"
     tiny += " --num_experts 8 --vocab_size 300 --source texts --block_length 16 --max_eval_rows 16 --max_steps 4"
     tiny += " --warmup_steps 0 --per_device_train_batch_size 8 --report_to none --eval_strategy no --save_steps 2"
     tiny += " --push_to_hub true --hub_strategy every_save --hub_model_id tester/clm --hub_always_push true"
     recipe = REPOSITORY / "scripts" / "recipes" / "small_clm.yaml"
-    run_script(tmp_path, "train_clm.py", recipe, "--output_dir", "out", *tiny.split())
+    hub = HubServer()
+    try:
+        command = [REPOSITORY / "scripts" / "train_clm.py", recipe, "--output_dir", "out", *tiny.split()]
+        run_python(tmp_path, *command, environment=environment_of(tmp_path) | hub.environment())
+    finally:
+        hub.close()
     with_weights = [changed for _, changed in hub.commits if "model.safetensors" in changed]
     assert set(with_weights[0]) > CODE
     files = hub.files["tester/clm"]

@@ -164,7 +164,7 @@ def test_an_export_needs_nothing_but_transformers(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "mot")
     result = CliRunner().invoke(app, ["export", str(tmp_path / "mot"), str(tmp_path / "moe")])
     assert result.exit_code == 0, result.output
-    assert f"qwen3_moe model saved in {tmp_path / 'moe'}" in result.output
+    assert f"Qwen3-MoE model saved in {tmp_path / 'moe'}" in result.output
     assert "warning: llama.cpp cannot take it: layers [0, 1] are dense" in result.output
     command = [sys.executable, "-c", GENERATE, str(tmp_path / "moe")]
     completed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -195,9 +195,9 @@ def test_an_export_does_not_hold_the_model_in_memory(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "mot"), str(tmp_path / "moe")]
     completed = subprocess.run(command, capture_output=True, text=True)
     assert completed.returncode == 0, completed.stderr
-    # A layer's experts are 25 MB, the file 305 MB.
+    # A layer's experts are 25 MB, the file 305 MB; 60 MB are needed, and some more on a busy machine.
     assert size > 300e6
-    assert 10e6 < int(completed.stdout) < 70e6
+    assert 10e6 < int(completed.stdout) < 100e6
 
 
 def refuse(folder: Path, match: str, error: type[Exception] = ValueError) -> None:

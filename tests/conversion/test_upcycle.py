@@ -70,6 +70,21 @@ def convert(dense_dir: Path, output_dir: Path, **options: Any) -> Any:
     return upcycle(dense_dir, output_dir, make_batches(5, seed=1), make_batches(2, seed=2), **options)
 
 
+def test_the_precision_is_that_of_calibration_and_comparison_only(tmp_path: Path) -> None:
+    dense = save_dense(tmp_path / "dense")
+    receipts = {name: convert(dense, tmp_path / name, device="cpu", dtype=name) for name in ("auto", "bfloat16")}
+    exact, rough = (load_file(tmp_path / name / "model.safetensors") for name in receipts)
+    assert json.loads((tmp_path / "bfloat16" / "config.json").read_text())["dtype"] == "float32"
+    assert exact.keys() == rough.keys()
+    for name, value in exact.items():
+        assert rough[name].dtype == value.dtype
+        assert torch.equal(rough[name], value) or ".companions." in name
+    assert not torch.equal(*(values["model.layers.3.mlp.companions.mean_input"] for values in (exact, rough)))
+    losses = [receipt.difference.dense_loss for receipt in receipts.values()]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
 @pytest.mark.parametrize("num_experts", [2, 4, 8, 16], ids="{} experts".format)
 @pytest.mark.parametrize(
     "kind", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"max_shard_size": "20KB"}], ids=str

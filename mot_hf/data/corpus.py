@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mot_hf.data.blocks import make_blocks
 from mot_hf.data.default_corpus import default_corpus_files
@@ -141,5 +141,30 @@ def load_groups(
     """
     corpus = DatasetDict(_load_splits(source, [split]))
     rows = make_blocks(corpus, tokenizer, block_length=block_length, group_size=group_size)[split]
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=masked, seed=0)
-    yield from islice(DataLoader(rows, batch_size=group_size, collate_fn=collator, drop_last=True), num_groups)
+    yield from make_batches(rows, tokenizer, group_size, num_groups, masked=masked)
+
+
+def make_batches(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    num_batches: int,
+    *,
+    masked: bool = False,
+    seed: int = 0,
+) -> Iterator[dict[str, Tensor]]:
+    """Makes full batches of the first rows.
+
+    Args:
+        rows (`Dataset`): Rows of equal length, as in a split of [`make_blocks`].
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the model.
+        batch_size (`int`): Rows B of a batch.
+        num_batches (`int`): Batches, at most.
+        masked (`bool`, *optional*, defaults to `False`): Whether to mask 15 % of the tokens and predict those.
+        seed (`int`, *optional*, defaults to 0): Seed of the masks.
+
+    Yields:
+        `dict[str, torch.Tensor]`: `input_ids` and `labels` `[B, T]`.
+    """
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=masked, seed=seed)
+    yield from islice(DataLoader(rows, batch_size=batch_size, collate_fn=collator, drop_last=True), num_batches)

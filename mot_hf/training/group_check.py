@@ -316,22 +316,16 @@ def _cost(num_rows: int, group_size: int) -> str:
     )
 
 
-def _count_shares(args: TrainingArguments, dataloader: Any) -> int:
-    """The number of devices that share one batch of the data loader."""
-    sampler = getattr(dataloader, "batch_sampler", None)
-    num_processes = sampler.num_processes if sampler is not None and getattr(sampler, "split_batches", False) else 1
-    return num_processes * max(1, args.n_gpu)
-
-
 def _count_rows(args: TrainingArguments, state: TrainerState, dataloader: Any) -> tuple[int, int]:
     """The examples of one device's micro-batch, and those of a smaller last one (0 if there is none)."""
-    sampler = getattr(dataloader, "batch_sampler", None)
+    sampler: Any = getattr(dataloader, "batch_sampler", None)
+    num_processes = sampler.num_processes if getattr(sampler, "split_batches", False) else 1
+    num_gpus = max(1, args.n_gpu)
     num_rows = getattr(sampler, "batch_size", None) or cast(int, state.train_batch_size)
-    num_rows //= _count_shares(args, dataloader)
+    num_rows //= num_processes * num_gpus
     dataset = getattr(dataloader, "dataset", None)
     if args.dataloader_drop_last or not hasattr(dataset, "__len__"):
         return num_rows, 0
-    num_gpus = max(1, args.n_gpu)
     num_last = len(dataset) % (num_rows * args.world_size * num_gpus)
     # DataParallel divides also a short batch among its GPUs; without it, a process gets as much of it as it can take.
     return num_rows, min(num_rows, -(-num_last // num_gpus))

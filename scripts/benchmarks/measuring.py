@@ -32,15 +32,6 @@ class Timing:
     relative_time_quartiles: tuple[float, float]
 
 
-def find_device() -> str:
-    """Finds the device for a benchmark without an argument for it.
-
-    Returns:
-        `str`: `"cuda"`, or `"cpu"` without a GPU.
-    """
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def read_clock(device: str) -> float:
     """Reads the clock once the device has finished its work.
 

@@ -1,14 +1,10 @@
 """Rows of text for benchmarks of trained models."""
 
-from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
 from typing import Any
 
-from datasets import Dataset, DatasetDict
-from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+from datasets import DatasetDict
+from transformers import PreTrainedTokenizerBase
 
 from mot_hf.data.blocks import make_blocks
 from mot_hf.data.corpus import load_corpus
@@ -37,32 +33,6 @@ def load_rows(
     """
     corpus = load_corpus(source)
     return DatasetDict(make_blocks(corpus, tokenizer, block_length=block_length, group_size=group_size, seed=seed))
-
-
-def make_batches(
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    num_batches: int,
-    *,
-    masked: bool = False,
-    seed: int = 0,
-) -> Iterator[dict[str, Tensor]]:
-    """Makes full batches of the first rows.
-
-    Args:
-        rows (`Dataset`): A split of [`load_rows`].
-        tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the model.
-        batch_size (`int`): Rows B of a batch.
-        num_batches (`int`): Batches, at most.
-        masked (`bool`, *optional*, defaults to `False`): Whether to mask 15 % of the tokens and predict those.
-        seed (`int`, *optional*, defaults to 0): Seed of the masks.
-
-    Yields:
-        `dict[str, torch.Tensor]`: `input_ids` and `labels` `[B, T]`.
-    """
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=masked, seed=seed)
-    yield from islice(DataLoader(rows, batch_size=batch_size, collate_fn=collator, drop_last=True), num_batches)
 
 
 def describe_corpus(source: str | None) -> str | dict[str, Any]:

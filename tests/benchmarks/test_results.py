@@ -9,12 +9,12 @@ import torch
 from matplotlib.figure import Figure
 
 from mot_hf.data.blocks import make_blocks
-from mot_hf.data.corpus import load_corpus
+from mot_hf.data.corpus import load_corpus, make_batches
 from mot_hf.data.default_corpus import default_corpus_info
 from mot_hf.data.tokenizer import train_tokenizer
 from scripts.benchmarks.measuring import describe_machine
 from scripts.benchmarks.results import describe_arguments, write_json, write_results
-from scripts.benchmarks.rows import describe_corpus, load_rows, make_batches
+from scripts.benchmarks.rows import describe_corpus, load_rows
 
 
 @dataclass

@@ -27,11 +27,12 @@ from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArgu
 
 from mot_hf import MoTPreTrainedModel
 from mot_hf.data.classification import IGNORED, ClassificationArguments, load_classification_data
+from mot_hf.devices import find_device
 from mot_hf.modeling.configuration_mot import find_layers
 from mot_hf.modeling.mixing_mot import MIXING_MODES
 from mot_hf.training import parse_arguments
 from mot_hf.training.classification import compute_metrics, finetune_classification
-from scripts.benchmarks.measuring import describe_machine, find_device
+from scripts.benchmarks.measuring import describe_machine
 from scripts.benchmarks.results import describe_arguments, write_results
 
 METRICS = ("accuracy", "macro_f1")
@@ -120,7 +121,11 @@ def main(args: Arguments) -> None:
     """Compare, and write the results after every model and recipe."""
     data = {recipe: load_classification_data(parse_recipe(recipe, args.models[0])[0]) for recipe in args.recipes}
     results: list[dict[str, Any]] = []
-    record = {"results": results, "arguments": describe_arguments(args), "machine": describe_machine(find_device())}
+    record = {
+        "results": results,
+        "arguments": describe_arguments(args),
+        "machine": describe_machine(str(find_device())),
+    }
     for model, recipe in product(args.models, args.recipes):
         results.append(compare(args, recipe, model, data[recipe]))
         write_results(args.output_dir, "finetuning", record, make_table(results))

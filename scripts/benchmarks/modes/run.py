@@ -32,10 +32,12 @@ from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 import mot_hf
 from mot_hf import MoTPreTrainedModel
 from mot_hf.calibration import calibrate
+from mot_hf.data.corpus import make_batches
+from mot_hf.devices import find_device
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
-from scripts.benchmarks.measuring import describe_machine, find_device
+from scripts.benchmarks.measuring import describe_machine
 from scripts.benchmarks.results import describe_arguments, write_results
-from scripts.benchmarks.rows import describe_corpus, load_rows, make_batches
+from scripts.benchmarks.rows import describe_corpus, load_rows
 
 Batches = list[dict[str, Tensor]]
 
@@ -189,7 +191,7 @@ def main(args: Arguments) -> None:
         "results": results,
         "arguments": describe_arguments(args),
         "corpus": describe_corpus(args.source),
-        "machine": describe_machine(find_device()),
+        "machine": describe_machine(str(find_device())),
     }
     write_results(args.output_dir, "modes", record, make_table(results), draw(results))
     print(make_table(results))

@@ -26,12 +26,13 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import mot_hf  # noqa: F401, registers the models
+from mot_hf.data.corpus import make_batches
 from mot_hf.modeling.mixing_mot import MIXING_MODES
 from mot_hf.reporting.mixing_probe import measure_losses
 from mot_hf.storage.run_log import find_run, series
 from scripts.benchmarks.measuring import describe_machine
 from scripts.benchmarks.results import describe_arguments, write_results
-from scripts.benchmarks.rows import describe_corpus, load_rows, make_batches
+from scripts.benchmarks.rows import describe_corpus, load_rows
 
 
 @dataclass

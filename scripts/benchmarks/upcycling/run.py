@@ -37,10 +37,11 @@ from transformers import (
 )
 
 from mot_hf.conversion.upcycle import load_dense_tokenizer, upcycle
+from mot_hf.data.corpus import make_batches
 from mot_hf.storage.run_log import series
 from scripts.benchmarks.measuring import describe_machine
 from scripts.benchmarks.results import describe_arguments, write_results
-from scripts.benchmarks.rows import describe_corpus, load_rows, make_batches
+from scripts.benchmarks.rows import describe_corpus, load_rows
 
 # What differs from the defaults of `upcycle`; the width of an expert follows from the number of experts.
 STARTS: dict[str, dict[str, Any]] = {

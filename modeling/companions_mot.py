@@ -133,8 +133,9 @@ class MoTCompanions(nn.Module):
     def snapshot(self) -> RunningStatistics:
         """Copies of the running averages, for a backward pass that comes after their next update."""
         expected = self.expected()
-        # Not in an export, which must load where this package's operator is not registered.
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # Not in an export, which must load where this package's operator is not registered. The flag and not
+        # `torch.compiler.is_exporting()`, which torch 2.11 compiles as True.
+        if torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag:
             return RunningStatistics(*torch.ops.mot.snapshot(list(expected)))
         return RunningStatistics(*(value.clone() for value in expected))
 

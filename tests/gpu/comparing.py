@@ -22,10 +22,13 @@ def assert_all_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor
     scales: dict[str, float] = {}
     for name, value in expected.items():
         scales[kind_of(name)] = max(scales.get(kind_of(name), 0.0), value.double().norm().item())
-    for name, value in expected.items():
-        # Where terms cancel, rounding is measured by the other values of its kind.
-        error = relative_error(actual[name], value, scale=0.1 * scales[kind_of(name)])
-        assert error <= tolerance, f"{name}: relative error {error:.2e}"
+    # Where terms cancel, rounding is measured by the other values of their kind.
+    errors = {
+        name: relative_error(actual[name], value, scale=0.1 * scales[kind_of(name)]) for name, value in expected.items()
+    }
+    # All at once: which values are wrong tells the cause.
+    wrong = {name: f"{error:.2e}" for name, error in errors.items() if error > tolerance}
+    assert not wrong, f"relative errors above {tolerance}: {wrong}"
 
 
 def kind_of(name: str) -> str:

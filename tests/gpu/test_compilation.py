@@ -79,18 +79,18 @@ def test_training_is_one_graph(mode: str, padded: bool, experts: str, dtype: str
 
 
 @torch.no_grad()
-def assert_decodes_like_eager(model: MoTForCausalLM, mode: str, **options: Any) -> None:
+def assert_decodes_like_eager(model: MoTForCausalLM, mixing: str, **options: Any) -> None:
     """Decode token by token with a static cache, against one pass over all."""
     compiled = torch.compile(model, fullgraph=True, **options)
     ids = random_ids(2, 12).to(model.device)
-    expected = model(ids, mixing=mode).logits
+    expected = model(ids, mixing=mixing).logits
     cache = StaticCache(config=model.config, max_cache_len=16)
-    model(ids[:, :4], past_key_values=cache, mixing=mode)
+    model(ids[:, :4], past_key_values=cache, mixing=mixing)
     for column in range(4, 12):
         torch.compiler.cudagraph_mark_step_begin()
         position_ids = torch.tensor([[column]], device=model.device)
         step = {"input_ids": ids[:, column, None], "position_ids": position_ids, "past_key_values": cache}
-        logits = compiled(**step, mixing=mode).logits.clone()
+        logits = compiled(**step, mixing=mixing).logits.clone()
         assert relative_error(logits[:, 0], expected[:, column]) <= 1e-4
 
 

@@ -4,7 +4,7 @@ r"""Check and measure on one GPU, in eight minutes, what a CPU cannot show. One 
 
 Four parts, each in its own process and with its own time limit, so that none stops another:
 
-- `checks` (90 s): the tests of `tests/gpu`: the layer against the loops of `tests/naive.py`, compiled training and
+- `checks` (110 s): the tests of `tests/gpu`: the layer against the loops of `tests/naive.py`, compiled training and
   decoding, CUDA graphs, caches, attention and experts implementations, training in bfloat16, saving;
 - `layer` (120 s): one layer against the dense layer, plain einsums and Qwen3-MoE, eager and compiled;
 - `model` (60 s): a training step and generation of whole models against the same;
@@ -56,7 +56,7 @@ class Arguments:
     seconds: float | None = field(
         default=None, metadata={"help": "seconds for everything; by default 480, and 300 on a CPU"}
     )
-    checks_seconds: float = field(default=90.0, metadata={"help": "seconds for part checks, at most"})
+    checks_seconds: float = field(default=110.0, metadata={"help": "seconds for part checks, at most"})
     layer_seconds: float = field(default=120.0, metadata={"help": "seconds for part layer, at most"})
     model_seconds: float = field(default=60.0, metadata={"help": "seconds for part model, at most"})
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"any of {', '.join(PARTS)}"})
@@ -211,7 +211,7 @@ def run_part(part: str, args: Arguments, seconds: float, environment: dict[str, 
         "--scale": args.scale,
         "--deadline": time.time() + seconds - 2 * GRACE,
         "--output_dir": folder,
-        "--command": shlex.join(["python", *sys.argv]),
+        "--command": shlex.join(["python", "-m", "scripts.benchmarks.gpu.run", *sys.argv[1:]]),
     }
     words = [str(word) for option in options.items() for word in option]
     ended = run_process([sys.executable, str(PARTS[part]), *words], seconds, folder / "log.txt", environment)

@@ -70,9 +70,8 @@ setup(
     python_requires=">=3.11",
     install_requires=["filelock>=3.15", "torch>=2.11", "transformers>=5.17,<5.25"],
     extras_require=EXTRAS,
-    packages=[*find_packages(include=["mot_hf", "mot_hf.*"]), "mot_hf.modeling"],
-    py_modules=["mot_cli"],
+    packages=[*find_packages(include=["mot_cli", "mot_hf", "mot_hf.*"]), "mot_hf.modeling"],
     package_dir={"mot_hf": "mot_hf", "mot_hf.modeling": "modeling"},
-    package_data={"mot_hf": ["py.typed"], "mot_hf.reporting": ["templates/*"]},
+    package_data={"mot_hf": ["py.typed", "recipes/*.yaml", "recipes/*/*.yaml"], "mot_hf.reporting": ["templates/*"]},
     entry_points={"console_scripts": ["mot=mot_cli:run"]},
 )

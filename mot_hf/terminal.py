@@ -1,10 +1,11 @@
-"""Makes text from files of others safe to show, so that no character in it controls the terminal."""
+"""What commands print: errors in one line, and other people's text without characters that control the terminal."""
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 _LONGEST = 2000  # characters of a one-line message
 
@@ -71,3 +72,35 @@ def _clean_argument(argument: Any) -> Any:
     text = str(argument)
     cleaned = clean(text)
     return argument if cleaned == text else cleaned
+
+
+@contextmanager
+def report_errors(*, debug: bool = False) -> Iterator[None]:
+    """Ends the process with one line for what the user can mend, and for an interruption.
+
+    Args:
+        debug (`bool`, *optional*, defaults to `False`): Whether to show tracebacks instead.
+
+    Raises:
+        SystemExit: In place of an `OSError`, a `ValueError`, a configuration that is refused, a missing package, or a
+            loss that is not finite (exit code 1), and of a `KeyboardInterrupt` (130).
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        if debug:
+            raise
+        _end(str(interruption) or "interrupted", 130)
+    except Exception as error:
+        from huggingface_hub.errors import StrictDataclassError
+
+        expected = (OSError, ValueError, ModuleNotFoundError, FloatingPointError, StrictDataclassError)
+        if debug or not isinstance(error, expected):
+            raise
+        reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
+        _end(f"error: {one_line(str(reason or error))}", 1)
+
+
+def _end(line: str, code: int) -> NoReturn:
+    sys.stderr.write(f"{line}\n")
+    raise SystemExit(code) from None

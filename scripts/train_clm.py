@@ -2,17 +2,18 @@ r"""Train a causal MoT language model with the stock `Trainer`, from scratch or 
 
 The arguments are those of `TrainingArguments`, plus architecture, text and method. A recipe sets their defaults.
 
-    python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/small_clm
-    python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/small_clm_256 --num_experts 256
+    python scripts/train_clm.py small_clm --output_dir runs/small_clm
+    python scripts/train_clm.py small_clm --output_dir runs/small_clm_256 --num_experts 256
 
 On several GPUs or machines, use a configuration from scripts/accelerate. To resume after an interruption:
 
     accelerate launch --config_file scripts/accelerate/ddp.yaml scripts/train_clm.py \
-        scripts/recipes/medium_32e.yaml --output_dir runs/medium --source my_texts/ --resume_from_checkpoint true
+        medium_32e --output_dir runs/medium --source my_texts/ --resume_from_checkpoint true
 """
 
 from transformers import TrainingArguments
 
+from mot_hf.terminal import report_errors
 from mot_hf.training import (
     CorpusArguments,
     MethodArguments,
@@ -24,5 +25,6 @@ from mot_hf.training import (
 
 if __name__ == "__main__":
     classes = (ModelArguments, CorpusArguments, TrainingArguments, MethodArguments)
-    train_language_model(*parse_arguments(classes), masked=False)
-    end_processes()
+    with report_errors():
+        train_language_model(*parse_arguments(classes), masked=False)
+        end_processes()

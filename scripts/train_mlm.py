@@ -2,17 +2,18 @@ r"""Train a masked (bidirectional) MoT language model with the stock `Trainer`, 
 
 The arguments are those of `TrainingArguments`, plus architecture, text and method. A recipe sets their defaults.
 
-    python scripts/train_mlm.py scripts/recipes/small_mlm.yaml --output_dir runs/small_mlm
-    python scripts/train_mlm.py scripts/recipes/small_mlm.yaml --output_dir runs/small_mlm_256 --num_experts 256
+    python scripts/train_mlm.py small_mlm --output_dir runs/small_mlm
+    python scripts/train_mlm.py small_mlm --output_dir runs/small_mlm_256 --num_experts 256
 
 On several GPUs or machines, use a configuration from scripts/accelerate. To resume after an interruption:
 
     accelerate launch --config_file scripts/accelerate/ddp.yaml scripts/train_mlm.py \
-        scripts/recipes/bert_32e.yaml --output_dir runs/bert --source my_texts/ --resume_from_checkpoint true
+        bert_32e --output_dir runs/bert --source my_texts/ --resume_from_checkpoint true
 """
 
 from transformers import TrainingArguments
 
+from mot_hf.terminal import report_errors
 from mot_hf.training import (
     CorpusArguments,
     MethodArguments,
@@ -24,5 +25,6 @@ from mot_hf.training import (
 
 if __name__ == "__main__":
     classes = (ModelArguments, CorpusArguments, TrainingArguments, MethodArguments)
-    train_language_model(*parse_arguments(classes), masked=True)
-    end_processes()
+    with report_errors():
+        train_language_model(*parse_arguments(classes), masked=True)
+        end_processes()

@@ -34,6 +34,8 @@ _CLASS_TYPES = f"class|bool|u?int\\d+|{_TEXT_TYPES}"
 class ClassificationArguments:
     """The model to fine-tune, and the labelled texts to fine-tune it on."""
 
+    _argument_group_name = "the model and the texts"
+
     model_name_or_path: str = field(metadata={"help": "pretrained model: a folder, or a name on the Hub"})
     task: str = field(default="sequence", metadata={"help": "what the labels belong to: 'sequence' or 'tokens'"})
     source: str | None = field(

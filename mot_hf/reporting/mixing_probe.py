@@ -48,12 +48,14 @@ class ModeLoss(NamedTuple):
         loss (`float`): Nats per predicted token.
         perplexity (`float`): Perplexity.
         bits_per_byte (`float`, *optional*): Bits per byte of predicted text; `None` if the number of bytes is unknown.
+        accuracy (`float`): Share of the predicted tokens that are the most probable ones, from 0 to 1.
     """
 
     mode: str
     loss: float
     perplexity: float
     bits_per_byte: float | None
+    accuracy: float
 
 
 @torch.no_grad()
@@ -127,10 +129,13 @@ def measure_losses(model: MoTPreTrainedModel, batches: Batches, byte_counts: Ten
     num_bytes = None if byte_counts is None else int(byte_counts[torch.cat(predicted).cpu()].sum())
     losses = []
     for mode in MIXING_MODES:
-        total = sum(_mean_loss(model, batch, mode) * len(ids) for batch, ids in zip(batches, predicted, strict=True))
+        total, num_correct = 0.0, 0
+        for batch, ids in zip(batches, predicted, strict=True):
+            loss, correct = _predict(model, batch, mode)
+            total, num_correct = total + loss * len(ids), num_correct + correct
         loss = total / num_tokens
         bits = None if num_bytes is None else bits_per_byte(loss, num_tokens, num_bytes)
-        losses.append(ModeLoss(mode, loss, perplexity(loss), bits))
+        losses.append(ModeLoss(mode, loss, perplexity(loss), bits, num_correct / num_tokens))
     return losses
 
 
@@ -140,7 +145,12 @@ def _predicted_tokens(model: MoTPreTrainedModel, labels: Tensor) -> Tensor:
     return labels[labels != -100]
 
 
-def _mean_loss(model: MoTPreTrainedModel, batch: Mapping[str, Tensor], mode: str) -> float:
+def _predict(model: MoTPreTrainedModel, batch: Mapping[str, Tensor], mode: str) -> tuple[float, int]:
+    """Mean loss of a batch, and how many of its tokens are predicted correctly."""
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     # Without router logits there is no load-balancing loss, which says nothing about how well the text is predicted.
-    return model.eval()(**inputs, mixing=mode, output_router_logits=False).loss.item()
+    outputs = model.eval()(**inputs, mixing=mode, output_router_logits=False)
+    best, labels = outputs.logits.argmax(dim=-1), inputs["labels"]  # [B, T]
+    if model.config.is_causal:
+        best, labels = best[:, :-1], labels[:, 1:]
+    return outputs.loss.item(), int((best == labels).sum())  # no token is -100, the label of what is not predicted

@@ -25,15 +25,17 @@ def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
         OSError: If another process has the lock, or the folder cannot be written to.
     """
     path = Path(folder).resolve() / LOCK_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, blocking=False, is_singleton=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, blocking=False, is_singleton=True)
         lock.acquire()
     except Timeout:
         raise OSError(
             f"The folder {str(folder)!r} is in use: another run or command is writing to it. Wait for it to end, or "
             "choose another folder."
         ) from None
+    except OSError as error:
+        raise OSError(f"The folder {str(folder)!r} cannot be written to ({error.strerror}): choose another.") from None
     try:
         yield
     finally:

@@ -1,12 +1,14 @@
 """Training of MoT models with the stock `Trainer`."""
 
 from mot_hf.storage.checkpoints import find_checkpoint, find_damage, find_last_checkpoint
-from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArguments, parse_arguments
-from mot_hf.training.classification import finetune_classification
+from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArguments
+from mot_hf.training.classification import finetune_and_evaluate, finetune_classification
 from mot_hf.training.group_check import GroupSizeCheck
-from mot_hf.training.language_modeling import train_language_model
+from mot_hf.training.language_modeling import train_language_model, tune_transition
 from mot_hf.training.lora import add_lora
 from mot_hf.training.monitor import MixingMonitor
+from mot_hf.training.parsing import find_recipe, list_recipes, parse_arguments
+from mot_hf.training.plan import RunPlan
 from mot_hf.training.resuming import ResumeCheck
 from mot_hf.training.run import add_callbacks, end_processes, run_training
 from mot_hf.training.safety import DiskSpaceCheck, FiniteCheck
@@ -24,6 +26,7 @@ __all__ = [
     "MixingMonitor",
     "ModelArguments",
     "ResumeCheck",
+    "RunPlan",
     "TransitionTuning",
     "VocabularyCheck",
     "add_callbacks",
@@ -32,8 +35,12 @@ __all__ = [
     "find_checkpoint",
     "find_damage",
     "find_last_checkpoint",
+    "find_recipe",
+    "finetune_and_evaluate",
     "finetune_classification",
+    "list_recipes",
     "parse_arguments",
     "run_training",
     "train_language_model",
+    "tune_transition",
 ]

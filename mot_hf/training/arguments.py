@@ -1,18 +1,13 @@
-"""Arguments of the training scripts, from the command line or a YAML recipe."""
+"""What a training run is told: the model, the text and the method."""
 
+import json
 import logging
-import sys
-from argparse import SUPPRESS
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
-
-import yaml
-from transformers import HfArgumentParser
 
 from mot_hf.data.sources import name_source
 from mot_hf.modeling import MoTConfig
+from mot_hf.modeling.configuration_mot import MixingMode
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +31,18 @@ class GivenArguments:
 class ModelArguments(GivenArguments):
     """Architecture of a new model, or a checkpoint; fields that are not set have the defaults of [`MoTConfig`].
 
-    A checkpoint keeps its architecture: only the fields from `num_experts_per_tok` on can be changed.
+    Every field of the configuration is here, except those that the text and the tokenizer determine. A checkpoint
+    keeps its architecture: only the fields from `num_experts_per_tok` on can be changed.
     """
+
+    _argument_group_name = "the model: a new one, or a checkpoint to train further"
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "checkpoint to train further with its tokenizer, instead of a new model"}
+    )
+    masked: bool | None = field(
+        default=None,
+        metadata={"help": "train a masked (bidirectional) language model; by default, what the checkpoint is"},
     )
     hidden_size: int | None = field(default=None, metadata={"help": "model width D; 512 by default"})
     intermediate_size: int | None = field(
@@ -48,33 +50,77 @@ class ModelArguments(GivenArguments):
     )
     num_hidden_layers: int | None = field(default=None, metadata={"help": "number of blocks; 8 by default"})
     num_attention_heads: int | None = field(default=None, metadata={"help": "number of attention heads; 8 by default"})
+    num_key_value_heads: int | None = field(
+        default=None, metadata={"help": "number of key/value heads; as many as attention heads by default"}
+    )
+    head_dim: int | None = field(
+        default=None, metadata={"help": "width of a head; hidden_size / num_attention_heads by default"}
+    )
+    hidden_act: str | None = field(default=None, metadata={"help": "activation of the gates; silu by default"})
     mlp_layer_types: list[str] | None = field(
         default=None, metadata={"help": "'dense' or 'sparse' (MoT) for each block; by default, the later half is MoT"}
     )
     tie_word_embeddings: bool | None = field(
         default=None, metadata={"help": "whether to tie the output projection to the embedding; false by default"}
     )
+    attention_bias: bool | None = field(
+        default=None, metadata={"help": "whether attention projections have biases; false by default"}
+    )
+    rms_norm_eps: float | None = field(default=None, metadata={"help": "epsilon of the RMS norms; 1e-6 by default"})
+    initializer_range: float | None = field(
+        default=None, metadata={"help": "standard deviation of initial weights; 0.02 by default"}
+    )
     group_size: int | None = field(
         default=None, metadata={"help": "rows G whose tokens are mixed together; 32 by default"}
     )
     num_experts: int | None = field(default=None, metadata={"help": "experts E of each MoT layer; 256 by default"})
+    moe_intermediate_size: int | None = field(
+        default=None,
+        metadata={"help": "width F of an expert; by default, that at which the layer costs as much as a dense one"},
+    )
     router_initializer_range: float | None = field(
         default=None, metadata={"help": "standard deviation of the controllers' initial weights; 0.02 in the paper"}
     )
     num_experts_per_tok: int | None = field(
         default=None, metadata={"help": "experts K per token in modes per_sequence and moe; E / G by default"}
     )
-    mixing: str | None = field(default=None, metadata={"help": "mixing mode for training"})
-    inference_mixing: str | None = field(default=None, metadata={"help": "mixing mode for evaluation and inference"})
+    mixing: MixingMode | None = field(default=None, metadata={"help": "mixing mode for training"})
+    inference_mixing: MixingMode | None = field(
+        default=None, metadata={"help": "mixing mode for evaluation and inference"}
+    )
     norm_topk_prob: bool | None = field(default=None, metadata={"help": "whether mode moe renormalises its K weights"})
     output_router_logits: bool | None = field(
         default=None, metadata={"help": "whether mode moe adds the load-balancing loss"}
     )
     router_aux_loss_coef: float | None = field(default=None, metadata={"help": "weight of the load-balancing loss"})
+    companion_momentum: float | None = field(
+        default=None, metadata={"help": "weight of the newest batch in the running statistics; 0.1 by default"}
+    )
+    attention_dropout: float | None = field(
+        default=None, metadata={"help": "dropout of the attention weights in training; 0 by default"}
+    )
+    max_position_embeddings: int | None = field(
+        default=None, metadata={"help": "longest sequence that the model is meant for; block_length by default"}
+    )
+    rope_parameters: dict | str | None = field(
+        default=None,
+        metadata={"help": 'rotary embedding, such as \'{"rope_type": "default", "rope_theta": 1000000}\''},
+    )
+
+    def __post_init__(self) -> None:
+        """Read `rope_parameters` as they are given on a command line."""
+        if isinstance(self.rope_parameters, str):
+            try:
+                self.rope_parameters = json.loads(self.rope_parameters)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"`rope_parameters={self.rope_parameters!r}` is not JSON ({error}): write it like "
+                    '\'{"rope_type": "default", "rope_theta": 1000000}\'.'
+                ) from None
 
     def config_fields(self) -> dict[str, Any]:
         """The fields of [`MoTConfig`] that are set: for a checkpoint, only those that can be changed."""
-        names = [each.name for each in fields(self) if each.init and each.name != "model_name_or_path"]
+        names = [each.name for each in fields(self) if each.init and each.name not in ("model_name_or_path", "masked")]
         if self.model_name_or_path is not None:
             names = names[names.index("num_experts_per_tok") :]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -111,6 +157,8 @@ class ModelArguments(GivenArguments):
 @dataclass
 class CorpusArguments(GivenArguments):
     """The text, the tokenizer and the rows."""
+
+    _argument_group_name = "the text, the tokenizer and the rows"
 
     source: str | None = field(
         default=None,
@@ -152,6 +200,8 @@ class CorpusArguments(GivenArguments):
 class MethodArguments:
     """What a run does besides training all parameters."""
 
+    _argument_group_name = "the method"
+
     monitor_mixing: bool = field(default=True, metadata={"help": "whether to log statistics of the mixing"})
     transition_share: float | None = field(
         default=None,
@@ -165,44 +215,3 @@ class MethodArguments:
     lora_alpha: int = field(
         default=16, metadata={"help": "scale of the LoRA adapters, which is divided by their rank"}
     )
-
-
-def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Parses `[RECIPE.yaml] [--name value ...]`; the command line takes precedence over the recipe.
-
-    Args:
-        dataclasses (`Sequence[type]`): Dataclasses of the arguments. No two may share a field name.
-        argv (`Sequence[str]`, *optional*): Arguments; by default, those of the process.
-
-    Returns:
-        `tuple`: One instance per dataclass.
-
-    Raises:
-        ValueError: The recipe is not a mapping, or has an unknown argument.
-        OSError: The recipe cannot be read.
-    """
-    parser, recipe = HfArgumentParser(dataclasses), {}
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0].endswith((".yaml", ".yml")):
-        path = Path(arguments.pop(0))
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(recipe, dict):
-            raise ValueError(f"Recipe {str(path)!r} must be a mapping of argument names to values.")
-        known = {action.dest for action in parser._actions}
-        if unknown := sorted(map(str, set(recipe) - known)):
-            raise ValueError(f"Recipe {str(path)!r} has unknown arguments: {', '.join(unknown)}. See `--help`.")
-        parser.set_defaults(**recipe)
-    parsed = parser.parse_args_into_dataclasses(arguments)
-    from_recipe = frozenset(recipe) - _names_given(dataclasses, arguments)
-    for each in parsed:
-        if isinstance(each, GivenArguments):
-            each.from_recipe = from_recipe
-    return parsed
-
-
-def _names_given(dataclasses: Sequence[type], arguments: Sequence[str]) -> set[str]:
-    """The names of the arguments that a command line sets, even if to their defaults."""
-    parser = HfArgumentParser(dataclasses)
-    for action in parser._actions:
-        action.default = SUPPRESS
-    return set(vars(parser.parse_known_args(arguments)[0]))

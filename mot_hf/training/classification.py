@@ -20,10 +20,11 @@ from transformers import (
     set_seed,
 )
 
-from mot_hf.data.classification import IGNORED, encode
+from mot_hf.data.classification import IGNORED, ClassificationArguments, encode, load_classification_data
 from mot_hf.storage.checkpoints import find_checkpoint
 from mot_hf.training.arguments import MethodArguments
 from mot_hf.training.lora import add_lora
+from mot_hf.training.plan import check_length
 from mot_hf.training.resuming import (
     CheckpointDescription,
     check_adapters,
@@ -75,10 +76,39 @@ def finetune_classification(
             "`dataloader_drop_last=True` would drop validation texts too: set it to False. Training texts beyond the "
             "last full batch are dropped anyway."
         )
+    check_length(training_args)
     with lock_run(training_args):
         return _finetune(
             model_name_or_path, data, training_args, method_args or MethodArguments(), text_name, callbacks
         )
+
+
+def finetune_and_evaluate(
+    args: ClassificationArguments, training_args: TrainingArguments, method_args: MethodArguments
+) -> dict[str, float]:
+    """Loads texts, fine-tunes a model on them, evaluates it and writes the metrics to the output folder.
+
+    Args:
+        args ([`ClassificationArguments`]): Model, task and texts.
+        training_args (`TrainingArguments`): Arguments of the stock `Trainer`.
+        method_args ([`MethodArguments`]): Monitoring, early stopping and adapters.
+
+    Returns:
+        `dict[str, float]`: The metrics on the validation split.
+
+    Raises:
+        ValueError: As in [`load_classification_data`] and [`finetune_classification`].
+        OSError: Likewise.
+    """
+    with training_args.main_process_first(desc="reading the texts"):
+        data = load_classification_data(args)
+    trainer = finetune_classification(
+        args.model_name_or_path, data, training_args, method_args, text_name=args.text_name()
+    )
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    return metrics
 
 
 def _finetune(

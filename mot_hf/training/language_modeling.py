@@ -26,6 +26,7 @@ from mot_hf.modeling import MoTConfig, MoTForCausalLM, MoTForMaskedLM
 from mot_hf.storage.checkpoints import find_checkpoint
 from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArguments
 from mot_hf.training.lora import add_lora
+from mot_hf.training.plan import check_length
 from mot_hf.training.resuming import (
     TRANSITION_FIELDS,
     CheckpointDescription,
@@ -65,7 +66,7 @@ def train_language_model(
     training_args: TrainingArguments,
     method_args: MethodArguments | None = None,
     *,
-    masked: bool,
+    masked: bool | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
     """Trains a MoT language model and saves it with its tokenizer in `training_args.output_dir`.
@@ -77,7 +78,8 @@ def train_language_model(
             keeps the order of the rows, in which neighbours in the text are never in the same group. See
             [`find_checkpoint`] for `resume_from_checkpoint`.
         method_args ([`MethodArguments`], *optional*): Monitoring, transition tuning and adapters.
-        masked (`bool`): Whether to train a masked language model instead of a causal one.
+        masked (`bool`, *optional*): Whether to train a masked language model instead of a causal one. By default what
+            `model_args.masked` says, else what the checkpoint is.
         callbacks (`Sequence[TrainerCallback]`, *optional*): Additional callbacks for the trainer.
 
     Returns:
@@ -89,8 +91,47 @@ def train_language_model(
         OSError: Text or model cannot be read, a checkpoint cannot be written, or another run is writing to the folder.
         FloatingPointError: The loss or a parameter is not finite.
     """
+    check_length(training_args)
+    if corpus_args.block_length < 2:
+        raise ValueError(f"`block_length={corpus_args.block_length}` must be at least 2: one token predicts nothing.")
+    masked = _find_masked(model_args, masked)
     with lock_run(training_args):
         return _train(model_args, corpus_args, training_args, method_args or MethodArguments(), masked, callbacks)
+
+
+def tune_transition(
+    model_args: ModelArguments,
+    corpus_args: CorpusArguments,
+    training_args: TrainingArguments,
+    method_args: MethodArguments,
+) -> Trainer:
+    """Trains a finished MoT language model further in mode `moe` (transition tuning), from the first step on.
+
+    Args:
+        model_args ([`ModelArguments`]): The checkpoint.
+        corpus_args ([`CorpusArguments`]): Text and rows.
+        training_args (`TrainingArguments`): Arguments of the stock `Trainer`.
+        method_args ([`MethodArguments`]): Its `transition_share`, if set, is the share of the steps before the switch.
+
+    Returns:
+        `Trainer`: The trainer after training.
+
+    Raises:
+        ValueError: There is no checkpoint, or as in [`train_language_model`].
+    """
+    if not model_args.model_name_or_path:
+        raise ValueError("`model_name_or_path` is not given: set it to the MoT model to tune.")
+    method_args.transition_share = method_args.transition_share or 0.0
+    return train_language_model(model_args, corpus_args, training_args, method_args)
+
+
+def _find_masked(args: ModelArguments, masked: bool | None) -> bool:
+    if None not in (masked, args.masked) and masked != args.masked:
+        raise ValueError(f"`masked={args.masked}` is not what this command trains: use the one for the other kind.")
+    masked = args.masked if masked is None else masked
+    if masked is None and args.model_name_or_path:
+        masked = AutoConfig.from_pretrained(args.model_name_or_path).architectures == ["MoTForMaskedLM"]
+    return bool(masked)
 
 
 def _train(
@@ -169,7 +210,13 @@ def _load_data(
 def _make_config(args: ModelArguments, block_length: int) -> MoTConfig:
     """The model's configuration, except for the fields that depend on the tokenizer."""
     if not args.model_name_or_path:
-        return MoTConfig(**args.config_fields(), max_position_embeddings=block_length)
+        config = MoTConfig(**{"max_position_embeddings": block_length, **args.config_fields()})
+        if config.max_position_embeddings < block_length:
+            raise ValueError(
+                f"`max_position_embeddings={config.max_position_embeddings}` is less than "
+                f"`block_length={block_length}`: the rows would be longer than the model is meant for."
+            )
+        return config
     config: Any = AutoConfig.from_pretrained(args.model_name_or_path, **args.config_fields())
     if config.model_type != MoTConfig.model_type:
         raise ValueError(

@@ -17,6 +17,7 @@ from mot_hf.training.continuation import continue_run, settle_run
 from mot_hf.training.final_save import remove_unfinished, save_run, save_whole
 from mot_hf.training.group_check import GroupSizeCheck
 from mot_hf.training.monitor import MixingMonitor
+from mot_hf.training.plan import RunPlan, describe_interruption
 from mot_hf.training.resuming import ResumeCheck
 from mot_hf.training.safety import DiskSpaceCheck, FiniteCheck, explain_failures
 from mot_hf.training.statistics import CompanionSynchronization
@@ -36,7 +37,7 @@ def add_callbacks(trainer: Trainer, args: MethodArguments | None = None) -> None
     """
     args = args or MethodArguments()
     checks = (VocabularyCheck(), GroupSizeCheck(), FiniteCheck(), DiskSpaceCheck(), ResumeCheck())
-    for callback in (*checks, CompanionSynchronization()):
+    for callback in (*checks, CompanionSynchronization(), RunPlan()):
         trainer.add_callback(callback)
     if args.monitor_mixing:
         trainer.add_callback(MixingMonitor(trainer))
@@ -80,6 +81,7 @@ def run_training(trainer: Trainer, checkpoint: str | None, text_name: str | None
         OSError: A file could not be written (earlier checkpoints are kept), or another run is writing to the folder.
         ValueError: The checkpoint is damaged.
         FloatingPointError: The loss or a parameter is not finite.
+        KeyboardInterrupt: The run was interrupted. The message says how to go on.
     """
     # PEFT writes its own card for adapters, and they need no model code.
     describes_model = isinstance(trainer.model, MoTPreTrainedModel) and trainer.is_world_process_zero()
@@ -92,7 +94,10 @@ def run_training(trainer: Trainer, checkpoint: str | None, text_name: str | None
                 trainer.create_model_card = lambda *args, **kwargs: None
             save_whole(trainer)
             start = continue_run(trainer, checkpoint)
-            trainer.train(resume_from_checkpoint=checkpoint)
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(describe_interruption(trainer)) from None
             if trainer.is_fsdp_enabled:  # checkpoints may be sharded, but the final model must load anywhere
                 plugin = cast(FullyShardedDataParallelPlugin, trainer.accelerator.state.fsdp_plugin)
                 plugin.set_state_dict_type("FULL_STATE_DICT")

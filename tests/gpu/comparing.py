@@ -24,7 +24,8 @@ def assert_all_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor
         scales[kind_of(name)] = max(scales.get(kind_of(name), 0.0), value.double().norm().item())
     # Where terms cancel, rounding is measured by the other values of their kind.
     errors = {
-        name: relative_error(actual[name], value, scale=0.1 * scales[kind_of(name)]) for name, value in expected.items()
+        name: relative_error(actual[name], value, scale=0.1 * scales[kind_of(name)])
+        for name, value in expected.items()
     }
     # All at once: which values are wrong tells the cause.
     wrong = {name: f"{error:.2e}" for name, error in errors.items() if error > tolerance}

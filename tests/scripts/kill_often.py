@@ -36,7 +36,7 @@ RESUME = ["--resume_from_checkpoint", "true"]
 
 
 def arguments(run: str, max_steps: int) -> list[str]:
-    recipe = str(REPOSITORY / "scripts" / "recipes" / "small_clm.yaml")
+    recipe = str(REPOSITORY / "mot_hf" / "recipes" / "small_clm.yaml")
     steps = ["--max_steps", str(max_steps), "--lr_scheduler_type", "constant"]
     return [recipe, "--output_dir", run, "--source", "texts", *TINY, *SHORT, *SAVING, *steps]
 

@@ -14,7 +14,7 @@ import pytest
 from mot_hf.training import find_last_checkpoint
 from tests.scripts.running import REPOSITORY, environment_of, run_script, write_texts
 
-RECIPE = str(REPOSITORY / "scripts" / "recipes" / "small_clm.yaml")
+RECIPE = str(REPOSITORY / "mot_hf" / "recipes" / "small_clm.yaml")
 TINY = ["--hidden_size", "32", "--num_attention_heads", "2", "--intermediate_size", "64", "--num_hidden_layers", "2"]
 SHORT = ["--max_steps", "8", "--warmup_steps", "1", "--block_length", "16"]
 SAVING = ["--save_steps", "2", "--save_only_model", "false", "--logging_steps", "1", "--eval_strategy", "no"]
@@ -122,11 +122,11 @@ def test_an_interrupted_download_is_explained(folder: Path, url: str, streaming:
     environment = environment_of(folder) | {"HF_HUB_OFFLINE": "0", "FSSPEC_HTTP": '{"block_size": 65536}'}
     broken = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert broken.returncode == 1
-    last_line = [line for line in broken.stderr.splitlines() if line.startswith("OSError: ")][-1]
+    last_line = [line for line in broken.stderr.splitlines() if line.startswith("error: ")][-1]
     if streaming == "false":
-        assert last_line.startswith(f"OSError: The download of `source='{url}'` was interrupted: check the network")
+        assert last_line.startswith(f"error: The download of `source='{url}'` was interrupted: check the network")
     else:
-        assert last_line.startswith("OSError: Reading the text was interrupted")
+        assert last_line.startswith("error: Reading the text was interrupted")
         assert (
             f"The last good checkpoint is download_true/{Path(find_last_checkpoint(folder / 'download_true')).name}"
             in (last_line)

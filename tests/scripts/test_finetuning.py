@@ -13,7 +13,7 @@ from mot_hf.training import parse_arguments
 from tests.models import tiny_config
 from tests.scripts.running import REPOSITORY, run_script
 
-RECIPES = REPOSITORY / "scripts" / "recipes" / "finetune"
+RECIPES = REPOSITORY / "mot_hf" / "recipes" / "finetune"
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from tests.models import companions_of
 from tests.scripts.running import REPOSITORY, run_script
 
-RECIPES = REPOSITORY / "scripts" / "recipes"
+RECIPES = REPOSITORY / "mot_hf" / "recipes"
 TINY = ["--hidden_size", "32", "--num_attention_heads", "2", "--intermediate_size", "64", "--num_hidden_layers", "2"]
 # Cutting the whole standard library into rows takes longer than all else.
 SOURCE = ["--source", str(REPOSITORY / "[mt]*" / "**" / "*.py")]

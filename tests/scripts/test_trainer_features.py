@@ -24,7 +24,7 @@ HUB_STRATEGIES = {
     "finetune_classification": "checkpoint",
 }
 SCRIPTS = list(HUB_STRATEGIES)
-RECIPES = REPOSITORY / "scripts" / "recipes"
+RECIPES = REPOSITORY / "mot_hf" / "recipes"
 TINY = ["--hidden_size", "32", "--num_attention_heads", "2", "--intermediate_size", "64", "--num_hidden_layers", "2"]
 TINY += ["--group_size", "4", "--num_experts", "8", "--vocab_size", "262"]
 TEXT = ["--source", "texts", "--block_length", "16", "--max_eval_rows", "16"]
@@ -180,6 +180,7 @@ def test_transition_tuning_leaves_a_model_that_answers_in_mode_moe(folder: Path)
     assert steps == [0, 2, 4]
 
 
-def test_transition_tuning_needs_a_model(folder: Path) -> None:
-    with pytest.raises(ValueError, match="`model_name_or_path` is not given"):
+def test_transition_tuning_needs_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
         run(folder, "transition_tune", "none", "--model_name_or_path", "")
+    assert "error: `model_name_or_path` is not given: set it" in capsys.readouterr().err

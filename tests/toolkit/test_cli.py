@@ -142,7 +142,9 @@ def test_an_error_is_one_line_without_control_characters(
 def test_a_missing_extra_is_named_before_anything_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mot_cli.find_spec", lambda name: None if name in ("matplotlib", "datasets") else name)
+    monkeypatch.setattr(
+        "mot_cli.application.find_spec", lambda name: None if name in ("matplotlib", "datasets") else name
+    )
     error = fail(["report", str(tmp_path / "absent")], monkeypatch, capsys)
     assert error == (
         'error: `mot report` needs datasets, matplotlib, not installed here: pip install "mot_hf[train,report]"\n'

@@ -424,7 +424,7 @@ def test_a_training_script_pushes_the_code_with_the_first_weights_and_our_card_l
     tiny += " --num_experts 8 --vocab_size 300 --source texts --block_length 16 --max_eval_rows 16 --max_steps 4"
     tiny += " --warmup_steps 0 --per_device_train_batch_size 8 --report_to none --eval_strategy no --save_steps 2"
     tiny += " --push_to_hub true --hub_strategy every_save --hub_model_id tester/clm --hub_always_push true"
-    recipe = REPOSITORY / "scripts" / "recipes" / "small_clm.yaml"
+    recipe = REPOSITORY / "mot_hf" / "recipes" / "small_clm.yaml"
     hub = HubServer()
     try:
         command = [REPOSITORY / "scripts" / "train_clm.py", recipe, "--output_dir", "out", *tiny.split()]

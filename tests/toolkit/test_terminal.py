@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mot_hf.terminal import clean, clean_messages, one_line
+from mot_hf import MoTConfig
+from mot_hf.terminal import clean, clean_messages, one_line, report_errors
 
 EVIL = "\x1b]0;owned\x07\x9b2J\x7f\u202e"
 SHOWN = r"\x1b]0;owned\x07\x9b2J\x7f\u202e"
@@ -58,3 +59,34 @@ def test_warnings_are_cleaned() -> None:
         text = warnings.formatwarning(EVIL, UserWarning, EVIL, 1, EVIL)
     assert text == f"{SHOWN}:1: UserWarning: {SHOWN}\n  {SHOWN}\n"
     assert EVIL in warnings.formatwarning(EVIL, UserWarning, "x", 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("`block_length=1`\nis too small"), 1, "error: `block_length=1` is too small\n"),
+        (FileNotFoundError("no such file"), 1, "error: no such file\n"),
+        (FloatingPointError("the loss is not finite"), 1, "error: the loss is not finite\n"),
+        (KeyboardInterrupt("interrupted at step 3 of 9: repeat"), 130, "interrupted at step 3 of 9: repeat\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_what_the_user_can_mend_ends_in_one_line(
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=str(code)), report_errors():
+        raise error
+    assert capsys.readouterr().err == line
+    with pytest.raises(type(error)), report_errors(debug=True):
+        raise error
+
+
+def test_a_refused_configuration_is_told_by_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), report_errors():
+        MoTConfig(group_size=1)
+    assert capsys.readouterr().err.startswith("error: `group_size` must be at least 2, got 1")
+
+
+def test_a_fault_of_our_own_keeps_its_traceback() -> None:
+    with pytest.raises(TypeError), report_errors():
+        raise TypeError("a bug")

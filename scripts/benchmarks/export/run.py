@@ -3,7 +3,7 @@ r"""Compare exported models with the originals: logits, loss, text, size and tim
 Writes export.json. The stored results, from runs of benchmarks/transition and a run with MoT layers only, as llama.cpp
 needs:
 
-    python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/sparse_256 --num_experts 256 \
+    python scripts/train_clm.py small_clm --output_dir runs/sparse_256 --num_experts 256 \
         --mlp_layer_types sparse sparse sparse sparse --transition_share 0.8 --max_steps 400
     python -m scripts.benchmarks.export.run --output_dir scripts/benchmarks/export/results \
         --models runs/tuned_256 runs/tuned runs/sparse_256 \

@@ -5,10 +5,10 @@ grid is the same for all models. The other seeds use this rate. MoT models are t
 evaluated in every mode; mode per_sequence decides on the learning rate. Writes `finetuning.md` and `finetuning.json`
 to the output folder. The stored results (`benchmarks/modes` says how the MoT models were trained):
 
-    python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/dense \
+    python scripts/train_clm.py small_clm --output_dir runs/dense \
         --mlp_layer_types dense dense dense dense
     python -m scripts.benchmarks.finetuning.run --models runs/clm32 runs/dense runs/clm256 \
-        --recipes scripts/recipes/finetune/sequence.yaml scripts/recipes/finetune/tokens.yaml \
+        --recipes finetune/sequence finetune/tokens \
         --output_dir scripts/benchmarks/finetuning/results
 
 The stored results come from models that started with the paper's controllers: `--router_initializer_range 0.02`.

@@ -6,10 +6,10 @@ per_sequence after exact calibration, and mode moe without tuning. All on the sa
 overlap. Writes `modes.md`, `modes.png` and `modes.json` to the output folder. The stored results:
 
     KEEP="--save_steps 1000 --save_total_limit 8"
-    python scripts/train_clm.py scripts/recipes/small_clm.yaml $KEEP --output_dir runs/clm32
-    python scripts/train_clm.py scripts/recipes/small_clm.yaml $KEEP --output_dir runs/clm256 --num_experts 256
-    python scripts/train_mlm.py scripts/recipes/small_mlm.yaml $KEEP --output_dir runs/mlm32
-    python scripts/train_mlm.py scripts/recipes/small_mlm.yaml $KEEP --output_dir runs/mlm256 --num_experts 256
+    python scripts/train_clm.py small_clm $KEEP --output_dir runs/clm32
+    python scripts/train_clm.py small_clm $KEEP --output_dir runs/clm256 --num_experts 256
+    python scripts/train_mlm.py small_mlm $KEEP --output_dir runs/mlm32
+    python scripts/train_mlm.py small_mlm $KEEP --output_dir runs/mlm256 --num_experts 256
     python -m scripts.benchmarks.modes.run --runs runs/clm32 runs/clm256 runs/mlm32 runs/mlm256 \
         --output_dir scripts/benchmarks/modes/results
 

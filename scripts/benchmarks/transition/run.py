@@ -3,10 +3,10 @@ r"""Compare transition tuning with the untuned run and with token choice from sc
 All runs have the same number of steps. First, for E = G = 32 (and the same with --num_experts 256, where all runs keep
 norm_topk_prob at its default, true):
 
-    python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/untuned
-    python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/tuned \
+    python scripts/train_clm.py small_clm --output_dir runs/untuned
+    python scripts/train_clm.py small_clm --output_dir runs/tuned \
         --transition_share 0.9 --eval_steps 25 --norm_topk_prob false
-    python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/scratch --mixing moe \
+    python scripts/train_clm.py small_clm --output_dir runs/scratch --mixing moe \
         --inference_mixing moe --output_router_logits true --norm_topk_prob false
 
 Writes transition.json, transition.md and transition.png. The stored results, with runs named UNTUNED:TUNED:SCRATCH:

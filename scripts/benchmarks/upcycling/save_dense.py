@@ -2,7 +2,7 @@ r"""Save a model that was trained without MoT layers as a dense Qwen3 model.
 
 Makes the dense models of `benchmarks/upcycling`, with the recipes of the MoT models that they are compared with:
 
-    python scripts/train_clm.py scripts/recipes/small_clm.yaml --output_dir runs/dense \
+    python scripts/train_clm.py small_clm --output_dir runs/dense \
         --mlp_layer_types dense dense dense dense
     python -m scripts.benchmarks.upcycling.save_dense --model_dir runs/dense --output_dir runs/qwen3
 """

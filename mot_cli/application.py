@@ -1,10 +1,8 @@
-"""The `mot` command.
-
-It lies outside `mot_hf`, which takes seconds to import: it registers the models, and so loads torch and transformers.
-The commands import what they need when they run.
-"""
+"""The application, and the commands that read, write and convert checkpoints."""
 
 import importlib
+import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -35,7 +33,12 @@ Dtype = Annotated[
     typer.Option(help="Precision to compute in; auto takes that of the checkpoint."),
 ]
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Tools for Mixture of Tokens models.")
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Tools for Mixture of Tokens models. With --debug, errors come with a traceback.",
+)
 
 
 @app.callback()
@@ -98,13 +101,13 @@ def calibrate(
 
     num_left_out = calibrate_folder(
         model_dir,
-        lambda model, tokenizer: _load_groups(model, tokenizer, source, "train", block_length, num_batches),
+        lambda model, tokenizer: load_groups(model, tokenizer, source, "train", block_length, num_batches),
         output_dir=output_dir,
         device=device,
         dtype=dtype,
     )
     left_out = f"; {num_left_out} batches with statistics that are not finite were left out" if num_left_out else ""
-    _say(f"calibrated model saved in {output_dir or model_dir}{left_out}")
+    say(f"calibrated model saved in {output_dir or model_dir}{left_out}")
 
 
 @command("train", "report")
@@ -133,10 +136,10 @@ def report(
     run = find_run(run_dir)
     model, tokenizer = open_model(run.model_dir, device=device, dtype=dtype)
     block_length = block_length or min(128, model.config.max_position_embeddings)
-    batches = _load_groups(model, tokenizer, source, "validation", block_length, num_batches)
+    batches = load_groups(model, tokenizer, source, "validation", block_length, num_batches)
     output = output or run_dir / "report.html"
     write_report(run, model, tokenizer, list(batches), output, text_name=name_source(source))
-    _say(f"report written to {output}")
+    say(f"report written to {output}")
 
 
 @command("report")
@@ -157,7 +160,7 @@ def card(
     from mot_hf.reporting.card import write_card
 
     facts = {"text_name": text_name, "license": license, "base_model": base_model}
-    _say(f"model card written to {write_card(model_dir, output=output, force=force, **facts)}")
+    say(f"model card written to {write_card(model_dir, output=output, force=force, **facts)}")
 
 
 @command("report")
@@ -172,7 +175,7 @@ def push(
     from mot_hf.hub import push_model
 
     address = push_model(model_dir, repo_id, private=private, revision=revision, message=message)
-    _say(f"model uploaded to {address}")
+    say(f"model uploaded to {address}")
 
 
 @command()
@@ -198,9 +201,9 @@ def export(
         raise ValueError(
             f"{error} {_describe_losses(model_dir, source, device, dtype)} --force exports it as it is."
         ) from None
-    _say(f"Qwen3-MoE model saved in {output_dir}")
+    say(f"Qwen3-MoE model saved in {output_dir}")
     for limit in find_limits(config):
-        _say(f"warning: {limit}", err=True)
+        say(f"warning: {limit}", err=True)
 
 
 def _describe_losses(model_dir: Path, source: str | None, device: str | None, dtype: str) -> str:
@@ -214,7 +217,7 @@ def _describe_losses(model_dir: Path, source: str | None, device: str | None, dt
     except (ModuleNotFoundError, ValueError) as error:
         return f"Its loss cannot be measured: {error}"
     block_length = min(128, model.config.max_position_embeddings)
-    batches = list(_load_groups(model, tokenizer, source, "validation", block_length, 16))
+    batches = list(load_groups(model, tokenizer, source, "validation", block_length, 16))
     if not batches:
         return f"The text has fewer than {model.config.group_size} rows, too few to measure its loss on."
     losses = {measured.mode: measured.loss for measured in measure_losses(model, batches)}
@@ -271,7 +274,7 @@ def upcycle(
         device=device,
         dtype=dtype,
     )
-    _say(f"{receipt}\nMoT model saved in {output_dir}; train it further before you use it")
+    say(f"{receipt}\nMoT model saved in {output_dir}; train it further before you use it")
 
 
 @command(
@@ -295,7 +298,7 @@ def serve(context: typer.Context) -> None:
     transformers_app(["serve", *context.args], prog_name="mot")
 
 
-def _load_groups(
+def load_groups(
     model: "MoTPreTrainedModel",
     tokenizer: "PreTrainedTokenizerFast",
     source: str | None,
@@ -304,9 +307,9 @@ def _load_groups(
     num_groups: int,
 ) -> "Iterator[dict[str, Tensor]]":
     """Groups of rows for a language model, masked if it is a masked one."""
-    from mot_hf.data.corpus import load_groups
+    from mot_hf.data import corpus
 
-    return load_groups(
+    return corpus.load_groups(
         tokenizer,
         source,
         split,
@@ -317,28 +320,50 @@ def _load_groups(
     )
 
 
-def _say(text: str, *, err: bool = False) -> None:
+def say(text: str, *, err: bool = False) -> None:
     """Print text that may contain something from other people's files."""
     from mot_hf.terminal import clean
 
     typer.echo(clean(text), err=err)
 
 
+def print_result(rows: "list[dict[str, Any]] | dict[str, Any]", as_json: bool) -> None:
+    """Print rows of values as a table, or anything as JSON."""
+    if as_json or isinstance(rows, dict):
+        say(json.dumps(rows, indent=2))
+        return
+    cells = [[_format(value) for value in row.values()] for row in rows]
+    names = [name.replace("_", " ") for name in rows[0]]
+    widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+    for row in (names, *cells):
+        say("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _format(value: object) -> str:
+    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
 def run() -> None:
-    """Runs the command; what the user can fix is reported in one line, without a traceback."""
+    """Runs the command; what the user can fix is reported in one line, or with `--debug` as a traceback."""
+    _silence_libraries()
+    arguments = sys.argv[1:]
+    # `--debug` with a value is an argument of the `Trainer`.
+    debug = any(
+        word == "--debug" and (place + 1 == len(arguments) or arguments[place + 1].startswith("-"))
+        for place, word in enumerate(arguments)
+    )
+    if debug:
+        arguments.remove("--debug")
     try:
-        app()
-    except Exception as error:
-        from huggingface_hub.errors import StrictDataclassError
+        app(arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        from mot_hf.terminal import report_errors
 
-        from mot_hf.terminal import one_line
-
-        if not isinstance(error, OSError | ValueError | ModuleNotFoundError | StrictDataclassError):
-            raise
-        reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
-        typer.echo(f"error: {one_line(str(reason or error))}", err=True)
-        raise SystemExit(1) from None
+        with report_errors(debug=debug):
+            raise error
 
 
-if __name__ == "__main__":
-    run()
+def _silence_libraries() -> None:
+    """Keep libraries from saying what does not concern the command, such as which kernels of torchao are missing."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,10 @@
+"""The `mot` command.
+
+It lies outside `mot_hf`, which takes seconds to import: it registers the models, and so loads torch and transformers.
+The commands import what they need when they run.
+"""
+
+from mot_cli import training, use
+from mot_cli.application import EXTRAS, app, run
+
+__all__ = ["EXTRAS", "app", "run", "training", "use"]

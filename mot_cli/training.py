@@ -1,0 +1,73 @@
+"""The commands that train: they take the arguments of `TrainingArguments` too, and recipes."""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from mot_cli.application import command, print_result, say
+
+# The arguments, and --help, are those of the parser of recipes.
+_PASSED_ON: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    "add_help_option": False,
+}
+
+
+@command("train", **_PASSED_ON)
+def train(context: typer.Context) -> None:
+    """Train a language model: `mot train small_clm --source my_texts/`. Takes a recipe and `--name value`.
+
+    Needs the extra `train`.
+    """
+    from mot_hf.training import CorpusArguments, MethodArguments, ModelArguments, train_language_model
+
+    _train(context, [ModelArguments, CorpusArguments], MethodArguments, train_language_model)
+
+
+@command("train", **_PASSED_ON)
+def transition(context: typer.Context) -> None:
+    """Tune a trained model in mode `moe`: `mot transition transition --model_name_or_path RUN`.
+
+    Needs the extra `train`.
+    """
+    from mot_hf.training import CorpusArguments, MethodArguments, ModelArguments, tune_transition
+
+    _train(context, [ModelArguments, CorpusArguments], MethodArguments, tune_transition)
+
+
+@command("train", **_PASSED_ON)
+def finetune(context: typer.Context) -> None:
+    """Fine-tune a model to classify: `mot finetune finetune/sequence --model_name_or_path RUN --source rows.jsonl`.
+
+    Needs the extra `train`.
+    """
+    from mot_hf.data.classification import ClassificationArguments
+    from mot_hf.training import MethodArguments, finetune_and_evaluate
+
+    _train(context, [ClassificationArguments], MethodArguments, finetune_and_evaluate)
+
+
+def _train(context: typer.Context, own: Sequence[type], method: type, work: Callable[..., Any]) -> None:
+    from transformers import TrainingArguments
+
+    from mot_hf.training import end_processes, parse_arguments
+
+    description = " ".join((context.command.help or "").split())
+    arguments = parse_arguments(
+        [*own, method, TrainingArguments], context.args, prog=f"mot {context.info_name}", description=description
+    )
+    *own_arguments, method_arguments, training_arguments = arguments
+    work(*own_arguments, training_arguments, method_arguments)
+    say(f"model saved in {training_arguments.output_dir}")
+    end_processes()
+
+
+@command("train")
+def recipes(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """List the recipes that the package contains, with the sizes of their models. Needs the extra `train`."""
+    from mot_hf.training.recipes import describe_recipes
+
+    print_result([recipe._asdict() for recipe in describe_recipes()], as_json)

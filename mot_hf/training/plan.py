@@ -1,0 +1,117 @@
+"""Says how much a run trains, how long it takes, and how to go on after an interruption."""
+
+import logging
+import time
+from collections.abc import Sized
+from datetime import timedelta
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mot_hf.storage.checkpoints import find_last_checkpoint
+
+logger = logging.getLogger(__name__)
+
+# The first step also loads and compiles; the time is measured over the steps after it.
+_WARM_STEPS = 1
+_TIMED_STEPS = 10
+_TIMED_SECONDS = 30.0
+
+
+class RunPlan(TrainerCallback):
+    """Says at the start what a run trains on, and after some steps how long it takes.
+
+    The amount of text counts all columns of the first row as tokens. The time does not include evaluations.
+    """
+
+    def __init__(self) -> None:
+        self._start: tuple[int, float] | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Describe the run. As a warning: lower levels are not shown by default."""
+        self._first, self._start = state.global_step, None
+        if not state.is_world_process_zero or state.global_step >= state.max_steps:
+            return
+        num_rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        logger.warning(
+            "Training %s%d steps of %d rows; %s.",
+            _describe_rows(getattr(train_dataloader, "dataset", None), num_rows * state.max_steps),
+            state.max_steps,
+            num_rows,
+            _describe_warmup(args.get_warmup_steps(state.max_steps), state.max_steps),
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the first steps, once."""
+        if self._start is None and state.global_step == self._first + _WARM_STEPS:
+            self._start = state.global_step, time.monotonic()
+        if self._start is None or self._start[0] < 0:
+            return
+        num_steps, seconds = state.global_step - self._start[0], time.monotonic() - self._start[1]
+        num_left = state.max_steps - state.global_step
+        if num_steps and (num_steps >= _TIMED_STEPS or seconds >= _TIMED_SECONDS):
+            self._start = -1, 0.0
+            if state.is_world_process_zero and num_left > _TIMED_STEPS:
+                left = timedelta(seconds=round(num_left * seconds / num_steps))
+                logger.warning("The other %d steps take about %s, without evaluations.", num_left, left)
+
+
+def _describe_rows(dataset: object, num_trained: int) -> str:
+    if not isinstance(dataset, Sized) or not len(dataset):
+        return ""
+    first = dataset[0]  # pyright: ignore[reportIndexIssue]  # a data set with a length has rows by number
+    num_columns = len(first["input_ids"]) if "input_ids" in first else 0
+    size = f" of {num_columns} tokens ({len(dataset) * num_columns:,} in all)" if num_columns else ""
+    return f"on {len(dataset):,} rows{size}, {num_trained / len(dataset):.2g} times each: "
+
+
+def _describe_warmup(num_steps: int, max_steps: int) -> str:
+    if num_steps >= max_steps:
+        return f"the learning rate rises until the end (`warmup_steps` are {num_steps}): give a share, such as 0.05"
+    return f"the learning rate rises during the first {num_steps}"
+
+
+def check_length(args: TrainingArguments) -> None:
+    """Refuses a run without steps.
+
+    Args:
+        args (`TrainingArguments`): Arguments of the `Trainer`.
+
+    Raises:
+        ValueError: `max_steps` is 0 or negative, or, if it is not set, `num_train_epochs` is.
+    """
+    if args.max_steps == 0 or args.max_steps < -1:
+        raise ValueError(f"`max_steps={args.max_steps}` must be at least 1, or -1 to count epochs.")
+    if args.max_steps == -1 and args.num_train_epochs <= 0:
+        raise ValueError(f"`num_train_epochs={args.num_train_epochs:g}` must be greater than 0.")
+
+
+def describe_interruption(trainer: Trainer) -> str:
+    """Says where a run was interrupted and how to go on.
+
+    Args:
+        trainer (`Trainer`): The trainer.
+
+    Returns:
+        `str`: One line.
+    """
+    state = trainer.state
+    last = find_last_checkpoint(str(trainer.args.output_dir))
+    advice = (
+        f"repeat the command with --resume_from_checkpoint true to go on from {last}"
+        if last
+        else "there is no checkpoint yet, so repeat the command to start again"
+    )
+    return f"interrupted at step {state.global_step} of {state.max_steps}: {advice}"
+
+
+__all__ = ["RunPlan", "check_length", "describe_interruption"]

@@ -131,8 +131,9 @@ class MoTConfig(PreTrainedConfig):
         num_experts_per_tok (`int`, *optional*):
             Number K of experts run for one token in modes `per_sequence` and `moe`, from 1 to `num_experts`. Defaults
             to `max(1, num_experts // group_size)`, which takes as many FLOPs as training.
-        norm_topk_prob (`bool`, *optional*, defaults to `True`):
-            Whether mode `moe` renormalises the weights of the K selected experts to sum to 1.
+        norm_topk_prob (`bool`, *optional*):
+            Whether mode `moe` renormalises the weights of the K selected experts to sum to 1. Defaults to `True` where
+            K is at least 2. A single expert's weight would always be 1, and the loss would not train the controllers.
         output_router_logits (`bool`, *optional*, defaults to `False`):
             Whether to return the controllers' logits and, in mode `moe`, to add the load-balancing loss to the loss.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.01):
@@ -196,7 +197,7 @@ class MoTConfig(PreTrainedConfig):
     num_experts: int = 256
     moe_intermediate_size: int | None = None
     num_experts_per_tok: int | None = None
-    norm_topk_prob: bool = True
+    norm_topk_prob: bool | None = None
     output_router_logits: bool = False
     router_aux_loss_coef: float | int = 0.01
     mixing: MixingMode = "cross_example"
@@ -214,12 +215,9 @@ class MoTConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = _whole(self.hidden_size, self.num_attention_heads)
-        if self.moe_intermediate_size is None:
-            self.moe_intermediate_size = _whole(self.intermediate_size * self.group_size, self.num_experts)
+        self._derive_experts()
         if self.router_initializer_range is None:
             self.router_initializer_range = 2 / sqrt(max(1, self.hidden_size))
-        if self.num_experts_per_tok is None:
-            self.num_experts_per_tok = max(1, self.num_experts // max(1, self.group_size))
         if self.mlp_layer_types is None:
             num_dense = self.num_hidden_layers // 2
             self.mlp_layer_types = ["dense"] * num_dense + ["sparse"] * (self.num_hidden_layers - num_dense)
@@ -233,6 +231,14 @@ class MoTConfig(PreTrainedConfig):
         # All heads: on its own, transformers enters only the class that is saved.
         if getattr(self, "auto_map", None) is None:
             self.auto_map = _auto_map()
+
+    def _derive_experts(self) -> None:
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = _whole(self.intermediate_size * self.group_size, self.num_experts)
+        if self.num_experts_per_tok is None:
+            self.num_experts_per_tok = max(1, self.num_experts // max(1, self.group_size))
+        if self.norm_topk_prob is None:
+            self.norm_topk_prob = self.num_experts_per_tok > 1
 
     def _refuse_unfit(self, others: dict[str, Any]) -> None:
         """Refuse at once values from which no others could be derived."""
@@ -274,6 +280,10 @@ class MoTConfig(PreTrainedConfig):
         # The saved `inference_mixing` fits the saved `mixing`, not the new one.
         if kwargs.get("mixing") == "moe":
             kwargs.setdefault("inference_mixing", "moe")
+        # `validate_norm_topk_prob` must not warn of a saved value that is changed.
+        config_dict = config_dict | {
+            name: kwargs[name] for name in ("norm_topk_prob", "num_experts_per_tok") if name in kwargs
+        }
         # transformers validates the saved fields, then sets the changes without validating both together.
         made = super().from_dict(config_dict, **kwargs)
         (made[0] if isinstance(made, tuple) else made).validate()
@@ -364,6 +374,16 @@ class MoTConfig(PreTrainedConfig):
             raise ValueError(
                 f"`num_experts_per_tok` must be from 1 to `num_experts` ({self.num_experts}), "
                 f"got {num_experts_per_tok}."
+            )
+
+    def validate_norm_topk_prob(self) -> None:
+        """Warn of a single selected expert whose weight is renormalised. Saved models may have been tuned so."""
+        if self.norm_topk_prob and self.num_experts_per_tok == 1 < self.num_experts:
+            logger.warning_once(
+                "`norm_topk_prob=True` with `num_experts_per_tok=1`: in mode `moe` the weight of the only expert of a "
+                "token is then always 1, whatever its controller says, and the loss does not train controllers. Set "
+                "`norm_topk_prob=False`, also in `from_pretrained`, unless the model was tuned with `True`. The other "
+                "modes do not use it."
             )
 
     def validate_mlp_layer_types(self) -> None:

@@ -88,7 +88,9 @@ class ModelArguments(GivenArguments):
     inference_mixing: MixingMode | None = field(
         default=None, metadata={"help": "mixing mode for evaluation and inference"}
     )
-    norm_topk_prob: bool | None = field(default=None, metadata={"help": "whether mode moe renormalises its K weights"})
+    norm_topk_prob: bool | None = field(
+        default=None, metadata={"help": "whether mode moe renormalises its K weights; by default, if K is at least 2"}
+    )
     output_router_logits: bool | None = field(
         default=None, metadata={"help": "whether mode moe adds the load-balancing loss"}
     )

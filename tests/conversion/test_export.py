@@ -67,8 +67,8 @@ def padded_batch() -> dict[str, torch.Tensor]:
     [
         {},
         {"tie_word_embeddings": True},
-        {"num_experts_per_tok": 1, "norm_topk_prob": False},
         {"num_experts_per_tok": 1},
+        {"num_experts_per_tok": 1, "norm_topk_prob": True},
         {"num_experts_per_tok": 3, "norm_topk_prob": False},
         {"num_experts_per_tok": 8},
         {"mlp_layer_types": [SPARSE, DENSE, SPARSE, DENSE]},
@@ -373,7 +373,7 @@ def test_what_others_will_not_do_is_told(tmp_path: Path) -> None:
             ({}, [r"cannot take it: layers \[0, 1\] are dense"]),
             (sparse | {"attention_bias": True}, ["cannot take it: it has no bias of the attention's output"]),
             (
-                sparse | {"num_experts_per_tok": 1, "norm_topk_prob": False},
+                sparse | {"num_experts_per_tok": 1},
                 ["it makes the weights of the selected experts sum"],
             ),
             (sparse | {"hidden_act": "gelu"}, ["differently: it uses silu"]),

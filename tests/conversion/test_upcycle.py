@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from mot_cli import app, run
 from mot_hf import MoTConfig, MoTForCausalLM
 from mot_hf.calibration import calibrate
-from mot_hf.conversion.upcycle import upcycle
+from mot_hf.conversion.upcycle import make_config, upcycle
 from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.storage.model_files import RECEIPT_NAME
 from tests.models import companions_of, load_with_report
@@ -204,6 +204,11 @@ def test_the_receipt_says_what_changed(tmp_path: Path) -> None:
     assert difference.mean_logit_difference == pytest.approx((p - q).abs().mean().item(), abs=1e-5)
     assert difference.largest_logit_difference == pytest.approx((p - q).abs().max().item(), abs=1e-5)
     assert f"{sizes.parameters:,}" in str(receipt)
+
+
+@pytest.mark.parametrize("num_experts", [G, 2 * G])
+def test_weights_are_renormalised_where_a_token_has_several_experts(num_experts: int) -> None:
+    assert make_config(dense_config(), group_size=G, num_experts=num_experts).norm_topk_prob is (num_experts > G)
 
 
 def test_flops_are_those_of_the_dense_model_but_for_the_mixing(tmp_path: Path) -> None:

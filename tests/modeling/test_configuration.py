@@ -62,7 +62,10 @@ def test_docstring_documents_no_other_field() -> None:
     [
         ({"intermediate_size": 64, "group_size": 4, "num_experts": 8}, {"moe_intermediate_size": 32}),
         ({"group_size": 4, "num_experts": 8}, {"num_experts_per_tok": 2}),
-        ({"group_size": 16, "num_experts": 8}, {"num_experts_per_tok": 1}),
+        ({"group_size": 16, "num_experts": 8}, {"num_experts_per_tok": 1, "norm_topk_prob": False}),
+        ({"num_experts_per_tok": 1}, {"norm_topk_prob": False}),
+        ({"num_experts_per_tok": 2}, {"norm_topk_prob": True}),
+        ({"num_experts_per_tok": 2, "norm_topk_prob": False}, {"norm_topk_prob": False}),
         ({"num_hidden_layers": 3}, {"mlp_layer_types": ["dense", "sparse", "sparse"]}),
         ({"num_hidden_layers": 1}, {"mlp_layer_types": ["sparse"]}),
         ({"num_key_value_heads": None}, {"num_key_value_heads": 4}),
@@ -121,6 +124,28 @@ def test_a_name_that_is_nearly_a_field_is_pointed_out(caplog: pytest.LogCaptureF
         MoTConfig(num_expert=8, num_local_experts=8, problem_type="regression", finetuning_task="x", num_labels=3)
     (message,) = [record.getMessage() for record in caplog.records]
     assert message == "`MoTConfig` has no field `num_expert`: did you mean `num_experts`? It changes nothing."
+
+
+def test_a_single_experts_weight_is_renormalised_only_on_request_and_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(configuration_mot.logger, "warning_once", told.append)
+    tiny_config(num_experts_per_tok=1).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["norm_topk_prob"] is False
+    tiny_config(num_experts=1, norm_topk_prob=True)  # the only expert of all has weight 1 in any case
+    assert told == []
+    tiny_config(num_experts_per_tok=1, norm_topk_prob=True).save_pretrained(tmp_path)
+    (message,) = set(told)
+    assert re.search(r"`num_experts_per_tok=1`.* does not train controllers. Set `norm_topk_prob=False`", message)
+    told.clear()
+    # As all models with one expert per token were saved before, and may have been tuned.
+    assert MoTConfig.from_pretrained(tmp_path).norm_topk_prob is True
+    assert set(told) == {message}
+    told.clear()
+    assert MoTConfig.from_pretrained(tmp_path, norm_topk_prob=False).norm_topk_prob is False
+    assert MoTConfig.from_pretrained(tmp_path, num_experts_per_tok=2).norm_topk_prob is True
+    assert told == []
 
 
 def test_a_saved_configuration_is_changed_and_checked_as_a_whole(tmp_path: Path) -> None:

@@ -204,6 +204,18 @@ def test_padding_gets_zero_and_changes_nothing_for_others(case: Case, garbage: f
         assert all(map(torch.equal, statistics_of(clean, context), statistics_of(dirty, dirty_context)))
 
 
+def test_a_token_with_one_expert_trains_the_controller_in_mode_moe() -> None:
+    case = make_case(num_rows=4, num_columns=2, group_size=8, num_experts=4, k=1, padded=False, seed=1)
+    assert gradients(run_block(case, "moe")[0], [case.block.gate.weight])[0].norm() < 1e-5  # renormalised
+    case.block.config = MoTConfig(**(case.block.config.to_dict() | {"norm_topk_prob": None}))
+    reference = run_naive(case, "moe")
+    output, _ = run_block(case, "moe")
+    assert_relatively_close(output, reference.output)
+    ours, theirs = gradients(output, [case.block.gate.weight])[0], gradients(reference.output, reference.leaves)[1]
+    assert theirs.norm() > 0.1
+    assert_relatively_close(ours, theirs)
+
+
 def test_rows_of_padding_are_as_if_not_there() -> None:
     case = make_case(num_rows=5, num_columns=3, group_size=8, num_experts=4, k=1, padded=False, seed=5)
     alone, _ = run_block(case, "cross_example")

@@ -81,6 +81,7 @@ def make_models(args: Arguments) -> dict[str, tuple[PreTrainedModel, dict[str, A
             intermediate_size=args.intermediate_size,
             group_size=args.group_size,
             num_experts=args.num_experts,
+            norm_topk_prob=True,  # also where K is 1, as when the stored speeds were measured
         )
     )
     gather_statistics(mot)

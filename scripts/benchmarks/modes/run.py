@@ -13,7 +13,8 @@ overlap. Writes `modes.md`, `modes.png` and `modes.json` to the output folder. T
     python -m scripts.benchmarks.modes.run --runs runs/clm32 runs/clm256 runs/mlm32 runs/mlm256 \
         --output_dir scripts/benchmarks/modes/results
 
-The stored results come from models that started with the paper's controllers: `--router_initializer_range 0.02`.
+The stored results come from models that started with the paper's controllers: `--router_initializer_range 0.02`; those
+with 32 experts also have `--norm_topk_prob true`, the earlier default, which only mode moe depends on.
 """
 
 from collections.abc import Iterator

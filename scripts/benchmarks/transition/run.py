@@ -1,7 +1,7 @@
 r"""Compare transition tuning with the untuned run and with token choice from scratch: over steps, and at the end.
 
 All runs have the same number of steps. First, for E = G = 32 (and the same with --num_experts 256, where all runs keep
-norm_topk_prob at its default, true):
+norm_topk_prob at its default, which is true there):
 
     python scripts/train_clm.py small_clm --output_dir runs/untuned
     python scripts/train_clm.py small_clm --output_dir runs/tuned \
@@ -15,7 +15,8 @@ Writes transition.json, transition.md and transition.png. The stored results, wi
         --runs runs/untuned:runs/tuned:runs/scratch \
         runs/untuned_256:runs/tuned_256:runs/scratch_256
 
-The stored results come from models that started with the paper's controllers: `--router_initializer_range 0.02`.
+The stored results come from models that started with the paper's controllers: `--router_initializer_range 0.02`. The
+untuned run for E = 32 also has `--norm_topk_prob true`, the earlier default; only its loss in mode moe depends on it.
 """
 
 from dataclasses import dataclass, field

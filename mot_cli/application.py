@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
+    from mot_hf.data.run_text import RunText
     from mot_hf.modeling import MoTPreTrainedModel
 
 # The modules that the extras of setup.py bring, as far as a command imports them.
@@ -31,6 +32,17 @@ Device = Annotated[
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(help="Precision to compute in; auto takes that of the checkpoint."),
+]
+
+Source = Annotated[
+    str | None,
+    typer.Option(
+        help="Text file, folder, glob or data set; by default the text that the model was trained on, if its "
+        "training.json says which, else Python's standard library."
+    ),
+]
+BlockLength = Annotated[
+    int | None, typer.Option(min=1, help="Tokens in a row; by default the model's maximum, at most 128.")
 ]
 
 app = typer.Typer(
@@ -88,20 +100,20 @@ def calibrate(
     output_dir: Annotated[
         Path | None, typer.Option(help="New folder for a copy; by default MODEL_DIR itself changes.")
     ] = None,
-    source: Annotated[
-        str | None, typer.Option(help="Text file, folder, glob or data set; by default Python's standard library.")
-    ] = None,
+    source: Source = None,
     num_batches: Annotated[int, typer.Option(min=1, help="Batches of `group_size` rows to read at most.")] = 200,
-    block_length: Annotated[int, typer.Option(min=1, help="Tokens in a row.")] = 128,
+    block_length: BlockLength = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Replace a model's running statistics by exact ones over some text. Needs the extra `train`."""
     from mot_hf.conversion.statistics import calibrate_folder
+    from mot_hf.data.run_text import find_text
 
+    text = find_text(model_dir, source)
     num_left_out = calibrate_folder(
         model_dir,
-        lambda model, tokenizer: load_groups(model, tokenizer, source, "train", block_length, num_batches),
+        lambda model, tokenizer: load_groups(model, tokenizer, text, "train", num_batches, block_length),
         output_dir=output_dir,
         device=device,
         dtype=dtype,
@@ -114,13 +126,9 @@ def calibrate(
 def report(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a training run: the `output_dir` of its Trainer.")],
     output: Annotated[Path | None, typer.Option(help="File to write; by default RUN_DIR/report.html.")] = None,
-    source: Annotated[
-        str | None, typer.Option(help="Text file, folder, glob or data set; by default Python's standard library.")
-    ] = None,
+    source: Source = None,
     num_batches: Annotated[int, typer.Option(min=1, help="Batches of `group_size` rows to measure on at most.")] = 16,
-    block_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in a row; by default the model's maximum, at most 128.")
-    ] = None,
+    block_length: BlockLength = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -128,17 +136,16 @@ def report(
 
     Needs the extras `train` and `report`.
     """
-    from mot_hf.data.sources import name_source
+    from mot_hf.data.run_text import find_text
     from mot_hf.reporting.page import write_report
     from mot_hf.storage.run_log import find_run
     from mot_hf.storage.saved_model import open_model
 
-    run = find_run(run_dir)
+    run, text = find_run(run_dir), find_text(run_dir, source)
     model, tokenizer = open_model(run.model_dir, device=device, dtype=dtype)
-    block_length = block_length or min(128, model.config.max_position_embeddings)
-    batches = load_groups(model, tokenizer, source, "validation", block_length, num_batches)
+    batches = load_groups(model, tokenizer, text, "validation", num_batches, block_length)
     output = output or run_dir / "report.html"
-    write_report(run, model, tokenizer, list(batches), output, text_name=name_source(source))
+    write_report(run, model, tokenizer, list(batches), output, text_name=text.name)
     say(f"report written to {output}")
 
 
@@ -185,7 +192,7 @@ def export(
     force: Annotated[
         bool, typer.Option("--force", help="Export even an untuned model, and replace a model in OUTPUT_DIR.")
     ] = False,
-    source: Annotated[str | None, typer.Option(help="Text to measure an untuned model on; see `mot report`.")] = None,
+    source: Source = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -213,17 +220,19 @@ def _describe_losses(model_dir: Path, source: str | None, device: str | None, dt
 
     try:
         _require("export", ("train",))
+        from mot_hf.data.run_text import find_text
+
+        text = find_text(model_dir, source)
         model, tokenizer = open_model(model_dir, device=device, dtype=dtype)
-    except (ModuleNotFoundError, ValueError) as error:
+        batches = list(load_groups(model, tokenizer, text, "validation", 16))
+    except (ModuleNotFoundError, OSError, ValueError) as error:
         return f"Its loss cannot be measured: {error}"
-    block_length = min(128, model.config.max_position_embeddings)
-    batches = list(load_groups(model, tokenizer, source, "validation", block_length, 16))
     if not batches:
         return f"The text has fewer than {model.config.group_size} rows, too few to measure its loss on."
     losses = {measured.mode: measured.loss for measured in measure_losses(model, batches)}
     return (
-        f"Its loss on validation text is {losses['per_sequence']:.4f} nats per token in mode per_sequence, and "
-        f"{losses['moe']:.4f} in mode moe, which would be the loss of the export."
+        f"Its loss on validation text of {text.name} is {losses['per_sequence']:.4f} nats per token in mode "
+        f"per_sequence, and {losses['moe']:.4f} in mode moe, which would be the loss of the export."
     )
 
 
@@ -236,9 +245,7 @@ def upcycle(
     dense_layers: Annotated[
         int | None, typer.Option(help="Number of early layers to keep dense; by default half of the layers.")
     ] = None,
-    source: Annotated[
-        str | None, typer.Option(help="Text file, folder, glob or data set; by default Python's standard library.")
-    ] = None,
+    source: Source = None,
     num_batches: Annotated[int, typer.Option(min=1, help="Batches of G rows for the statistics.")] = 32,
     num_validation_batches: Annotated[int, typer.Option(min=1, help="Batches of G rows to compare on.")] = 4,
     block_length: Annotated[
@@ -256,11 +263,13 @@ def upcycle(
     from functools import partial
 
     from mot_hf.conversion import upcycle as conversion
-    from mot_hf.data.corpus import load_groups
+    from mot_hf.data.run_text import find_text
 
     tokenizer, dense_config = conversion.load_dense_tokenizer(dense_dir), conversion.load_dense_config(dense_dir)
     block_length = block_length or min(128, dense_config.max_position_embeddings)
-    load = partial(load_groups, tokenizer, source, group_size=group_size, block_length=block_length)
+    load = partial(
+        find_text(dense_dir, source).load_groups, tokenizer, group_size=group_size, block_length=block_length
+    )
     receipt = conversion.upcycle(
         dense_dir,
         output_dir,
@@ -301,20 +310,17 @@ def serve(context: typer.Context) -> None:
 def load_groups(
     model: "MoTPreTrainedModel",
     tokenizer: "PreTrainedTokenizerFast",
-    source: str | None,
+    text: "RunText",
     split: str,
-    block_length: int,
     num_groups: int,
+    block_length: int | None = None,
 ) -> "Iterator[dict[str, Tensor]]":
     """Groups of rows for a language model, masked if it is a masked one."""
-    from mot_hf.data import corpus
-
-    return corpus.load_groups(
+    return text.load_groups(
         tokenizer,
-        source,
         split,
         group_size=model.config.group_size,
-        block_length=block_length,
+        block_length=block_length or min(128, model.config.max_position_embeddings),
         num_groups=num_groups,
         masked=not model.config.is_causal,
     )

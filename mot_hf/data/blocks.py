@@ -54,7 +54,8 @@ def make_blocks(
     }
     if isinstance(corpus, IterableDatasetDict):
         blocks = corpus.map(_cut_blocks, **cutting)
-        blocks["train"] = blocks["train"].shuffle(seed=seed, buffer_size=buffer_size)
+        if "train" in blocks:
+            blocks["train"] = blocks["train"].shuffle(seed=seed, buffer_size=buffer_size)
         return blocks
     blocks = corpus.map(_cut_blocks, **cutting, desc="Cutting blocks")
     for name, split in blocks.items():

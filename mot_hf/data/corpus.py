@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mot_hf.data.blocks import make_blocks
+from mot_hf.data.blocks import make_blocks, spread_rows
 from mot_hf.data.default_corpus import default_corpus_files
 from mot_hf.data.documents import Documents, open_source, split_documents
 from mot_hf.data.sources import PathLike
@@ -121,6 +121,7 @@ def load_groups(
     block_length: int,
     num_groups: int,
     masked: bool = False,
+    **options: Any,
 ) -> Iterator[dict[str, Tensor]]:
     """Reads full groups of rows of a text as inputs of a model. Reading starts with the first group requested.
 
@@ -132,6 +133,7 @@ def load_groups(
         block_length (`int`): Number of tokens T in a row.
         num_groups (`int`): Maximum number of groups to read.
         masked (`bool`, *optional*, defaults to `False`): Whether to mask 15 % of the tokens and label only those.
+        options: Further arguments of [`load_corpus`].
 
     Yields:
         `dict[str, torch.Tensor]`: `input_ids` and `labels` `[G, T]`.
@@ -139,8 +141,12 @@ def load_groups(
     Raises:
         ValueError: As in [`load_corpus`] and [`make_blocks`].
     """
-    corpus = DatasetDict(_load_splits(source, [split]))
+    documents = _load_splits(source, [split], **options)
+    corpus = DatasetDict(documents) if isinstance(documents[split], Dataset) else IterableDatasetDict(documents)
     rows = make_blocks(corpus, tokenizer, block_length=block_length, group_size=group_size)[split]
+    if not isinstance(rows, Dataset):
+        rows = Dataset.from_list(list(rows.take(num_groups * group_size)))
+        rows = rows.select(spread_rows(len(rows), group_size, seed=0))
     yield from make_batches(rows, tokenizer, group_size, num_groups, masked=masked)
 
 

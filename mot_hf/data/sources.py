@@ -96,6 +96,29 @@ def _is_saved_data_set(folder: Path) -> bool:
     )
 
 
+def locate_source(source: PathLike | Sequence[PathLike] | None) -> str | list[str] | None:
+    """Names a source of text so that it is found from any working folder: files and folders by absolute paths.
+
+    Args:
+        source (`str` or `list[str]`, *optional*): See [`name_source`].
+
+    Returns:
+        `str`, `list[str]` or `None`: The source.
+    """
+    if source is None:
+        return None
+    if not isinstance(source, str | os.PathLike):
+        return [str(locate_source(item)) for item in source]
+    name = os.fspath(source)
+    return os.path.abspath(Path(name).expanduser()) if _is_path(name) else name
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is a path or a glob, and not a URL or the name of a data set."""
+    is_local = row_kind(name) or glob.has_magic(name) or Path(name).expanduser().exists()
+    return bool(is_local) and not name.startswith(_URL_SCHEMES)
+
+
 def name_source(source: PathLike | Sequence[PathLike] | None) -> str:
     """Names a source of text for other readers: a file or folder without its path.
 
@@ -112,9 +135,7 @@ def name_source(source: PathLike | Sequence[PathLike] | None) -> str:
         return _list_names([name_source(item) for item in source])
     name = os.fspath(source)
     path = Path(name).expanduser()
-    if name.startswith(_URL_SCHEMES) or not (row_kind(name) or glob.has_magic(name) or path.exists()):
-        return name
-    return path.name or path.resolve().name
+    return path.name or path.resolve().name if _is_path(name) else name
 
 
 def count(number: int, noun: str) -> str:

@@ -13,10 +13,19 @@ RECORD_NAME = "training.json"
 
 _KINDS = {
     "text_name": str | None,
+    "text": dict,
     "base_model": str | None,
     "num_processes": int,
     "hyperparameters": dict,
     "best_step": int | None,
+}
+_TEXT_KINDS: dict[str, Any] = {
+    "source": str | list | None,
+    "validation_source": str | list | None,
+    "validation_fraction": float,
+    "config_name": str | None,
+    "text_column": str,
+    "streaming": bool,
 }
 
 
@@ -26,6 +35,8 @@ class TrainingRecord:
 
     Args:
         text_name (`str`, *optional*): Name of the training text.
+        text (`Mapping[str, Any]`, *optional*): Arguments of [`load_corpus`] that read the text again, with absolute
+            paths; empty if it was not recorded.
         base_model (`str`, *optional*): The model that was trained further: its name on the Hub, or the name of its
             folder, without a slash.
         num_processes (`int`, *optional*, defaults to 1): Number of processes that trained together.
@@ -34,6 +45,7 @@ class TrainingRecord:
     """
 
     text_name: str | None = None
+    text: Mapping[str, Any] = field(default_factory=dict)
     base_model: str | None = None
     num_processes: int = 1
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
@@ -71,15 +83,15 @@ def read_record(folder: str | os.PathLike[str]) -> TrainingRecord | None:
         return None
     try:
         record = TrainingRecord(**read_object(path))
+        _check_types(vars(record), _KINDS)
+        _check_types(record.text, _TEXT_KINDS)
     except (ValueError, TypeError) as error:
         reason = error.__cause__ or error
-        raise ValueError(
-            f"{str(path)!r} is damaged ({reason}): delete it, and the model card is made without it."
-        ) from error
-    for name, kind in _KINDS.items():
-        value = getattr(record, name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(
-                f"{str(path)!r} is damaged (`{name}` is {value!r}): delete it, and the model card is made without it."
-            )
+        raise ValueError(f"{str(path)!r} is damaged ({reason}): delete it to go on without it.") from error
     return record
+
+
+def _check_types(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if not isinstance(value, kinds.get(name, ())) or (isinstance(value, bool) and kinds[name] is not bool):
+            raise ValueError(f"`{name}` is {value!r}")

@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from mot_hf.data.sources import name_source
+from mot_hf.data.sources import locate_source, name_source
 from mot_hf.modeling import MoTConfig
 from mot_hf.modeling.configuration_mot import MixingMode
 
@@ -196,6 +196,17 @@ class CorpusArguments(GivenArguments):
     def text_name(self) -> str:
         """Name of the text in the model card."""
         return name_source(self.source)
+
+    def text(self) -> dict[str, Any]:
+        """Arguments of [`load_corpus`] that read the text again, from any working folder."""
+        return {
+            "source": locate_source(self.source),
+            "validation_source": locate_source(self.validation_source),
+            "validation_fraction": self.validation_fraction,
+            "config_name": self.config_name,
+            "text_column": self.text_column,
+            "streaming": self.streaming,
+        }
 
 
 @dataclass

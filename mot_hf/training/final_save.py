@@ -4,10 +4,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -75,12 +75,13 @@ def save_whole(trainer: Trainer) -> None:
     trainer.save_model = save_model
 
 
-def save_run(trainer: Trainer, text_name: str | None) -> None:
+def save_run(trainer: Trainer, text_name: str | None, text: Mapping[str, Any] | None = None) -> None:
     """Saves the model with its tokenizer, together with the log and the record of the run.
 
     Args:
         trainer (`Trainer`): The trainer, after training.
         text_name (`str`, *optional*): Name of the training text.
+        text (`Mapping[str, Any]`, *optional*): Arguments of [`load_corpus`] that read it again.
     """
     with _replacing(trainer) as folder:
         trainer.save_model(str(folder), _internal_call=True)
@@ -88,13 +89,15 @@ def save_run(trainer: Trainer, text_name: str | None) -> None:
             trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
             # PEFT writes its own card for adapters.
             if isinstance(trainer.accelerator.unwrap_model(trainer.model), MoTPreTrainedModel):
-                write_record(_make_record(trainer, text_name), folder)
+                write_record(_make_record(trainer, text_name, text or {}), folder)
 
 
-def _make_record(trainer: Trainer, text_name: str | None) -> TrainingRecord:
+def _make_record(trainer: Trainer, text_name: str | None, text: Mapping[str, Any]) -> TrainingRecord:
     settings = trainer.args.to_dict()
     return TrainingRecord(
         text_name=text_name,
+        # A path is nobody else's business, and the `Trainer` uploads all files of the folder.
+        text={} if trainer.args.push_to_hub else text,
         base_model=_name_base_model(cast(PreTrainedModel, trainer.model).config.name_or_path),
         num_processes=trainer.args.world_size,
         hyperparameters={name: settings[name] for name in _HYPERPARAMETERS},

@@ -174,7 +174,7 @@ def _train(
         callbacks=[*callbacks, CheckpointDescription(model.config, head.__name__, data.tokenizer)],
     )
     add_callbacks(trainer, method_args)
-    run_training(trainer, checkpoint, corpus_args.text_name())
+    run_training(trainer, checkpoint, corpus_args.text_name(), corpus_args.text())
     return trainer
 
 

@@ -2,9 +2,9 @@
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 from accelerate import PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -67,7 +67,9 @@ def lock_run(args: TrainingArguments) -> Iterator[None]:
         yield
 
 
-def run_training(trainer: Trainer, checkpoint: str | None, text_name: str | None = None) -> None:
+def run_training(
+    trainer: Trainer, checkpoint: str | None, text_name: str | None = None, text: Mapping[str, Any] | None = None
+) -> None:
     """Trains a model, from a checkpoint if there is one, and saves it with its tokenizer, its card and the log.
 
     If the checkpoint is from a complete run, nothing is trained and the model is saved again.
@@ -76,6 +78,8 @@ def run_training(trainer: Trainer, checkpoint: str | None, text_name: str | None
         trainer (`Trainer`): The trainer.
         checkpoint (`str`, *optional*): Folder of the checkpoint to resume from.
         text_name (`str`, *optional*): Name of the training text in the model card.
+        text (`Mapping[str, Any]`, *optional*): Arguments of [`load_corpus`] that read the text again, for the record
+            of the run.
 
     Raises:
         OSError: A file could not be written (earlier checkpoints are kept), or another run is writing to the folder.
@@ -102,7 +106,7 @@ def run_training(trainer: Trainer, checkpoint: str | None, text_name: str | None
                 plugin = cast(FullyShardedDataParallelPlugin, trainer.accelerator.state.fsdp_plugin)
                 plugin.set_state_dict_type("FULL_STATE_DICT")
             settle_run(trainer, start, checkpoint)
-            save_run(trainer, text_name)
+            save_run(trainer, text_name, text)
             if describes_model:
                 _write_card(trainer)
             # A launcher ends all processes when one fails, so none may exit while another is still saving.

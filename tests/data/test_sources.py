@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError
 
 from mot_hf.data.corpus import load_corpus
-from mot_hf.data.sources import find_files, is_held_out, name_source
+from mot_hf.data.sources import find_files, is_held_out, locate_source, name_source
 from tests.rows import COMPRESS, ROW_SUFFIXES, TEXTS, all_texts, write_rows
 
 
@@ -190,6 +190,19 @@ class TestRowsByWhateverName:
         assert name_source(["secret/a.csv", f"{folder}/*.tsv", "owner/name"]) == "a.csv, *.tsv, owner/name"
         assert name_source([f"secret/{number}.csv" for number in range(5)]) == "0.csv, 1.csv, 2.csv and 2 more"
         assert name_source("hf://datasets/owner/name/a.jsonl") == "hf://datasets/owner/name/a.jsonl"
+
+    def test_places_are_found_from_any_folder(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(folder)
+        (folder / "texts").mkdir()
+        assert locate_source(["texts", Path("a.csv"), "t/../*.txt"]) == [
+            str(folder / "texts"),
+            str(folder / "a.csv"),
+            str(folder / "*.txt"),
+        ]
+        for elsewhere in (None, "owner/name", "hf://datasets/owner/name/a.jsonl", str(folder / "texts")):
+            assert locate_source(elsewhere) == elsewhere
+        monkeypatch.setenv("HOME", str(folder))
+        assert locate_source("~/a.csv") == str(folder / "a.csv")
 
 
 class TestDamage:

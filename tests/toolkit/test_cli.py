@@ -1,6 +1,8 @@
 """The `mot` command."""
 
 import json
+import re
+import shutil
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from mot_hf.calibration import calibrate
 from mot_hf.data.blocks import make_blocks
 from mot_hf.data.corpus import load_corpus
 from mot_hf.data.tokenizer import train_tokenizer
+from mot_hf.storage.record import TrainingRecord, write_record
+from mot_hf.training import CorpusArguments
+from tests.conversion.test_upcycle import save_dense
 from tests.models import companions_of, tiny_config, trained
 from tests.scripts.running import run_python
 
@@ -90,6 +95,42 @@ def test_report_of_a_checkpoint_into_another_file(source: Path, tmp_path: Path) 
     assert result.exit_code == 0, result.output
     assert "rows of 16 tokens" in " ".join(output.read_text().split())
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.fixture
+def run_dir(source: Path, tmp_path: Path) -> Path:
+    """An untuned model whose record says that it was trained on `source`."""
+    folder = save_model(MoTForCausalLM, tmp_path / "run")
+    write_record(TrainingRecord(text=CorpusArguments(source=str(source)).text()), folder)
+    return folder
+
+
+def test_commands_take_the_text_of_the_run(source: Path, run_dir: Path, tmp_path: Path) -> None:
+    calibrate_to = ["calibrate", str(run_dir), "--num-batches", "2", "--output-dir"]
+    outputs = {}
+    for name, options in (("own", []), ("named", ["--source", str(source)])):
+        result = CliRunner().invoke(app, [*calibrate_to, str(tmp_path / name), *options])
+        assert result.exit_code == 0, result.output
+        outputs[name] = load_file(tmp_path / name / "model.safetensors")
+    torch.testing.assert_close(outputs["own"], outputs["named"], rtol=0, atol=0)
+    assert CliRunner().invoke(app, ["report", str(run_dir)]).exit_code == 0
+    assert re.search(r"validation\s+rows\s+of\s+64\s+tokens\s+from\s+text\b", (run_dir / "report.html").read_text())
+    error = CliRunner().invoke(app, ["export", str(run_dir), str(tmp_path / "exported")]).exception
+    assert "Its loss on validation text of text is" in str(error)
+
+
+def test_commands_name_a_text_of_the_run_that_is_gone(
+    source: Path, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source.rename(tmp_path / "moved")
+    dense_dir = save_dense(tmp_path / "dense")
+    shutil.copy(run_dir / "training.json", dense_dir)
+    new = str(tmp_path / "new")
+    sizes = ["--group-size", "4", "--num-experts", "8"]
+    for command in (["calibrate", str(run_dir)], ["report", str(run_dir)], ["export", str(run_dir), new],
+                    ["upcycle", str(dense_dir), new, *sizes]):  # fmt: skip
+        error = fail(command, monkeypatch, capsys)
+        assert re.search(r"`source='.*/text'`.* was trained on this text: name other text with --source", error)
 
 
 def fail(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:

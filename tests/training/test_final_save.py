@@ -11,9 +11,12 @@ import torch
 from transformers import PreTrainedModel
 
 from mot_hf import MoTForCausalLM
+from mot_hf.storage.record import read_record
 from mot_hf.training import add_lora, final_save, run_training
+from mot_hf.training.final_save import save_run
 from mot_hf.training.run import lock_run
 from tests.models import tiny_config
+from tests.training.language_runs import train, write_text
 from tests.training.trainers import make_trainer, same_tensors
 
 ONE_FILE, SMALL, SMALLER = "1GB", "50KB", "20KB"
@@ -145,3 +148,29 @@ def test_all_files_of_a_run_are_there(tmp_path: Path) -> None:
     }
     assert expected | {"training.json", "README.md", "modeling_mot.py"} <= {path.name for path in tmp_path.iterdir()}
     assert not list(tmp_path.glob("_*"))
+
+
+def test_a_run_records_where_its_text_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(tmp_path / "run", write_text(Path("texts")), corpus={"validation_fraction": 0.25}, max_steps=1)
+    record = read_record(tmp_path / "run")
+    assert record is not None
+    assert record.text_name == "texts"
+    assert record.text == {
+        "source": str(tmp_path / "texts"),
+        "validation_source": None,
+        "validation_fraction": 0.25,
+        "config_name": None,
+        "text_column": "text",
+        "streaming": False,
+    }
+
+
+def test_a_run_that_is_uploaded_tells_nobody_where_files_lie(tmp_path: Path) -> None:
+    trainer = make_trainer(make_model(2), tmp_path, max_steps=1)
+    for is_uploaded, text in ((False, {"source": "/secret/texts"}), (True, {})):
+        trainer.args.push_to_hub = is_uploaded
+        save_run(trainer, "texts", {"source": "/secret/texts"})
+        record = read_record(tmp_path)
+        assert record is not None
+        assert record.text == text

@@ -103,23 +103,63 @@ def calibrate(
     source: Source = None,
     num_batches: Annotated[int, typer.Option(min=1, help="Batches of `group_size` rows to read at most.")] = 200,
     block_length: BlockLength = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Save the model even if its loss rises, or cannot be measured.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Replace a model's running statistics by exact ones over some text. Needs the extra `train`."""
+    """Replace a model's running statistics by exact ones over some text.
+
+    This helps a model that has none, has another tokenizer, or whose weights were changed by hand. It does not help on
+    text of another domain, nor after fine-tuning in mode per_sequence: the statistics of training are then better. The
+    loss on held-out text is measured before and after, and nothing is saved if it rises. Needs the extra `train`.
+    """
     from mot_hf.conversion.statistics import calibrate_folder
     from mot_hf.data.run_text import find_text
 
     text = find_text(model_dir, source)
-    num_left_out = calibrate_folder(
+    done = calibrate_folder(
         model_dir,
         lambda model, tokenizer: load_groups(model, tokenizer, text, "train", num_batches, block_length),
+        measure_loss=lambda model, tokenizer: _measure_per_sequence(model, tokenizer, text, block_length, force),
+        force=force,
         output_dir=output_dir,
         device=device,
         dtype=dtype,
     )
-    left_out = f"; {num_left_out} batches with statistics that are not finite were left out" if num_left_out else ""
+    if done.loss_before is not None:
+        say(
+            f"loss on validation text of {text.name} in mode per_sequence: {done.loss_before:.4f} before, "
+            f"{done.loss_after:.4f} after (nats per token)"
+        )
+    number = done.num_left_out
+    left_out = f"; {number} batches with statistics that are not finite were left out" if number else ""
     say(f"calibrated model saved in {output_dir or model_dir}{left_out}")
+
+
+def _measure_per_sequence(
+    model: "MoTPreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    text: "RunText",
+    block_length: int | None,
+    force: bool,
+) -> float | None:
+    """The loss on validation text; `None` for a model of another kind, or with `force` without such text."""
+    from mot_hf.modeling import MoTForCausalLM, MoTForMaskedLM
+    from mot_hf.reporting.mixing_probe import measure_losses
+
+    if not isinstance(model, MoTForCausalLM | MoTForMaskedLM):
+        say(f"{type(model).__name__} is no language model: its loss is not measured")
+        return None
+    try:
+        batches = list(load_groups(model, tokenizer, text, "validation", 16, block_length, drop_last=False))
+    except ValueError as error:
+        if force:
+            say(f"the loss is not measured: {error}")
+            return None
+        raise ValueError(f"The loss cannot be measured: {error} --force calibrates without it.") from error
+    return measure_losses(model, batches, modes=["per_sequence"])[0].loss
 
 
 @command("train", "report")
@@ -314,6 +354,8 @@ def load_groups(
     split: str,
     num_groups: int,
     block_length: int | None = None,
+    *,
+    drop_last: bool = True,
 ) -> "Iterator[dict[str, Tensor]]":
     """Groups of rows for a language model, masked if it is a masked one."""
     return text.load_groups(
@@ -323,6 +365,7 @@ def load_groups(
         block_length=block_length or min(128, model.config.max_position_embeddings),
         num_groups=num_groups,
         masked=not model.config.is_causal,
+        drop_last=drop_last,
     )
 
 

@@ -113,9 +113,14 @@ def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *
     """Replaces the running statistics of the typical group by exact ones over a data set.
 
     Mode `per_sequence` uses them in place of the other rows of a batch. Training gathers them as it goes. Calibrate a
-    model that was converted rather than trained, or that will see another kind of text. Every group counts by its
-    number of tokens. As in training, a batch whose statistics are not finite (an overflow) is left out. With several
-    processes, call this in each one with its share of the batches: all end with the same statistics.
+    model that has none because it was converted rather than trained, that has another tokenizer, or whose weights were
+    changed by hand. Do not calibrate a model for text of another domain, for which the statistics of training were
+    better in our measurements (see the README), nor one that was trained further in mode `per_sequence`, whose weights
+    have got used to its statistics. Compare the loss on other text before and after.
+
+    Every group counts by its number of tokens. As in training, a batch whose statistics are not finite (an overflow)
+    is left out. With several processes, call this in each one with its share of the batches: all end with the same
+    statistics.
 
     Args:
         model ([`MoTPreTrainedModel`]):

@@ -7,9 +7,10 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from math import isnan
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -33,17 +34,44 @@ _MARK = re.compile(r"\.calibrated-[0-9a-f]{8}(?=\.safetensors)")
 _SCRATCH = "unfinished-calibration-"
 _NEW_INDEX = f"{SAFE_WEIGHTS_INDEX_NAME}.new"
 
+# A smaller rise of a loss is rounding.
+_TOLERANCE = 1e-4
+
 Loader = Callable[[MoTPreTrainedModel, PreTrainedTokenizerBase], Iterable[Mapping[str, Any]]]
+Measure = Callable[[MoTPreTrainedModel, PreTrainedTokenizerBase], float | None]
+
+
+class Calibration(NamedTuple):
+    """What a calibration did.
+
+    Args:
+        num_left_out (`int`): Number of batches that were left out because their statistics are not finite.
+        loss_before (`float`, *optional*): Loss before, as `measure_loss` gives it; `None` if it was not measured.
+        loss_after (`float`, *optional*): Loss after.
+    """
+
+    num_left_out: int
+    loss_before: float | None = None
+    loss_after: float | None = None
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the loss has risen by more than 0.0001."""
+        if self.loss_before is None or self.loss_after is None or isnan(self.loss_before):
+            return False
+        return not self.loss_after <= self.loss_before + _TOLERANCE
 
 
 def calibrate_folder(
     model_dir: str | os.PathLike[str],
     load_batches: Loader,
     *,
+    measure_loss: Measure | None = None,
+    force: bool = False,
     output_dir: str | os.PathLike[str] | None = None,
     device: str | None = None,
     dtype: str = "auto",
-) -> int:
+) -> Calibration:
     """Replaces the running statistics in a model's folder by exact ones, or saves a copy with exact ones.
 
     Without `output_dir`, only the weight files with statistics in them change. The new ones are written beside the old
@@ -54,43 +82,69 @@ def calibrate_folder(
         model_dir (`str` or `os.PathLike`): Folder of the model and its tokenizer.
         load_batches (`Callable`): Given the model and its tokenizer, returns the batches to calibrate on, see
             [`calibrate`].
+        measure_loss (`Callable`, *optional*): Given the model and its tokenizer, returns the loss on other text, or
+            `None`; called before and after.
+        force (`bool`, *optional*, defaults to `False`): Whether to save a calibration even if the loss has risen.
         output_dir (`str` or `os.PathLike`, *optional*): New or empty folder for the copy. Defaults to `model_dir`.
         device (`str`, *optional*): Device to compute on, by default the accelerator, if there is one.
         dtype (`str`, *optional*, defaults to `"auto"`): Precision to compute in; `"auto"` takes the checkpoint's.
             The statistics are float32, and the weights stay what they are.
 
     Returns:
-        `int`: Number of batches that were left out because their statistics are not finite.
+        [`Calibration`]: The losses, and the number of batches left out.
 
     Raises:
         OSError: A file is missing, `output_dir` is not empty or holds another model, a folder is in use, or the disk
             is full. Nothing has changed.
-        ValueError: The folder holds no complete MoT model with tokenizer, no batch has finite statistics, or there is
-            no such device or dtype. Nothing has changed.
+        ValueError: The folder holds no complete MoT model with tokenizer, no batch has finite statistics, the loss has
+            risen, or there is no such device or dtype. Nothing has changed.
     """
     reader, load = CheckpointReader(model_dir), partial(open_model, device=device, dtype=dtype)
+    work = partial(_calibrate_and_compare, load_batches=load_batches, measure_loss=measure_loss, force=force)
     if output_dir is not None and Path(output_dir).resolve() != reader.folder.resolve():
-        return _calibrate_copy(reader, Path(output_dir), load, load_batches)
+        return _calibrate_copy(reader, Path(output_dir), load, work)
     settle_leftovers(reader.folder.resolve())
     refuse_full_disk(reader.folder, reader.count_bytes(reader.names))
     with lock_folder(reader.folder):
         model, tokenizer = load(reader.folder)
-        num_left_out = calibrate(model, load_batches(model, tokenizer))
+        calibration = work(model, tokenizer)
         _replace_statistics(reader.folder, _list_statistics(model))
-    return num_left_out
+    return calibration
+
+
+def _calibrate_and_compare(
+    model: MoTPreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    load_batches: Loader,
+    measure_loss: Measure | None,
+    force: bool,
+) -> Calibration:
+    """Calibrate a model in memory; refuse it if its loss has risen."""
+    before = measure_loss(model, tokenizer) if measure_loss else None
+    num_left_out = calibrate(model, load_batches(model, tokenizer))
+    after = None if measure_loss is None or before is None else measure_loss(model, tokenizer)
+    calibration = Calibration(num_left_out, before, after)
+    if calibration.is_worse and not force:
+        raise ValueError(
+            f"Calibration would raise the loss from {before:.4f} to {after:.4f}, so nothing was saved. It helps a "
+            "model without statistics, with another tokenizer, or with weights changed by hand; not on text of other "
+            "domains, nor after fine-tuning in mode per_sequence. Use --force to save it anyway."
+        )
+    return calibration
 
 
 def _calibrate_copy(
     reader: CheckpointReader,
     output_dir: Path,
     load: Callable[[Path], tuple[MoTPreTrainedModel, PreTrainedTokenizerBase]],
-    load_batches: Loader,
-) -> int:
+    work: Callable[[MoTPreTrainedModel, PreTrainedTokenizerBase], Calibration],
+) -> Calibration:
     with CheckpointWriter(
         output_dir, source=reader.folder, force=False, min_size=reader.count_bytes(reader.names)
     ) as writer:
         model, tokenizer = load(reader.folder)
-        num_left_out = calibrate(model, load_batches(model, tokenizer))
+        calibration = work(model, tokenizer)
         statistics = _list_statistics(model)
         for name in reader.names:
             writer.add(name, statistics[name] if name in statistics else reader.load(name))
@@ -99,7 +153,7 @@ def _calibrate_copy(
                 shutil.copytree(path, writer.folder / path.name)
             elif is_model_file(path.name) and not is_weight_file(path.name):
                 shutil.copyfile(path, writer.folder / path.name)
-    return num_left_out
+    return calibration
 
 
 def _list_statistics(model: MoTPreTrainedModel) -> dict[str, Tensor]:

@@ -121,6 +121,7 @@ def load_groups(
     block_length: int,
     num_groups: int,
     masked: bool = False,
+    drop_last: bool = True,
     **options: Any,
 ) -> Iterator[dict[str, Tensor]]:
     """Reads full groups of rows of a text as inputs of a model. Reading starts with the first group requested.
@@ -133,6 +134,7 @@ def load_groups(
         block_length (`int`): Number of tokens T in a row.
         num_groups (`int`): Maximum number of groups to read.
         masked (`bool`, *optional*, defaults to `False`): Whether to mask 15 % of the tokens and label only those.
+        drop_last (`bool`, *optional*, defaults to `True`): Whether to leave out rows that do not fill a group.
         options: Further arguments of [`load_corpus`].
 
     Yields:
@@ -147,7 +149,7 @@ def load_groups(
     if not isinstance(rows, Dataset):
         rows = Dataset.from_list(list(rows.take(num_groups * group_size)))
         rows = rows.select(spread_rows(len(rows), group_size, seed=0))
-    yield from make_batches(rows, tokenizer, group_size, num_groups, masked=masked)
+    yield from make_batches(rows, tokenizer, group_size, num_groups, masked=masked, drop_last=drop_last)
 
 
 def make_batches(
@@ -157,9 +159,10 @@ def make_batches(
     num_batches: int,
     *,
     masked: bool = False,
+    drop_last: bool = True,
     seed: int = 0,
 ) -> Iterator[dict[str, Tensor]]:
-    """Makes full batches of the first rows.
+    """Makes batches of the first rows.
 
     Args:
         rows (`Dataset`): Rows of equal length, as in a split of [`make_blocks`].
@@ -167,10 +170,12 @@ def make_batches(
         batch_size (`int`): Rows B of a batch.
         num_batches (`int`): Batches, at most.
         masked (`bool`, *optional*, defaults to `False`): Whether to mask 15 % of the tokens and predict those.
+        drop_last (`bool`, *optional*, defaults to `True`): Whether to leave out rows that do not fill a batch.
         seed (`int`, *optional*, defaults to 0): Seed of the masks.
 
     Yields:
         `dict[str, torch.Tensor]`: `input_ids` and `labels` `[B, T]`.
     """
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=masked, seed=seed)
-    yield from islice(DataLoader(rows, batch_size=batch_size, collate_fn=collator, drop_last=True), num_batches)
+    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collator, drop_last=drop_last)
+    yield from islice(loader, num_batches)

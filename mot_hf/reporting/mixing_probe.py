@@ -113,13 +113,19 @@ def _join(parts: Sequence[LayerMixing], shares: Tensor, num_top: int) -> LayerMi
 
 
 @torch.no_grad()
-def measure_losses(model: MoTPreTrainedModel, batches: Batches, byte_counts: Tensor | None = None) -> list[ModeLoss]:
-    """Measures the loss of a language model in each of the three mixing modes, on the same text.
+def measure_losses(
+    model: MoTPreTrainedModel,
+    batches: Batches,
+    byte_counts: Tensor | None = None,
+    modes: Sequence[str] = MIXING_MODES,
+) -> list[ModeLoss]:
+    """Measures the loss of a language model in several mixing modes, on the same text.
 
     Args:
         model ([`MoTPreTrainedModel`]): A causal or masked language model.
         batches (`Sequence[Mapping[str, torch.Tensor]]`): Batches as a collator makes them, with `labels`.
         byte_counts (`torch.Tensor`, *optional*): Bytes of text for each token id, see [`token_byte_counts`].
+        modes (`Sequence[str]`, *optional*, defaults to all three): The modes.
 
     Returns:
         `list[ModeLoss]`: One entry per mode.
@@ -128,7 +134,7 @@ def measure_losses(model: MoTPreTrainedModel, batches: Batches, byte_counts: Ten
     num_tokens = sum(map(len, predicted))
     num_bytes = None if byte_counts is None else int(byte_counts[torch.cat(predicted).cpu()].sum())
     losses = []
-    for mode in MIXING_MODES:
+    for mode in modes:
         total, num_correct = 0.0, 0
         for batch, ids in zip(batches, predicted, strict=True):
             loss, correct = _predict(model, batch, mode)

@@ -1,5 +1,6 @@
 """Statistics that are replaced in a model's folder, and nothing else there, whatever ends the work."""
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from mot_hf import MoTForCausalLM
 from mot_hf.calibration import calibrate
 from mot_hf.conversion import statistics
-from mot_hf.conversion.statistics import calibrate_folder
+from mot_hf.conversion.statistics import Calibration, calibrate_folder
 from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.modeling import MoTPreTrainedModel
 from mot_hf.storage.checkpoint_files import CheckpointReader
@@ -59,7 +60,7 @@ def expect(model_dir: Path) -> dict[str, Tensor]:
 def test_only_files_that_hold_statistics_change(model_dir: Path) -> None:
     before, expected = contents(model_dir), expect(model_dir)
     modes = {path.name: path.chmod(0o640) or path.stat().st_mode for path in model_dir.glob("*.safetensors")}
-    assert calibrate_folder(model_dir, load_batches) == 0
+    assert calibrate_folder(model_dir, load_batches) == (0, None, None)
     after = contents(model_dir)
     assert before.keys() == after.keys()
     changed = {name for name in before if before[name] != after[name]}
@@ -98,8 +99,35 @@ def test_the_models_own_folder_as_output_is_calibrated_in_place(model_dir: Path)
 def test_bad_batches_are_counted(model_dir: Path) -> None:
     bad = {"inputs_embeds": torch.full((4, 6, 32), torch.nan)}
     expected = expect(model_dir)
-    assert calibrate_folder(model_dir, lambda model, tokenizer: [bad, *batches(), bad]) == 2
+    assert calibrate_folder(model_dir, lambda model, tokenizer: [bad, *batches(), bad]).num_left_out == 2
     assert is_same(load(model_dir), expected)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize(
+    ("before", "after", "is_saved"),
+    [(2.0, 2.1, False), (2.0, 2.00005, True), (2.0, 1.9, True), (2.0, math.nan, False), (math.nan, 2.0, True)],
+)
+def test_a_loss_that_rises_is_refused(
+    before: float, after: float, is_saved: bool, copied: bool, model_dir: Path, tmp_path: Path
+) -> None:
+    files, expected, output = contents(model_dir), expect(model_dir), tmp_path / "copy" if copied else model_dir
+
+    def work(**options: bool) -> Calibration:
+        losses = iter([before, after])
+        return calibrate_folder(
+            model_dir, load_batches, measure_loss=lambda *model: next(losses), output_dir=output, **options
+        )
+
+    if is_saved:
+        assert str(work()) == str(Calibration(0, before, after))
+    else:
+        with pytest.raises(ValueError, match=f"raise the loss from {before:.4f} to {after:.4f}, so nothing was saved"):
+            work()
+        assert contents(model_dir) == files
+        assert output == model_dir or not output.exists()
+        work(force=True)
+    assert is_same(load(output), expected)
 
 
 def drop_tensor(folder: Path) -> None:

@@ -88,7 +88,7 @@ def arguments_of(command: str, folder: Path, models: Path) -> list[str]:
         "card": ["card", str(folder), "--output", str(output)],
         "push": ["push", str(folder), "tester/small"],
         "report": ["report", str(folder), "--output", str(output), "--num-batches", "1", *text],
-        "calibrate": ["calibrate", str(folder), "--output-dir", str(output), "--num-batches", "1", *text],
+        "calibrate": ["calibrate", str(folder), "--output-dir", str(output), "--num-batches", "1", "--force", *text],
         "export": ["export", str(folder), str(output), "--force"],
         "upcycle": [
             *("upcycle", str(folder), str(output), "--group-size", "4", "--num-experts", "8", "--num-batches", "1"),

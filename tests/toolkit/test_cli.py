@@ -14,7 +14,7 @@ from transformers import Qwen3Config
 from typer.testing import CliRunner
 
 from mot_cli import EXTRAS, app, run
-from mot_hf import MoTForCausalLM, MoTForMaskedLM
+from mot_hf import MoTForCausalLM, MoTForMaskedLM, MoTForTokenClassification
 from mot_hf.calibration import calibrate
 from mot_hf.data.blocks import make_blocks
 from mot_hf.data.corpus import load_corpus
@@ -45,6 +45,7 @@ def save_model(head: type[MoTForCausalLM] | type[MoTForMaskedLM], folder: Path) 
 
 def run_calibrate(model_dir: Path, source: Path, *arguments: str) -> None:
     command = ["calibrate", str(model_dir), "--source", str(source), "--num-batches", "5", "--block-length", "16"]
+    command.append("--force")  # weights of no training: the loss may rise
     result = CliRunner().invoke(app, [*command, *arguments])
     assert result.exit_code == 0, result.output
     assert "calibrated model saved in" in result.output
@@ -69,6 +70,68 @@ def test_calibrate_works_in_place_on_a_masked_language_model(source: Path, tmp_p
     assert all(map(torch.equal, before.parameters(), after.parameters()))
     statistics = companions_of(after)
     assert not any(torch.equal(value, statistics[name]) for name, value in companions_of(before).items())
+
+
+def test_calibrate_shows_the_loss_and_refuses_to_raise_it(source: Path, tmp_path: Path) -> None:
+    model_dir, tokenizer = save_model(MoTForCausalLM, tmp_path / "model"), train_tokenizer(TEXTS, 300)
+    rows = make_blocks(load_corpus(source), tokenizer, block_length=16, group_size=4)
+    held_out = torch.tensor(rows["validation"]["input_ids"][:])
+    # Trained against the statistics of random tokens, so that those of text do harm.
+    model = MoTForCausalLM.from_pretrained(model_dir).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for ids in torch.tensor(rows["train"]["input_ids"][:]).split(16)[:30]:
+        model(ids, labels=ids, mixing="per_sequence").loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(model_dir)
+    command = ["calibrate", str(model_dir), "--source", str(source), "--num-batches", "5", "--block-length", "16"]
+
+    def loss(folder: Path) -> float:
+        with torch.no_grad():
+            return MoTForCausalLM.from_pretrained(folder).eval()(held_out, labels=held_out).loss.item()
+
+    before, weights = loss(model_dir), (model_dir / "model.safetensors").read_bytes()
+    refused = str(CliRunner().invoke(app, command).exception)
+    measured = re.search(r"raise the loss from (\d\.\d{4}) to (\d\.\d{4}), so nothing was saved", refused)
+    assert measured
+    assert (model_dir / "model.safetensors").read_bytes() == weights
+    result = CliRunner().invoke(app, [*command, "--force"])
+    assert result.exit_code == 0, result.output
+    assert f"text in mode per_sequence: {measured[1]} before, {measured[2]} after" in result.output
+    assert [float(value) for value in measured.groups()] == pytest.approx([before, loss(model_dir)], abs=2e-4)
+    assert loss(model_dir) > before + 1e-3
+
+
+def test_calibrate_lowers_the_loss_of_a_model_with_wrong_statistics(source: Path, tmp_path: Path) -> None:
+    model_dir = save_model(MoTForCausalLM, tmp_path / "model")
+    tensors = load_file(model_dir / "model.safetensors")
+    for name, value in tensors.items():
+        if name.endswith("mean_output"):
+            value.normal_(std=100)
+    save_file(tensors, model_dir / "model.safetensors", {"format": "pt"})
+    command = ["calibrate", str(model_dir), "--source", str(source), "--num-batches", "5", "--block-length", "16"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    measured = re.search(r"per_sequence: ([\d.]+) before, ([\d.]+) after", result.output)
+    assert measured
+    assert float(measured[1]) > float(measured[2]) + 0.05
+
+
+def test_calibrate_without_a_loss_to_compare(source: Path, tmp_path: Path) -> None:
+    model_dir = save_model(MoTForCausalLM, tmp_path / "model")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.txt").write_text("".join(TEXTS))
+    (tmp_path / "rows" / "test.txt").write_text("too short")
+    command = ["calibrate", str(model_dir), "--source", str(tmp_path / "rows"), "--num-batches", "2"]
+    refused = str(CliRunner().invoke(app, command).exception)
+    assert re.search(r"loss cannot be measured: .*shorter than .*--force calibrates without it", refused)
+    result = CliRunner().invoke(app, [*command, "--force"])
+    assert result.exit_code == 0
+    assert "the loss is not measured: " in result.output
+    trained(MoTForTokenClassification(tiny_config(vocab_size=300))).save_pretrained(model_dir)
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0
+    assert "MoTForTokenClassification is no language model: its loss is not measured" in result.output
 
 
 @pytest.mark.parametrize("head", [MoTForCausalLM, MoTForMaskedLM])
@@ -106,7 +169,7 @@ def run_dir(source: Path, tmp_path: Path) -> Path:
 
 
 def test_commands_take_the_text_of_the_run(source: Path, run_dir: Path, tmp_path: Path) -> None:
-    calibrate_to = ["calibrate", str(run_dir), "--num-batches", "2", "--output-dir"]
+    calibrate_to = ["calibrate", str(run_dir), "--num-batches", "2", "--force", "--output-dir"]
     outputs = {}
     for name, options in (("own", []), ("named", ["--source", str(source)])):
         result = CliRunner().invoke(app, [*calibrate_to, str(tmp_path / name), *options])
@@ -212,7 +275,7 @@ import {imports}
     [
         (["export", "tuned", "exported"], [], "mot_hf.metrics"),
         (
-            ["calibrate", "tuned", "--source", "text", "--num-batches", "2", "--block-length", "16"],
+            ["calibrate", "tuned", "--source", "text", "--num-batches", "2", "--block-length", "16", "--force"],
             ["train"],
             "mot_hf.conversion.upcycle, mot_hf.reporting.mixing_probe",
         ),

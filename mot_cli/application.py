@@ -195,14 +195,14 @@ def card(
     output: Annotated[Path | None, typer.Option(help="File to write; by default MODEL_DIR/README.md.")] = None,
     text_name: Annotated[str | None, typer.Option(help="Name of the training text.")] = None,
     license: Annotated[  # noqa: A002
-        str | None, typer.Option(help="License of the weights, such as apache-2.0.")
+        str | None, typer.Option(help="License of the weights, by its identifier on the Hub, such as apache-2.0.")
     ] = None,
     base_model: Annotated[str | None, typer.Option(help="Model that this one was trained from.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a card that someone wrote or changed.")] = False,
 ) -> None:
     """Write the model card: sizes, mixing modes, training, metrics, and how to use the model.
 
-    Needs the extra `report`.
+    TEXT_NAME, LICENSE and BASE_MODEL that an earlier card was given are kept. Needs the extra `report`.
     """
     from mot_hf.reporting.card import write_card
 

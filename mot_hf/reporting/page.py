@@ -104,7 +104,7 @@ def _describe_model(run: Run, model: MoTPreTrainedModel) -> dict[str, str]:
     config, size = model.config, count_parameters(model)
     layers = [str(index) for index in find_layers(config, "sparse")]
     facts = {
-        "Model": f"{type(model).__name__}, loaded from {run.model_dir}",
+        "Model": f"{type(model).__name__}, loaded from {run.model_dir.resolve().name}",
         "Parameters": f"{size.total:,} in total, {size.active:,} active per token",
         "Blocks": f"{config.num_hidden_layers} of width {config.hidden_size:,}",
         "MoT layers": ", ".join(layers) or "none",

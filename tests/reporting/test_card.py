@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,14 @@ from mot_cli import app
 from mot_hf import MoTForCausalLM, MoTModel, MoTPreTrainedModel
 from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.registration import AUTO_CLASSES
-from mot_hf.reporting.card import is_generated, write_card
+from mot_hf.reporting.card import address_card, is_generated, write_card
 from mot_hf.sizes import count_flops, count_parameters
-from mot_hf.storage.record import read_record
+from mot_hf.storage.record import TrainingRecord, read_record, write_record
 from mot_hf.storage.saved_model import read_model
 from mot_hf.training import add_lora, run_training
 from tests.elsewhere import run_elsewhere
 from tests.models import tiny_config, trained
+from tests.training.language_runs import plain_tokenizer, save_base, train, write_text
 from tests.training.trainers import make_trainer
 
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b\n" * 10 for i in range(60)]
@@ -61,8 +63,8 @@ def example_of(card: Path) -> str:
 
 
 def run_example(card: Path) -> str:
-    """Run the example of a card; returns what it printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    """Run the example of a card beside its folder; returns what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.chdir(card.parent.parent):
         exec(example_of(card), {})
     return printed.getvalue().strip()
 
@@ -104,8 +106,11 @@ def test_the_examples_run_where_mot_hf_is_not_installed(tmp_path: Path, tokenize
     printed = run_elsewhere(
         tmp_path,
         "-c",
+        "import sys\nsys.stderr = sys.stdout\n"  # questions and warnings too
         f"for name in {names}:\n    print('==', name)\n    exec(open(name + '.py').read(), {{}})",
     )
+    assert "custom code" not in printed
+    assert "instantiate a model of type" not in printed
     answers = re.split(r"^== ", printed, flags=re.MULTILINE)[1:]
     assert [answer.split("\n", 1)[0] for answer in answers] == names
     assert all(answer.split("\n", 1)[1].strip() for answer in answers)
@@ -218,9 +223,91 @@ def test_what_a_model_was_made_from_is_named(tmp_path: Path) -> None:
     assert ModelCard.load(card).data.base_model == "someone/dense"
     assert "It is based on [someone/dense](https://huggingface.co/someone/dense)." in card.read_text()
     (tmp_path / "upcycling.json").write_text(json.dumps({"source": "dense"}))
+    card.unlink()
     card = write_card(tmp_path)
     assert ModelCard.load(card).data.base_model is None
     assert "It is based on `dense`." in card.read_text()
+
+
+def test_what_was_given_is_kept_when_the_card_is_written_again(tmp_path: Path) -> None:
+    save(MoTForCausalLM, tmp_path)
+    write_record(TrainingRecord(text_name="recorded", base_model="local"), tmp_path)
+    given = {"text_name": 'a --> b -- "c"', "license": "cc-by-4.0", "base_model": "someone/dense"}
+    first = write_card(tmp_path, **given).read_text()
+    assert write_card(tmp_path).read_text() == first
+    assert is_generated(first)
+    card = ModelCard.load(write_card(tmp_path, license="mit"))
+    assert (card.data.license, card.data.base_model) == ("mit", "someone/dense")
+    assert 'Text: a --> b -- "c".' in card.text
+    pushed = address_card(card.content, "me/model")
+    assert is_generated(pushed)
+    (tmp_path / "README.md").write_text(pushed)
+    assert ModelCard.load(write_card(tmp_path)).data.license == "mit"
+    run_training(make_trainer(MoTForCausalLM(tiny_config()), tmp_path, max_steps=1), None, "trained on")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "mit"
+    (tmp_path / "README.md").unlink()
+    card = ModelCard.load(write_card(tmp_path))
+    assert (card.data.license, card.data.base_model) == (None, None)
+    assert "Text: trained on." in card.text
+
+
+@pytest.mark.parametrize(
+    ("text", "license_name"),
+    [
+        ("---\nlicense: gpl-3.0\n---\n# Mine\n", "gpl-3.0"),
+        ("---\nlicense: [mit, gpl-3.0]\n---\n# Mine\n", None),
+        ("---\nlicense: {\n---\n# Mine\n", None),
+        ("---\n- license\n---\n", None),
+        ('# Mine\n<!-- given: {"license": 5, "force": "yes"} -->\n', None),
+        ("<!-- given: {license} -->\n", None),
+        ("", None),
+    ],
+)
+def test_the_license_of_a_card_that_is_replaced_by_force_is_kept(
+    text: str, license_name: str | None, tmp_path: Path
+) -> None:
+    save(MoTForCausalLM, tmp_path)
+    (tmp_path / "README.md").write_text(text)
+    assert ModelCard.load(write_card(tmp_path, force=True)).data.license == license_name
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("Apache-2.0", "did you mean 'apache-2.0'"), ("gpl3", "did you mean 'gpl"), ("nolic", "use 'other'")],
+)
+def test_a_license_that_the_hub_does_not_know_is_refused(name: str, advice: str, tmp_path: Path) -> None:
+    save(MoTForCausalLM, tmp_path)
+    with pytest.raises(ValueError, match=f"`license='{name}'` is not a license identifier of the Hub.*{advice}"):
+        write_card(tmp_path, license=name)
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_a_card_tells_nobody_where_files_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    secret = Path("secret")
+    base = save_base(secret / "base", plain_tokenizer())
+    train(
+        secret / "run",
+        write_text(secret / "texts"),
+        model={"model_name_or_path": base},
+        max_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    text = (secret / "run" / "README.md").read_text()
+    for line in ('model_id = "run"  # this folder', "It is based on `base`.", "Text: texts."):
+        assert line in text
+    assert "secret" not in text
+    for name in (str(tmp_path / "secret" / "base"), "secret/base", "./secret/gone", "../a/gone", "/secret/gone"):
+        text = write_card(secret / "run", base_model=name).read_text()
+        assert f"based on `{Path(name).name}`" in text
+        assert "secret" not in text
+
+
+def test_a_card_says_where_the_package_is_to_be_had(tmp_path: Path) -> None:
+    save(MoTForCausalLM, tmp_path)
+    assert f"pip install {metadata('mot_hf')['Name']}" in write_card(tmp_path).read_text()
 
 
 def test_what_is_no_complete_model_gets_no_card(tmp_path: Path) -> None:

@@ -241,7 +241,8 @@ def test_someones_card_is_pushed_as_it_is_and_one_of_ours_with_the_new_name(hub:
     card = hub.files["tester/ours"]["README.md"].decode()
     assert "Text: a text." in card
     assert 'model_id = "tester/ours"' in card
-    assert f'model_id = "{model_dir}"' in (model_dir / "README.md").read_text()
+    assert "this folder" not in card
+    assert 'model_id = "model"  # this folder, or its name on the Hub' in (model_dir / "README.md").read_text()
     (model_dir / "README.md").write_text("# Mine\n")
     push_model(model_dir, "tester/mine")
     assert hub.files["tester/mine"]["README.md"] == b"# Mine\n"

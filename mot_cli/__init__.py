@@ -4,7 +4,9 @@ It lies outside `mot_hf`, which takes seconds to import: it registers the models
 The commands import what they need when they run.
 """
 
-from mot_cli import training, use
 from mot_cli.application import EXTRAS, app, run
 
-__all__ = ["EXTRAS", "app", "run", "training", "use"]
+# Each module adds its commands; `mot --help` lists them in this order.
+from mot_cli import training, use, checkpoints, conversion  # isort: skip
+
+__all__ = ["EXTRAS", "app", "checkpoints", "conversion", "run", "training", "use"]

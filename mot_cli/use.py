@@ -1,11 +1,13 @@
-"""The commands that use a model: look at it, measure it, let it write."""
+"""The commands that use a model: look at it, measure it, let it write, serve it."""
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mot_cli.application import Device, Dtype, command, load_groups, print_result, say
+from mot_cli.application import BlockLength, Device, Dtype, Source, command, load_groups, print_result, say
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -29,13 +31,9 @@ def inspect(model_dir: Annotated[Path, typer.Argument(help="Folder of a MoT mode
 @command("train")
 def evaluate(
     model_dir: Annotated[Path, typer.Argument(help="Folder of a MoT language model and its tokenizer.")],
-    source: Annotated[
-        str | None, typer.Option(help="Text file, folder, glob or data set; by default Python's standard library.")
-    ] = None,
+    source: Source = None,
     num_batches: Annotated[int, typer.Option(min=1, help="Batches of `group_size` rows to measure on at most.")] = 16,
-    block_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens in a row; by default the model's maximum, at most 128.")
-    ] = None,
+    block_length: BlockLength = None,
     device: Device = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -44,19 +42,20 @@ def evaluate(
 
     Needs the extra `train`.
     """
+    from mot_hf.data.run_text import find_text
     from mot_hf.data.tokenizer import token_byte_counts
     from mot_hf.reporting.mixing_probe import measure_losses
     from mot_hf.storage.saved_model import open_model
 
+    text = find_text(model_dir, source)
     model, tokenizer = open_model(model_dir, device=device, dtype=dtype)
     if type(model).__name__ not in ("MoTForCausalLM", "MoTForMaskedLM"):
         raise ValueError(f"{str(model_dir)!r} is a {type(model).__name__}, not a language model.")
-    block_length = block_length or min(128, model.config.max_position_embeddings)
-    batches = list(load_groups(model, tokenizer, source, "validation", block_length, num_batches))
+    batches = list(load_groups(model, tokenizer, text, "validation", num_batches, block_length))
     if not batches:
         raise ValueError(
-            f"The held-out text has fewer than `group_size={model.config.group_size}` rows of {block_length} tokens: "
-            "give more text, or a smaller --block-length."
+            f"The held-out text has fewer than `group_size={model.config.group_size}` rows: give more text, or a "
+            "smaller --block-length."
         )
     try:
         byte_counts = token_byte_counts(tokenizer)
@@ -103,3 +102,24 @@ def generate(
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         **sampling,
     )
+
+
+@command(
+    "serve",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def serve(context: typer.Context) -> None:
+    """Serve models with `transformers serve` and its arguments: `mot serve MODEL_DIR --continuous-batching`.
+
+    Needs the extra `serve`.
+    """
+    from mot_hf import modeling
+    from mot_hf.serving import guard_server
+
+    transformers_app = importlib.import_module("transformers.cli.transformers").app
+    # The server looks classes up by name in transformers itself, which its models' import replaces by a new module.
+    transformers = sys.modules["transformers"]
+    transformers.MoTForCausalLM = modeling.MoTForCausalLM  # pyright: ignore[reportAttributeAccessIssue]  # a new name
+    guard_server()
+    transformers_app(["serve", *context.args], prog_name="mot")

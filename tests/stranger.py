@@ -99,7 +99,7 @@ def load_and_train(source: str, *heads: str) -> None:
 def push(source: str) -> None:
     """See above."""
     causal, classifier, target = "AutoModelForCausalLM", "AutoModelForSequenceClassification", f"{source}-trained"
-    tokenizer = AutoTokenizer.from_pretrained(f"{source}-{causal}")
+    tokenizer = AutoTokenizer.from_pretrained(f"{source}-{causal}", trust_remote_code=True)
     options = {"push_to_hub": True, "hub_model_id": target, "hub_strategy": "end"}
     model = load(causal, f"{source}-{causal}")
     trainer = fine_tune(causal, model, "pushed", **options)

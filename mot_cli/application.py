@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -47,7 +48,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Tools for Mixture of Tokens models. With --debug, errors come with a traceback.",
+    help="Tools for Mixture of Tokens models. --quiet prints results and errors only, --debug tracebacks of errors.",
 )
 
 
@@ -139,16 +140,19 @@ def _format(value: object) -> str:
 
 
 def run() -> None:
-    """Runs the command; what the user can fix is reported in one line, or with `--debug` as a traceback."""
-    _silence_libraries()
+    """Runs the command; what the user can fix is reported in one line, or with `--debug` as a traceback.
+
+    With `--quiet`, only results and errors are printed.
+    """
     arguments = sys.argv[1:]
     # `--debug` with a value is an argument of the `Trainer`.
     debug = any(
         word == "--debug" and (place + 1 == len(arguments) or arguments[place + 1].startswith("-"))
         for place, word in enumerate(arguments)
     )
-    if debug:
-        arguments.remove("--debug")
+    quiet = "--quiet" in arguments
+    arguments = [word for word in arguments if word != "--quiet" and not (debug and word == "--debug")]
+    _silence_libraries(quiet=quiet)
     try:
         app(arguments)
     except (Exception, KeyboardInterrupt) as error:
@@ -158,7 +162,10 @@ def run() -> None:
             raise error
 
 
-def _silence_libraries() -> None:
+def _silence_libraries(*, quiet: bool) -> None:
     """Keep libraries from saying what does not concern the command, such as which kernels of torchao are missing."""
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in ("torchao", "torch.utils._pytree", *(["mot_hf"] if quiet else [])):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if quiet:  # read when the libraries are imported
+        bars = ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")
+        os.environ.update(dict.fromkeys(bars, "1") | {"TRANSFORMERS_VERBOSITY": "error"})

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mot_cli.application import BlockLength, Device, Dtype, Source, command, load_groups, say
+from mot_cli.application import BlockLength, Device, Dtype, Source, command, load_groups, print_result, say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -79,7 +79,7 @@ def _measure_per_sequence(
             say(f"the loss is not measured: {error}")
             return None
         raise ValueError(f"The loss cannot be measured: {error} --force calibrates without it.") from error
-    return measure_losses(model, batches, modes=["per_sequence"])[0].loss
+    return measure_losses(model, batches, modes=["per_sequence"], show_progress=True)[0].loss
 
 
 @command("train", "report")
@@ -105,7 +105,8 @@ def report(
     model, tokenizer = open_model(run.model_dir, device=device, dtype=dtype)
     batches = load_groups(model, tokenizer, text, "validation", num_batches, block_length)
     output = output or run_dir / "report.html"
-    write_report(run, model, tokenizer, list(batches), output, text_name=text.name)
+    if losses := write_report(run, model, tokenizer, list(batches), output, text_name=text.name):
+        print_result([measured._asdict() for measured in losses], as_json=False)
     say(f"report written to {output}")
 
 

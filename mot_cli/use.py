@@ -3,7 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -61,7 +61,8 @@ def evaluate(
         byte_counts = token_byte_counts(tokenizer)
     except ValueError:  # not a byte-level tokenizer
         byte_counts = None
-    print_result([measured._asdict() for measured in measure_losses(model, batches, byte_counts)], as_json)
+    losses = measure_losses(model, batches, byte_counts, show_progress=True)
+    print_result([measured._asdict() for measured in losses], as_json)
 
 
 @command()
@@ -94,7 +95,8 @@ def generate(
     if seed is not None:
         set_seed(seed)
     sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    model.generate(
+    generate_text: Any = model.generate  # which transformers declares for the models of its own
+    generate_text(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mot_hf.metrics import bits_per_byte, perplexity
 from mot_hf.modeling import MoTModel, MoTPreTrainedModel
@@ -118,6 +119,8 @@ def measure_losses(
     batches: Batches,
     byte_counts: Tensor | None = None,
     modes: Sequence[str] = MIXING_MODES,
+    *,
+    show_progress: bool = False,
 ) -> list[ModeLoss]:
     """Measures the loss of a language model in several mixing modes, on the same text.
 
@@ -126,6 +129,7 @@ def measure_losses(
         batches (`Sequence[Mapping[str, torch.Tensor]]`): Batches as a collator makes them, with `labels`.
         byte_counts (`torch.Tensor`, *optional*): Bytes of text for each token id, see [`token_byte_counts`].
         modes (`Sequence[str]`, *optional*, defaults to all three): The modes.
+        show_progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar on a terminal.
 
     Returns:
         `list[ModeLoss]`: One entry per mode.
@@ -134,14 +138,19 @@ def measure_losses(
     num_tokens = sum(map(len, predicted))
     num_bytes = None if byte_counts is None else int(byte_counts[torch.cat(predicted).cpu()].sum())
     losses = []
+    bar = tqdm(
+        total=len(modes) * len(batches), desc="Measuring", unit="batch", disable=None if show_progress else True
+    )
     for mode in modes:
         total, num_correct = 0.0, 0
         for batch, ids in zip(batches, predicted, strict=True):
             loss, correct = _predict(model, batch, mode)
             total, num_correct = total + loss * len(ids), num_correct + correct
+            bar.update()
         loss = total / num_tokens
         bits = None if num_bytes is None else bits_per_byte(loss, num_tokens, num_bytes)
         losses.append(ModeLoss(mode, loss, perplexity(loss), bits, num_correct / num_tokens))
+    bar.close()
     return losses
 
 

@@ -19,7 +19,7 @@ from mot_hf.modeling import MoTForCausalLM, MoTForMaskedLM, MoTPreTrainedModel
 from mot_hf.modeling.configuration_mot import find_layers
 from mot_hf.modeling.mixing_mot import MIXING_MODES
 from mot_hf.reporting.figures import draw_by_layer, draw_experts, draw_mode_losses, draw_training_curve, to_data_uri
-from mot_hf.reporting.mixing_probe import Batches, LayerMixing, measure_experts, measure_losses
+from mot_hf.reporting.mixing_probe import Batches, LayerMixing, ModeLoss, measure_experts, measure_losses
 from mot_hf.reporting.passages import Passage, find_passage, show_invisible
 from mot_hf.sizes import count_parameters
 from mot_hf.storage.plain_files import write_whole
@@ -44,7 +44,7 @@ def write_report(
     path: str | os.PathLike[str],
     *,
     text_name: str = "validation text",
-) -> None:
+) -> list[ModeLoss]:
     """Writes a report page for a training run: one self-contained HTML file, including its pictures.
 
     Args:
@@ -57,10 +57,14 @@ def write_report(
         path (`str` or `os.PathLike`): File to write.
         text_name (`str`, *optional*, defaults to `"validation text"`): Name of the text on the page.
 
+    Returns:
+        `list[ModeLoss]`: The losses measured on the batches; empty without any, and for a model of another kind.
+
     Raises:
         OSError: If the file cannot be written.
     """
     layers = measure_experts(model, batches) if batches else []
+    modes = _compare_modes(run.log_history, model, tokenizer, batches)
     page = (
         _environment()
         .get_template("report.html")
@@ -77,11 +81,12 @@ def write_report(
             layers=layers,
             experts=_draw_experts(layers, model) if layers else None,
             tokens=_find_tokens(layers, tokenizer, batches),
-            modes=_compare_modes(run.log_history, model, tokenizer, batches),
+            modes=modes,
             versions=f"mot_hf {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
         )
     )
     write_whole(Path(path), page)
+    return modes["measured"]
 
 
 def _environment() -> Environment:
@@ -216,7 +221,7 @@ def _compare_modes(
     is_measured = batches and _is_language_model(model) and find_layers(model.config, "sparse")
     return {
         "picture": to_data_uri(draw_mode_losses(logged)) if logged else None,
-        "measured": measure_losses(model, batches, _count_bytes(tokenizer)) if is_measured else [],
+        "measured": measure_losses(model, batches, _count_bytes(tokenizer), show_progress=True) if is_measured else [],
     }
 
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mot_hf.modeling.configuration_mot import find_layers
 from mot_hf.sizes import count_flops, count_parameters
 from mot_hf.storage.record import read_record
 from mot_hf.storage.saved_model import SavedModel, read_model
@@ -50,7 +51,7 @@ def inspect_model(model_dir: str | os.PathLike[str]) -> dict[str, Any]:
 def _describe_statistics(saved: SavedModel) -> str:
     counts = [int(saved.reader.load(name)) for name in saved.reader.names if name.endswith(_COUNT)]
     if not counts:
-        return "none: the model has no MoT layer" if "sparse" not in saved.model.config.mlp_layer_types else "none"
+        return "none" if find_layers(saved.model.config, "sparse") else "none: the model has no MoT layer"
     if not min(counts):
         return "not gathered: mode per_sequence is of no use before training or `mot calibrate`"
     return f"of {min(counts)} batches"

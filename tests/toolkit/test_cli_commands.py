@@ -1,6 +1,8 @@
 """The commands of `mot` that train a model and use it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.sizes import count_parameters
 from mot_hf.storage.saved_model import open_model
 from tests.models import tiny_config, trained
+from tests.scripts.running import environment_of
 from tests.training.language_runs import TEXTS, write_text
 
 SMALL = ["--hidden_size", "32", "--num_attention_heads", "2", "--intermediate_size", "64", "--num_hidden_layers", "2"]
@@ -154,3 +157,15 @@ def test_debug_shows_the_traceback(
     monkeypatch.setattr("sys.argv", ["mot", "train", "--nosuch", "1", "--debug"])
     with pytest.raises(ValueError, match="no argument `--nosuch`"):
         run()
+
+
+def test_quiet_prints_nothing_but_the_result(model_dir: Path, tmp_path: Path) -> None:
+    source = write_text(tmp_path / "text")
+    command = ["evaluate", str(model_dir), "--source", source, "--block-length", "16", "--json"]
+    code = "import sys; from mot_cli import run; sys.argv = ['mot', *sys.argv[1:]]; run()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--quiet", *command],
+        cwd=tmp_path, env=environment_of(tmp_path), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert [row["mode"] for row in json.loads(done.stdout)] == ["cross_example", "per_sequence", "moe"]
+    assert done.stderr == ""

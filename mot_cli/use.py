@@ -95,8 +95,8 @@ def generate(
     if seed is not None:
         set_seed(seed)
     sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    generate_text: Any = model.generate  # which transformers declares for the models of its own
-    generate_text(
+    writer: Any = model  # transformers declares `generate` for models with attributes that ours lack
+    writer.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,

@@ -173,7 +173,7 @@ def _train(
         preprocess_logits_for_metrics=metrics.preprocess_logits,
         callbacks=[*callbacks, CheckpointDescription(model.config, head.__name__, data.tokenizer)],
     )
-    add_callbacks(trainer, method_args)
+    add_callbacks(trainer, method_args, num_columns=corpus_args.block_length)
     run_training(trainer, checkpoint, corpus_args.text_name(), corpus_args.text())
     return trainer
 

@@ -19,12 +19,14 @@ _TIMED_SECONDS = 30.0
 
 
 class RunPlan(TrainerCallback):
-    """Says at the start what a run trains on, and after some steps how long it takes.
+    """Says at the start what a run trains on, and after some steps how long it takes, without evaluations.
 
-    The amount of text counts all columns of the first row as tokens. The time does not include evaluations.
+    Args:
+        num_columns (`int`, *optional*): Tokens in a row, if all rows have as many.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_columns: int | None = None) -> None:
+        self.num_columns = num_columns
         self._start: tuple[int, float] | None = None
 
     def on_train_begin(
@@ -42,7 +44,7 @@ class RunPlan(TrainerCallback):
         num_rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         logger.warning(
             "Training %s%d steps of %d rows; %s.",
-            _describe_rows(getattr(train_dataloader, "dataset", None), num_rows * state.max_steps),
+            _describe_rows(getattr(train_dataloader, "dataset", None), self.num_columns, num_rows * state.max_steps),
             state.max_steps,
             num_rows,
             _describe_warmup(args.get_warmup_steps(state.max_steps), state.max_steps),
@@ -65,11 +67,9 @@ class RunPlan(TrainerCallback):
                 logger.warning("The other %d steps take about %s, without evaluations.", num_left, left)
 
 
-def _describe_rows(dataset: object, num_trained: int) -> str:
+def _describe_rows(dataset: object, num_columns: int | None, num_trained: int) -> str:
     if not isinstance(dataset, Sized) or not len(dataset):
         return ""
-    first = dataset[0]  # pyright: ignore[reportIndexIssue]  # a data set with a length has rows by number
-    num_columns = len(first["input_ids"]) if "input_ids" in first else 0
     size = f" of {num_columns} tokens ({len(dataset) * num_columns:,} in all)" if num_columns else ""
     return f"on {len(dataset):,} rows{size}, {num_trained / len(dataset):.2g} times each: "
 

@@ -27,17 +27,18 @@ from mot_hf.training.vocabulary import VocabularyCheck
 logger = logging.getLogger(__name__)
 
 
-def add_callbacks(trainer: Trainer, args: MethodArguments | None = None) -> None:
+def add_callbacks(trainer: Trainer, args: MethodArguments | None = None, *, num_columns: int | None = None) -> None:
     """Adds the callbacks that a MoT model needs to a stock `Trainer`.
 
     Args:
         trainer (`Trainer`): The trainer, before training.
         args ([`MethodArguments`], *optional*): Whether to monitor the mixing, when to stop early and when to switch to
             mode `moe`.
+        num_columns (`int`, *optional*): Tokens in a row, if all rows have as many; only to say how much text there is.
     """
     args = args or MethodArguments()
     checks = (VocabularyCheck(), GroupSizeCheck(), FiniteCheck(), DiskSpaceCheck(), ResumeCheck())
-    for callback in (*checks, CompanionSynchronization(), RunPlan()):
+    for callback in (*checks, CompanionSynchronization(), RunPlan(num_columns)):
         trainer.add_callback(callback)
     if args.monitor_mixing:
         trainer.add_callback(MixingMonitor(trainer))

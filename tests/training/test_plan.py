@@ -59,7 +59,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     monkeypatch.setattr(
         language_modeling,
         "add_callbacks",
-        lambda trainer, args: (add(trainer, args), trainer.add_callback(InterruptAt(step))),
+        lambda trainer, args, **options: (add(trainer, args, **options), trainer.add_callback(InterruptAt(step))),
     )
     with pytest.raises(KeyboardInterrupt, match=message):
         train(tmp_path / "run", write_text(tmp_path / "text"))

@@ -1,7 +1,7 @@
 """Companions: running statistics of the typical group of tokens, which stand in for rows that a batch does not have.
 
 Axes: B rows, T columns, G group size, A = B / G groups of rows, N = A * T groups of tokens, L layers, E experts,
-D model width, P position buckets.
+D model width, P position buckets, R = 1 + P ranges of groups: all of them, and those of each position bucket.
 """
 
 from collections.abc import Callable
@@ -53,10 +53,9 @@ class Groups(NamedTuple):
     Args:
         buckets (`torch.Tensor` of shape `[N]`):
             Position bucket of every group: the latest of its tokens' buckets.
-        weights (`torch.Tensor` of shape `[1 + P, N]`):
-            Multiplied by values `[N, ...]`, these give means weighted by the groups' numbers of tokens: the first row
-            the mean of all groups, the others the differences between it and the mean of each bucket's groups.
-        num_tokens (`torch.Tensor` of shape `[1 + P]`):
+        counts (`torch.Tensor` of shape `[R, N]`):
+            Number of tokens of every group: in the first row of all groups, in the others of one bucket's, else 0.
+        num_tokens (`torch.Tensor` of shape `[R]`):
             Number of tokens: in all, and by bucket.
         present (`torch.Tensor` of shape `[A, G, T, 1]`, *optional*):
             `True` for tokens, `False` for padding and rows that fill up the last group. `None` if there are neither.
@@ -65,7 +64,7 @@ class Groups(NamedTuple):
     """
 
     buckets: Tensor
-    weights: Tensor
+    counts: Tensor
     num_tokens: Tensor
     present: Tensor | None = None
     log_absent: Tensor | None = None
@@ -75,22 +74,21 @@ class Groups(NamedTuple):
         return Groups(*(None if value is None else value.to(device) for value in self))
 
 
-class GroupMeans(NamedTuple):
-    """What the statistics of one batch need from a layer's results.
+class GroupSums(NamedTuple):
+    """What the statistics of one batch need from a layer; mixtures and the experts' outputs in one tensor.
 
     Args:
-        log_mass (`torch.Tensor` of shape `[N, E]`): Logsumexp of a group's logits.
-        mean_input (`torch.Tensor` of shape `[E, D]`): Mixtures, averaged over groups.
-        mean_output (`torch.Tensor` of shape `[E, D]`): The experts' outputs, averaged over groups.
-        group_input (`torch.Tensor` of shape `[N, D]`): Mixtures, averaged over experts.
-        group_output (`torch.Tensor` of shape `[N, D]`): The experts' outputs, averaged over experts.
+        largest_logits (`torch.Tensor` of shape `[N, E]`): The largest of a group's logits.
+        largest_weights (`torch.Tensor` of shape `[N, E]`): The mixing weight that belongs to it; float32.
+        sums (`torch.Tensor` of shape `[2, E, D]`): Mixtures and outputs, summed over tokens.
+        bucket_sums (`torch.Tensor` of shape `[2, P, D]`):
+            Mixtures and outputs, summed over the tokens of a bucket and over experts.
     """
 
-    log_mass: Tensor
-    mean_input: Tensor
-    mean_output: Tensor
-    group_input: Tensor
-    group_output: Tensor
+    largest_logits: Tensor
+    largest_weights: Tensor
+    sums: Tensor
+    bucket_sums: Tensor
 
 
 class MoTCompanions(nn.Module):
@@ -202,12 +200,12 @@ def form_groups(buckets: Tensor, token_mask: Tensor | None, group_size: int) -> 
     buckets = cut_rows(buckets, group_size)  # [A, G, T]
     if token_mask is None:
         buckets = buckets.amax(dim=1).flatten()  # [N]
-        return Groups(buckets, *_weigh_groups(buckets, group_size))
+        return Groups(buckets, *_count_tokens(buckets, group_size))
     present = cut_rows(token_mask[..., None], group_size)  # [A, G, T, 1]
     buckets = buckets.masked_fill(~present[..., 0], 0).amax(dim=1).flatten()  # [N]
     num_present = present.sum(dim=1)  # [A, T, 1]
     log_absent = (group_size - num_present).float().log()  # [A, T, 1], -inf where nobody is absent
-    return Groups(buckets, *_weigh_groups(buckets, num_present.flatten()), present, log_absent)
+    return Groups(buckets, *_count_tokens(buckets, num_present.flatten()), present, log_absent)
 
 
 def cut_rows(rows: Tensor, group_size: int) -> Tensor:
@@ -218,54 +216,42 @@ def cut_rows(rows: Tensor, group_size: int) -> Tensor:
     return rows.unflatten(0, (-1, group_size))
 
 
-def _weigh_groups(buckets: Tensor, num_present: Tensor | int) -> tuple[Tensor, Tensor]:
-    """Weights `[1 + P, N]` and numbers of tokens `[1 + P]`, see [`Groups`]."""
-    # As one matrix, so that the shifts of all layers and buckets take one product.
-    bucket = torch.arange(-1, NUM_POSITION_BUCKETS, device=buckets.device)[:, None]  # [1 + P, 1]
-    counts = buckets == bucket  # [1 + P, N]
+def _count_tokens(buckets: Tensor, num_present: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Counts `[R, N]` and numbers of tokens `[R]`, see [`Groups`]."""
+    bucket = torch.arange(-1, NUM_POSITION_BUCKETS, device=buckets.device)[:, None]  # [R, 1]
+    counts = buckets == bucket  # [R, N]
     counts[0] = True
-    counts = counts * (1.0 * num_present)  # [1 + P, N]
-    num_tokens = counts.sum(dim=1)  # [1 + P]
-    weights = counts / num_tokens.clamp(min=1)[:, None]  # [1 + P, N]
-    weights[1:].sub_(weights[:1] * (num_tokens[1:, None] > 0))  # an empty bucket keeps the shift 0
-    return weights, num_tokens
+    counts = counts * (1.0 * num_present)  # [R, N]
+    return counts, counts.sum(dim=1)
 
 
 @torch.no_grad()
-def measure_groups(log_mass: Tensor, expert_inputs: Tensor, expert_outputs: Tensor, groups: Groups) -> GroupMeans:
-    """Average one layer's mixtures and outputs `[E, N, D]`; its log masses `[N, E]` are kept as they are."""
-    # Autocast would average in bfloat16.
-    with maybe_autocast(device_type=expert_inputs.device.type, enabled=False):
-        if groups.present is None:  # all groups have the same weight
-            means = [values.mean(dim=1, dtype=torch.float32) for values in (expert_inputs, expert_outputs)]  # [E, D]
-        else:
-            means = [groups.weights[0] @ values.float() for values in (expert_inputs, expert_outputs)]  # [E, D]
-        by_group = [values.mean(dim=0, dtype=torch.float32) for values in (expert_inputs, expert_outputs)]  # [N, D]
-    return GroupMeans(log_mass.detach(), *means, *by_group)
-
-
-@torch.no_grad()
-def average_groups(layers: list[GroupMeans], groups: Groups, group_size: int) -> list[RunningStatistics]:
+def average_groups(layers: list[GroupSums], groups: Groups, group_size: int) -> list[RunningStatistics]:
     """The statistics of a batch's groups in every layer; the shift of a bucket without tokens is 0.
 
     Args:
-        layers (`list[GroupMeans]`): What each layer computed.
+        layers (`list[GroupSums]`): What each layer computed.
         groups (`Groups`): The groups.
         group_size (`int`): Rows G of a group.
 
     Returns:
         `list[RunningStatistics]`: Their means, weighted by the groups' numbers of tokens.
     """
-    by_group = torch.stack([value for layer in layers for value in (layer.group_input, layer.group_output)])
-    log_masses = torch.cat([layer.log_mass for layer in layers], dim=1)  # [N, L * E]
-    with maybe_autocast(device_type=by_group.device.type, enabled=False):
-        shifts = (groups.weights[1:] @ by_group).unflatten(0, (-1, 2))  # [L, 2, P, D]
+    # All layers together, so that each step is one kernel on a GPU.
+    logits = torch.cat([layer.largest_logits for layer in layers], dim=1)  # [N, L * E]
+    weights = torch.cat([layer.largest_weights for layer in layers], dim=1)  # [N, L * E]
+    num_tokens = groups.num_tokens.clamp(min=1)  # [R]
+    with maybe_autocast(device_type=logits.device.type, enabled=False):
+        means = torch.stack([layer.sums for layer in layers]) / num_tokens[0]  # [L, 2, E, D]
+        bucket_sums = torch.stack([layer.bucket_sums for layer in layers])  # [L, 2, P, D]
+        bucket_means = bucket_sums / (num_tokens[1:, None] * means.shape[2])  # [L, 2, P, D]
+        shifts = (bucket_means - means.mean(dim=2, keepdim=True)) * (groups.num_tokens[1:, None] > 0)
         # The mean over groups of a logarithm. A logarithm of the mean, which pools all tokens, is dominated by a few
         # heavy ones, and gives a worse loss the longer the training.
-        log_masses = groups.weights[0] @ log_masses - log(group_size)  # [L * E]
+        log_masses = groups.counts[0] @ (logits - weights.log()) / num_tokens[0] - log(group_size)  # [L * E]
     return [
-        RunningStatistics(log_mass, layer.mean_input, layer.mean_output, *layer_shifts)
-        for layer, log_mass, layer_shifts in zip(layers, log_masses.chunk(len(layers)), shifts, strict=True)
+        RunningStatistics(log_mass, *layer_means, *layer_shifts)
+        for log_mass, layer_means, layer_shifts in zip(log_masses.chunk(len(layers)), means, shifts, strict=True)
     ]
 
 

@@ -1,167 +1,464 @@
-"""Every expert of a MoT layer on its own batch of rows, as batched matrix products.
+"""The heavy part of a MoT layer as one operation: mix tokens, run every expert, hand the outputs back to the tokens.
 
-Axes: E experts, N rows of an expert, D model width, F expert width, I inputs and O outputs of a linear map. The
-per-expert batch is the tensor `[E, N, D]` in which each expert has N rows of its own.
+Between its products a layer's cost is memory. Mixtures `[E, N, D]` are E / G times as large as the tokens, and so are
+their gradients: they exist for a part of the experts at a time, and the backward pass makes the mixtures of a part
+again. Kept are the experts' outputs, which the gradient of the weights needs, and their gates and values. Within a
+part, experts run in chunks, and hidden features exist for a chunk alone.
+
+Axes: A groups of rows, G tokens of a group, T columns, N = A * T groups of tokens, E experts, D model width, F expert
+width, R = 1 + P ranges of groups: all of them, and those of P position buckets. A group has H rows: its G tokens, and
+if tokens are absent from any group, H = G + 1: the last row then stands for all that are absent.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from itertools import compress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
+from transformers.utils.generic import maybe_autocast
 from transformers.utils.import_utils import is_tracing
 
-# Hidden features that a CPU computes at once. At 2 MB in float32 they are still in its cache when the second product
-# reads them, and the allocator keeps their memory for the next chunk. With 8 MB it gave it back to the system.
-_CPU_CHUNK_FEATURES = 2**19
+from .gates_mot import Activation, is_silu, run_gates, run_gates_backward, run_gates_forward
+
+# Elements that the mixtures of a part, and the gates and values of a chunk, may have. On a CPU a chunk is still in the
+# cache when the second product reads it, and memory of a part must come from the system anew, which takes longer than
+# its product of mixing. A GPU wants few kernels, and long ones.
+_CPU_ELEMENTS = (2**24, 2**19)
+_GPU_ELEMENTS = (2**28, 2**27)
+# The products of mixing slow down with fewer experts in a part.
+_MIN_PART = 32
+# With more groups of rows, each of which takes a product of its own, the tokens are copied into one.
+_MAX_ROW_GROUPS = 16
 
 
-def run_experts(
-    expert_inputs: Tensor, gate_up_proj: Tensor, down_proj: Tensor, apply_gate: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Run every expert on its own rows.
-
-    Derivatives of any order, and by any of torch's methods, equal those of the plain matrix products.
+class Mixed(NamedTuple):
+    """What the experts hand back.
 
     Args:
-        expert_inputs (`torch.Tensor` of shape `[E, N, D]`): The per-expert batch.
+        output (`torch.Tensor` of shape `[A, G, T, D]`): The output.
+        sums (`torch.Tensor` of shape `[2, E, D]`, *optional*):
+            Mixtures and experts' outputs, summed over tokens; float32.
+        bucket_sums (`torch.Tensor` of shape `[2, P, D]`, *optional*):
+            The same, summed over the tokens of each position bucket and over experts.
+    """
+
+    output: Tensor
+    sums: Tensor | None
+    bucket_sums: Tensor | None
+
+
+def mix_and_run(
+    x: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    activation: Activation,
+    mean_input: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> Mixed:
+    """Run every expert on its mixtures of all groups, and give its outputs to the tokens that it mixed.
+
+    Derivatives of any order, and by any of torch's methods, are those of the plain products.
+
+    Args:
+        x (`torch.Tensor` of shape `[A, H, T, D]`): The tokens, and with `mean_input` a row for absent ones.
+        weights (`torch.Tensor` of shape `[A, H, T, E]`): The mixing weights.
         gate_up_proj (`torch.Tensor` of shape `[E, 2F, D]`): The experts' first weights.
         down_proj (`torch.Tensor` of shape `[E, D, F]`): The experts' last weights.
-        apply_gate (`Callable`): Maps gates and values `[..., 2F]` to hidden features `[..., F]`.
+        activation (`Callable`): Activation of the gates.
+        mean_input (`torch.Tensor` of shape `[E, D]`, *optional*):
+            What an expert adds to the last row of `x`; has no gradient. By default all rows of `x` are tokens.
+        counts (`torch.Tensor` of shape `[R, N]`, *optional*):
+            Numbers of tokens of every group: in the first row of all, in the others of one position bucket. By default
+            no sums are computed.
 
     Returns:
-        `torch.Tensor` of shape `[E, N, D]`: The outputs.
+        `Mixed`: The output of the tokens, and the sums.
     """
-    device_type = expert_inputs.device.type
-    # Autocast reaches neither products with `out=` nor a backward pass, in which bfloat16 gradients would meet the
-    # saved inputs in float32. It has no state on the meta device: asking for it raises.
+    device_type = x.device.type
+    # Autocast reaches neither products with `out=` nor a backward pass. It has no state on the meta device: asking for
+    # it raises.
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        expert_inputs, gate_up_proj, down_proj = (
-            value.to(dtype) for value in (expert_inputs, gate_up_proj, down_proj)
-        )
-    if _is_transformed(expert_inputs, gate_up_proj, down_proj):
-        return _run_experts_bmm(expert_inputs, gate_up_proj, down_proj, apply_gate)
-    # Not in a graph: a compiler would unroll the loop over chunks.
-    if device_type == "cpu" and not is_tracing(expert_inputs):
+        x, weights, gate_up_proj, down_proj = (value.to(dtype) for value in (x, weights, gate_up_proj, down_proj))
+    mean_input = None if mean_input is None else mean_input.detach().to(x.dtype)
+    tensors = (x, weights, gate_up_proj, down_proj, mean_input, counts)
+    with maybe_autocast(device_type="cpu" if device_type == "meta" else device_type, enabled=False):
+        if _needs_plain(x, weights, gate_up_proj, down_proj, activation):
+            return _run_plain(*tensors, activation)
+        num_groups = x.shape[0]
+        if num_groups > _MAX_ROW_GROUPS:
+            tensors = (*(_join_row_groups(value) for value in (x, weights)), *tensors[2:])
         # Whether gradients are needed is asked here: inside an autograd function they are always off.
-        return _ChunkedExperts.apply(expert_inputs, gate_up_proj, down_proj, apply_gate, torch.is_grad_enabled())
-    hidden = apply_gate(_BatchedLinear.apply(expert_inputs, gate_up_proj))  # [E, N, F]
-    return _BatchedLinear.apply(hidden, down_proj)  # [E, N, D]
+        needs_grad = torch.is_grad_enabled() and any(value.requires_grad for value in tensors[:4])
+        output, *sums = _MixAndRun.apply(*tensors, activation, needs_grad)
+    if num_groups > _MAX_ROW_GROUPS:
+        output = output[0].unflatten(1, (num_groups, -1)).transpose(0, 1)  # [A, G, T, D]
+    return Mixed(output, *sums)
 
 
-def _run_experts_bmm(
-    expert_inputs: Tensor, gate_up_proj: Tensor, down_proj: Tensor, apply_gate: Callable[[Tensor], Tensor]
-) -> Tensor:
-    hidden = apply_gate(torch.bmm(expert_inputs, gate_up_proj.mT))  # [E, N, F]
-    return torch.bmm(hidden, down_proj.mT)  # [E, N, D]
+def _join_row_groups(values: Tensor) -> Tensor:
+    """Values `[A, H, T, ...]` as those of one group of longer rows `[1, H, N, ...]`."""
+    return values.transpose(0, 1).flatten(1, 2)[None]
 
 
-def _is_transformed(*values: Tensor) -> bool:
+def _needs_plain(x: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: Activation) -> bool:
+    """Whether only torch's own operations will do."""
+    if is_transformed(x, weights, gate_up_proj, down_proj):
+        return True
+    if x.device.type == "meta" or (isinstance(activation, nn.Module) and any(activation.parameters())):
+        return True
+    # An export must load where this package's operators are not registered, and they know one activation.
+    return is_tracing(x) and not (_is_compiling() and is_silu(activation))
+
+
+def _is_compiling() -> bool:
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def _run_plain(
+    x: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    mean_input: Tensor | None,
+    counts: Tensor | None,
+    activation: Activation,
+) -> Mixed:
+    num_row_groups, num_rows, num_columns, _ = x.shape
+    num_tokens = num_rows - (mean_input is not None)
+    x, weights = (value.transpose(1, 2).flatten(0, 1) for value in (x, weights))  # [N, H, D], [N, H, E]
+    mixture = weights.mT @ x  # [N, E, D]
+    if mean_input is not None:
+        mixture = mixture + weights[:, -1, :, None] * mean_input
+    rows = mixture.transpose(0, 1)  # [E, N, D]
+    hidden = run_gates(torch.bmm(rows, gate_up_proj.mT), activation)  # [E, N, F]
+    outputs = torch.bmm(hidden, down_proj.mT)  # [E, N, D]
+    output = weights[:, :num_tokens] @ outputs.transpose(0, 1)  # [N, G, D]
+    output = output.unflatten(0, (num_row_groups, num_columns)).transpose(1, 2)  # [A, G, T, D]
+    if counts is None:
+        return Mixed(output, None, None)
+    sums = [multiply_in_float32(counts.expand(len(rows), -1, -1), value.detach()) for value in (rows, outputs)]
+    return Mixed(output, *_split_sums(torch.stack(sums)))
+
+
+def multiply_in_float32(counts: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """Counts `[E, R, N]` times rows `[E, N, D]`, in float32 whatever the rows are."""
+    if rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16) and not is_tracing(rows):
+        return torch.bmm(counts.to(rows.dtype), rows, out_dtype=torch.float32, out=out)  # counts are exact up to 256
+    return torch.bmm(counts, rows.float(), out=out)
+
+
+def _split_sums(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums `[2, E, R, D]` as those of all groups `[2, E, D]`, and of each bucket over experts `[2, P, D]`."""
+    return sums[:, :, 0].clone(), sums[:, :, 1:].sum(dim=1)
+
+
+class _MixAndRun(torch.autograd.Function):
+    """The operation in parts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        mean_input: Tensor | None,
+        counts: Tensor | None,
+        activation: Activation,
+        needs_grad: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        tensors = (x, weights, gate_up_proj, down_proj)
+        if is_tracing(x):
+            output, sums, bucket_sums, gates, outputs = torch.ops.mot.mix_and_run(
+                *tensors, mean_input, counts, needs_grad
+            )
+        else:
+            output, sums, bucket_sums, gates, outputs = _run_in_parts(
+                *tensors, mean_input, counts, needs_grad, activation
+            )
+        if needs_grad:
+            ctx.save_for_backward(*tensors, mean_input, gates, outputs)
+            ctx.activation = activation
+        ctx.set_materialize_grads(False)
+        if counts is None:
+            return output, None, None
+        ctx.mark_non_differentiable(sums, bucket_sums)
+        return output, sums, bucket_sums
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        grad, (*tensors, mean_input, gates, outputs) = grads[0], ctx.saved_tensors
+        needed = ctx.needs_input_grad[:4]
+        if grad is None:
+            return (None,) * 8
+        if is_tracing(grad):
+            results = torch.ops.mot.mix_and_run_backward(grad, *tensors, mean_input, gates, outputs, list(needed))
+        # What is written with `out=` has no derivative, and `once_differentiable` does not guard against
+        # `torch.autograd.grad(inputs=...)`: second derivatives would silently lack the path through this pass.
+        # Nor can batched gradients (`is_grads_batched=True` makes legacy batches) be written to plain memory.
+        elif torch.is_grad_enabled() or is_transformed(grad) or is_legacy_batchedtensor(grad):
+            results = _run_plain_backward(grad, tensors, mean_input, ctx.activation, needed)
+        else:
+            results = _run_backward_in_parts(grad, *tensors, mean_input, gates, outputs, needed, ctx.activation)
+        return *(value if wanted else None for value, wanted in zip(results, needed, strict=True)), *(None,) * 4
+
+
+def is_transformed(*values: Tensor) -> bool:
     """Whether `torch.func` or forward-mode differentiation is active, which support only torch's own operations."""
     if torch._C._are_functorch_transforms_active():  # torch has no public function for this
         return True
     return any(forward_ad.unpack_dual(value).tangent is not None for value in values)
 
 
-class _BatchedLinear(torch.autograd.Function):
-    """Rows `[E, N, I]` times weights `[E, O, I]`."""
-
-    @staticmethod
-    def forward(rows: Tensor, weights: Tensor) -> Tensor:
-        return torch.bmm(rows, weights.mT)  # [E, N, O]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (rows, weights) = grads, ctx.saved_tensors
-        grad_rows = torch.bmm(grad, weights) if ctx.needs_input_grad[0] else None  # [E, N, I]
-        # In the layout of the weights, the reason for this class: the derivative of `torch.bmm` is transposed, and
-        # autograd would copy it, which is one more pass over the weights of all experts.
-        grad_weights = torch.bmm(grad.mT, rows) if ctx.needs_input_grad[1] else None  # [E, O, I]
-        return grad_rows, grad_weights
+def _run_plain_backward(
+    grad: Tensor,
+    tensors: list[Tensor],
+    mean_input: Tensor | None,
+    activation: Activation,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients by autograd; they are differentiable themselves if a graph of them is asked for."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views: if one tensor was computed from another, its gradient must not flow into that one here.
+        inputs = [value.view_as(value) for value in tensors]
+        # Forward once more: what was saved has no graph that leads back to the inputs.
+        output = _run_plain(*inputs, mean_input, None, activation).output
+    grads = iter(torch.autograd.grad(output, list(compress(inputs, needed)), grad, create_graph=create_graph))
+    return [next(grads) if wanted else None for wanted in needed]
 
 
-class _ChunkedExperts(torch.autograd.Function):
-    """All experts on a CPU, a few at a time; the backward pass needs only the gates and values.
-
-    Getting new memory from the system is slow on a CPU, and the hidden features of all experts do not fit its cache.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        expert_inputs: Tensor,
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
-        apply_gate: Callable[[Tensor], Tensor],
-        needs_grad: bool,
-    ) -> Tensor:
-        num_experts, num_rows, width = expert_inputs.shape
-        num_features = gate_up_proj.shape[1]
-        chunks = _chunk_experts(num_experts, num_rows * num_features)
-        # Each chunk writes its part of the whole (`out=`): joining the chunks' results would copy them all.
-        outputs = expert_inputs.new_empty(num_experts, num_rows, width)  # [E, N, D]
-        num_kept = num_experts if needs_grad else chunks[0].stop  # else all chunks share the memory of the first
-        gates = expert_inputs.new_empty(num_kept, num_rows, num_features)  # [E, N, 2F]
+def _run_in_parts(
+    x: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    mean_input: Tensor | None,
+    counts: Tensor | None,
+    needs_grad: bool,
+    activation: Activation,
+) -> tuple[Tensor, ...]:
+    """The output, the sums twice, and for the backward pass gates `[E, N, 2F]` and outputs `[E, N, D]`."""
+    num_tokens, num_groups = x.shape[1] - (mean_input is not None), x.shape[0] * x.shape[2]
+    num_experts, num_features, width = gate_up_proj.shape
+    outputs = x.new_empty(num_experts, num_groups, width)  # [E, N, D]
+    gates = x.new_empty(num_experts if needs_grad else 0, num_groups, num_features)  # [E, N, 2F]
+    sums = x.new_empty(2, num_experts, 0 if counts is None else len(counts), width, dtype=torch.float32)
+    for part, chunks in _cut_experts(x, gate_up_proj):
+        rows = _mix(x, weights[..., part], mean_input, part)  # [E, N, D] of this part's experts
         for chunk in chunks:
-            gate = gates[chunk] if needs_grad else gates[: chunk.stop - chunk.start]
-            torch.bmm(expert_inputs[chunk], gate_up_proj[chunk].mT, out=gate)
-            torch.bmm(apply_gate(gate), down_proj[chunk].mT, out=outputs[chunk])
-        if needs_grad:
-            ctx.save_for_backward(expert_inputs, gate_up_proj, down_proj, gates)
-            ctx.apply_gate, ctx.chunks = apply_gate, chunks
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # What is written with `out=` has no derivative, and `once_differentiable` does not guard against
-        # `torch.autograd.grad(inputs=...)`: second derivatives would silently lack the path through this pass.
-        # Nor can batched gradients (`is_grads_batched=True` makes legacy batches) be written to plain memory.
-        if torch.is_grad_enabled() or _is_transformed(*grads) or is_legacy_batchedtensor(grads[0]):
-            return _ChunkedExperts._backward_bmm(ctx, *grads)
-        (grad,), (expert_inputs, gate_up_proj, down_proj, gates) = grads, ctx.saved_tensors
-        grad_inputs, grad_gate_up, grad_down = (
-            torch.empty_like(value, memory_format=torch.contiguous_format) if needed else None
-            for value, needed in zip((expert_inputs, gate_up_proj, down_proj), ctx.needs_input_grad, strict=False)
-        )
-        for chunk in ctx.chunks:
-            # By autograd, because `hidden_act` may be any activation.
-            with torch.enable_grad():
-                gate = gates[chunk].detach().requires_grad_()
-                hidden = ctx.apply_gate(gate)
-            if grad_down is not None:
-                torch.bmm(grad[chunk].mT, hidden.detach(), out=grad_down[chunk])
-            (grad_gate,) = torch.autograd.grad(hidden, gate, torch.bmm(grad[chunk], down_proj[chunk]))
-            if grad_gate_up is not None:
-                torch.bmm(grad_gate.mT, expert_inputs[chunk], out=grad_gate_up[chunk])
-            if grad_inputs is not None:
-                torch.bmm(grad_gate, gate_up_proj[chunk], out=grad_inputs[chunk])
-        return grad_inputs, grad_gate_up, grad_down, None, None
-
-    @staticmethod
-    def _backward_bmm(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The same gradients by autograd; they are differentiable themselves if a graph of them is asked for."""
-        create_graph, needed = torch.is_grad_enabled(), ctx.needs_input_grad[:3]
-        with torch.enable_grad():
-            # Views: if one input was computed from another, its gradient must not flow into that one here.
-            inputs = [value.view_as(value) for value in ctx.saved_tensors[:3]]
-            # Forward once more: the saved gates have no graph that leads back to the inputs.
-            outputs = _run_experts_bmm(*inputs, ctx.apply_gate)
-        grads = iter(torch.autograd.grad(outputs, list(compress(inputs, needed)), grad, create_graph=create_graph))
-        return *(next(grads) if wanted else None for wanted in needed), None, None
+            own = slice(chunk.start - part.start, chunk.stop - part.start)
+            gate = gates[chunk] if needs_grad else x.new_empty(own.stop - own.start, num_groups, num_features)
+            torch.bmm(rows[own], gate_up_proj[chunk].mT, out=gate)
+            torch.bmm(run_gates_forward(gate, activation), down_proj[chunk].mT, out=outputs[chunk])
+        if counts is not None:
+            for values, result in zip((rows, outputs[part]), sums, strict=True):
+                multiply_in_float32(counts.expand(len(rows), -1, -1), values, out=result[part])
+    output = _new_rows(x[:, :num_tokens])  # [A, G, T, D]
+    _hand_back(output, weights[:, :num_tokens], outputs)
+    nothing = (x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32))
+    return output, *(nothing if counts is None else _split_sums(sums)), gates, outputs
 
 
-def _chunk_experts(num_experts: int, num_features: int) -> list[slice]:
-    """Slices of experts, each with `num_features` hidden features, that a CPU runs at once."""
-    length = max(1, _CPU_CHUNK_FEATURES // max(1, num_features))
-    return [slice(start, min(start + length, num_experts)) for start in range(0, num_experts, length)]
+def _run_backward_in_parts(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    mean_input: Tensor | None,
+    gates: Tensor,
+    outputs: Tensor,
+    needed: Sequence[bool],
+    activation: Activation,
+) -> list[Tensor]:
+    """The gradients of the first four tensors; those that are not needed are empty."""
+    num_tokens = grad.shape[1]
+    grad_x, grad_weights, *of_experts = results = _new_gradients(x, weights, gate_up_proj, down_proj, needed)
+    if needed[1]:
+        grad_weights[:, num_tokens:].zero_()
+        _dot(grad_weights[:, :num_tokens], grad, outputs)
+    for part, chunks in _cut_experts(x, gate_up_proj):
+        grad_rows = _mix(grad, weights[:, :num_tokens, :, part])  # [E, N, D], of the outputs
+        rows = _mix(x, weights[..., part], mean_input, part) if needed[2] else None  # [E, N, D]
+        for chunk in chunks:
+            own = slice(chunk.start - part.start, chunk.stop - part.start)
+            own_experts = (gate_up_proj[chunk], down_proj[chunk], gates[chunk], activation)
+            of_own_experts = [value[chunk] if len(value) else None for value in of_experts]
+            _run_experts_backward(grad_rows[own], None if rows is None else rows[own], *own_experts, of_own_experts)
+        if needed[0]:
+            _hand_back(grad_x, weights[..., part], grad_rows, adds=part.start > 0)
+        if needed[1]:
+            _dot(grad_weights[..., part], x, grad_rows, adds=True)
+        if needed[1] and mean_input is not None:
+            dots = torch.bmm(grad_rows, mean_input[part, :, None])[..., 0].T  # [N, E]
+            grad_weights[:, -1, :, part] += dots.unflatten(0, (len(x), x.shape[2]))
+    return results
 
 
-__all__ = ["run_experts"]
+def _run_experts_backward(
+    grad_rows: Tensor,
+    rows: Tensor | None,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gates: Tensor,
+    activation: Activation,
+    of_experts: list[Tensor | None],
+) -> None:
+    """Turn gradients of a chunk's outputs `[E, N, D]` into those of its mixtures `rows`, and write its weights'."""
+    grad_gate_up, grad_down = of_experts
+    grad_hidden = torch.bmm(grad_rows, down_proj)  # [E, N, F]
+    hidden, grad_gates = run_gates_backward(gates, grad_hidden, activation)  # [E, N, F], [E, N, 2F]
+    if grad_down is not None:
+        torch.bmm(grad_rows.mT, hidden, out=grad_down)
+    if grad_gate_up is not None and rows is not None:
+        torch.bmm(grad_gates.mT, rows, out=grad_gate_up)
+    _multiply_into(grad_rows, grad_gates, gate_up_proj)
+
+
+def _new_gradients(
+    x: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, needed: Sequence[bool]
+) -> list[Tensor]:
+    """Memory for the gradients that are needed, else none."""
+    rows = _new_rows(x) if needed[0] else x.new_empty(0)  # [A, H, T, D]
+    others = (
+        torch.empty_like(value, memory_format=torch.contiguous_format) if wanted else x.new_empty(0)
+        for value, wanted in zip((weights, gate_up_proj, down_proj), needed[1:], strict=True)
+    )
+    return [rows, *others]
+
+
+def _cut_experts(x: Tensor, gate_up_proj: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Parts of the experts whose mixtures exist together, each with its chunks whose hidden features do."""
+    part_elements, chunk_elements = _CPU_ELEMENTS if x.device.type == "cpu" else _GPU_ELEMENTS
+    num_groups, (num_experts, num_features, width) = x.shape[0] * x.shape[2], gate_up_proj.shape
+    length = max(_MIN_PART, part_elements // max(1, num_groups * width))
+    for part in _cut(0, num_experts, length):
+        yield part, _cut(part.start, part.stop, max(1, chunk_elements // max(1, num_groups * num_features)))
+
+
+def _cut(start: int, stop: int, length: int) -> list[slice]:
+    """Slices of about the same length, at most `length`."""
+    num_slices = -(-(stop - start) // length)
+    length = -(-(stop - start) // max(1, num_slices))
+    return [slice(first, min(first + length, stop)) for first in range(start, stop, length)]
+
+
+def _new_rows(rows: Tensor) -> Tensor:
+    """New memory for rows `[A, H, T, D]`, on a CPU in the order of groups."""
+    num_groups, num_rows, num_columns, width = rows.shape
+    if rows.device.type == "cpu":
+        return rows.new_empty(num_groups, num_columns, num_rows, width).transpose(1, 2)
+    return rows.new_empty(rows.shape)
+
+
+def _mix(x: Tensor, weights: Tensor, mean_input: Tensor | None = None, part: slice = slice(None)) -> Tensor:
+    """Mixtures `[E, N, D]` of rows `[A, H, T, D]` by weights `[A, H, T, E]`; in memory ordered by groups."""
+    num_groups, _, num_columns, width = x.shape
+    mixture = x.new_empty(num_groups, num_columns, weights.shape[-1], width)  # [A, T, E, D]
+    for own, w, rows in zip(mixture, weights, x, strict=True):
+        torch.bmm(w.permute(1, 2, 0), rows.transpose(0, 1), out=own)
+    if mean_input is not None:
+        mixture.addcmul_(weights[:, -1, :, :, None], mean_input[part])
+    return mixture.flatten(0, 1).transpose(0, 1)
+
+
+def _hand_back(result: Tensor, weights: Tensor, outputs: Tensor, adds: bool = False) -> None:
+    """Write, or add, outputs `[E, N, D]` times weights `[A, G, T, E]` to rows `[A, G, T, D]`."""
+    by_row_group = outputs.transpose(0, 1).unflatten(0, (len(result), -1))  # [A, T, E, D]
+    for rows, w, own in zip(result, weights, by_row_group, strict=True):
+        _multiply_into(rows.transpose(0, 1), w.transpose(0, 1), own, adds)
+
+
+def _dot(result: Tensor, rows: Tensor, outputs: Tensor, adds: bool = False) -> None:
+    """Write, or add, to `[A, H, T, E]` the products of rows `[A, H, T, D]` with their groups' outputs `[E, N, D]`."""
+    by_row_group = outputs.transpose(0, 1).unflatten(0, (len(result), -1))  # [A, T, E, D]
+    for dots, own_rows, own in zip(result, rows, by_row_group, strict=True):
+        _multiply_into(dots.transpose(0, 1), own_rows.transpose(0, 1), own.mT, adds)
+
+
+def _multiply_into(result: Tensor, left: Tensor, right: Tensor, adds: bool = False) -> None:
+    """Write, or add, a batch of products to `result`."""
+    if result.device.type == "cpu" and not result.is_contiguous():
+        # A CPU would multiply into such memory matrix by matrix.
+        product = torch.bmm(left, right)
+        result.add_(product) if adds else result.copy_(product)
+    elif adds:
+        torch.baddbmm(result, left, right, out=result)
+    else:
+        torch.bmm(left, right, out=result)
+
+
+@torch.library.custom_op("mot::mix_and_run", mutates_args=())
+def _mix_and_run_op(
+    x: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    mean_input: Tensor | None,
+    counts: Tensor | None,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # Opaque to compilers: they would unroll the loops, and keep what the backward pass is meant to make again.
+    return _run_in_parts(x, weights, gate_up_proj, down_proj, mean_input, counts, needs_grad, nn.functional.silu)
+
+
+@_mix_and_run_op.register_fake
+def _(
+    x: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    mean_input: Tensor | None,
+    counts: Tensor | None,
+    needs_grad: bool,
+) -> tuple[Tensor, ...]:
+    num_tokens, num_groups = x.shape[1] - (mean_input is not None), x.shape[0] * x.shape[2]
+    num_experts, num_features, width = gate_up_proj.shape
+    sums = [(0,), (0,)] if counts is None else [(2, num_experts, width), (2, counts.shape[0] - 1, width)]
+    return (
+        _new_rows(x[:, :num_tokens]),
+        *(x.new_empty(shape, dtype=torch.float32) for shape in sums),
+        x.new_empty(num_experts if needs_grad else 0, num_groups, num_features),
+        x.new_empty(num_experts, num_groups, width),
+    )
+
+
+@torch.library.custom_op("mot::mix_and_run_backward", mutates_args=())
+def _mix_and_run_backward_op(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    mean_input: Tensor | None,
+    gates: Tensor,
+    outputs: Tensor,
+    needed: list[bool],
+) -> list[Tensor]:
+    return _run_backward_in_parts(
+        grad, x, weights, gate_up_proj, down_proj, mean_input, gates, outputs, needed, nn.functional.silu
+    )
+
+
+@_mix_and_run_backward_op.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    mean_input: Tensor | None,
+    gates: Tensor,
+    outputs: Tensor,
+    needed: list[bool],
+) -> list[Tensor]:
+    return _new_gradients(x, weights, gate_up_proj, down_proj, needed)
+
+
+__all__ = ["Mixed", "is_transformed", "mix_and_run"]

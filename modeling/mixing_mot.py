@@ -3,15 +3,15 @@
 Axes: B rows, T columns, G group size, A = B / G groups of rows, N = A * T groups of tokens, S = B * T tokens,
 E experts, K experts per token, D model width, P position buckets.
 
-A layer calls its experts in two ways: `experts(expert_inputs)` runs every expert on its own rows of the per-expert
-batch `[E, N, D]`; `experts(tokens, index, weights)` runs selected experts, with the signature of transformers' experts
-interface.
+A layer calls its experts in two ways: `experts(x, mixing_weights=weights)` mixes tokens for every expert, runs all of
+them and hands their outputs back, see [`mix_and_run`]; `experts(tokens, index, weights)` runs selected experts, with
+the signature of transformers' experts interface.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import log
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,15 @@ from transformers.utils.import_utils import is_tracing
 
 from .companions_mot import (
     NUM_POSITION_BUCKETS,
-    GroupMeans,
     Groups,
+    GroupSums,
     RunningStatistics,
     average_groups,
     cut_rows,
     form_groups,
 )
 from .configuration_mot import MixingMode, MoTConfig
+from .experts_mot import is_transformed
 
 MIXING_MODES: tuple[str, ...] = get_args(MixingMode)
 
@@ -54,7 +55,7 @@ class MixingContext:
         companions (`dict[int, RunningStatistics]`):
             Copies of each layer's expected companions, for a pass with gradients. Recomputation under gradient
             checkpointing must see the same values as the pass did, although the running ones have changed since.
-        means (`dict[int, GroupMeans]`, *optional*):
+        sums (`dict[int, GroupSums]`, *optional*):
             What each layer leaves here for the statistics of this batch. `None` once they have been gathered, so that
             recomputation adds nothing.
     """
@@ -64,7 +65,7 @@ class MixingContext:
     token_mask: Tensor | None = None
     groups: Groups | None = None
     companions: dict[int, RunningStatistics] = field(default_factory=dict)
-    means: dict[int, GroupMeans] | None = field(default_factory=dict)
+    sums: dict[int, GroupSums] | None = field(default_factory=dict)
 
     def get_groups(self, group_size: int, device: torch.device) -> Groups:
         """The groups, on a layer's device."""
@@ -74,9 +75,9 @@ class MixingContext:
 
     def average(self, layer_idx: int, group_size: int) -> tuple[RunningStatistics, Tensor]:
         """The statistics of this batch in one layer, and its numbers of tokens `[1 + P]`: in all, and by bucket."""
-        means = cast(dict[int, GroupMeans], self.means)[layer_idx]
-        groups = self.get_groups(group_size, means.mean_input.device)
-        return average_groups([means], groups, group_size)[0], groups.num_tokens
+        sums = cast(dict[int, GroupSums], self.sums)[layer_idx]
+        groups = self.get_groups(group_size, sums.sums.device)
+        return average_groups([sums], groups, group_size)[0], groups.num_tokens
 
 
 class MoTRouter(nn.Module):
@@ -95,7 +96,41 @@ class MoTRouter(nn.Module):
         # In bfloat16, logits from 8 to 16 are rounded to steps of 1/16, which changes weights by up to 3 %. Autocast
         # would do the same to a product of float32.
         with maybe_autocast(device_type=tokens.device.type, enabled=False):
+            if _has_mixed_product(tokens, self.weight):
+                return _MixedLinear.apply(tokens, self.weight)  # [S, E]
             return F.linear(tokens.float(), self.weight.float())  # [S, E]
+
+
+def _has_mixed_product(tokens: Tensor, weight: Tensor) -> bool:
+    """Whether the device multiplies these in their own dtype into float32."""
+    if not tokens.is_cuda or tokens.dtype != weight.dtype or tokens.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return not is_transformed(tokens, weight)
+
+
+class _MixedLinear(torch.autograd.Function):
+    """Tokens `[S, D]` of half precision times weights `[E, D]` in float32, at the speed of half precision.
+
+    Products of half precision are exact in float32, so that the result is that of factors cast to float32, of which a
+    GPU computes products ten times slower.
+    """
+
+    @staticmethod
+    def forward(tokens: Tensor, weight: Tensor) -> Tensor:
+        return torch.mm(tokens, weight.T, out_dtype=torch.float32)  # [S, E]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, weight = ctx.saved_tensors
+        grad = grads[0].to(tokens.dtype)  # [S, E]
+        return (
+            grad @ weight if ctx.needs_input_grad[0] else None,  # [S, D]
+            grad.T @ tokens if ctx.needs_input_grad[1] else None,  # [E, D]
+        )
 
 
 def mix_across_examples(
@@ -105,7 +140,8 @@ def mix_across_examples(
     companions: RunningStatistics,
     group_size: int,
     experts: Experts,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gathers: bool,
+) -> tuple[Tensor, GroupSums | None]:
     """Mode `cross_example`: every expert runs on one mixture of a group's G tokens, and all of them share its output.
 
     This is the paper's layer (section 3), except that expected companions take the place of absent tokens.
@@ -116,41 +152,47 @@ def mix_across_examples(
         groups (`Groups`): The groups that the tokens form.
         companions (`RunningStatistics`): The expected companions.
         group_size (`int`): Rows G of a group; the last group is short where G does not divide B.
-        experts (`Callable`): The experts, called on the per-expert batch.
+        experts (`Callable`): The experts, called on all groups.
+        gathers (`bool`): Whether to return what the statistics of this batch need.
 
     Returns:
-        `tuple(torch.Tensor)`: The output `[B, T, D]`, 0 for padding; and for every group the log mass `[N, E]`, the
-        mixtures and the experts' outputs `[E, N, D]`.
+        `tuple(torch.Tensor, GroupSums)`: The output `[B, T, D]`, 0 for padding, and what the statistics need.
     """
-    num_rows, num_columns = hidden_states.shape[:2]
     x, l = cut_rows(hidden_states, group_size), cut_rows(logits, group_size)  # [A, G, T, D], [A, G, T, E]
-    # Masses stay logarithms: `exp` overflows float32 at 89.
-    if groups.present is None:  # full groups have no absent companions: nothing to mask, and no copy of the logits
-        z = l.logsumexp(dim=1)  # [A, T, E]
-    else:
-        # The tokens too, since 0 times a NaN in padding is NaN. In a column of nothing but padding every l is -inf;
-        # `a` keeps z finite there, so that weights are 0 and not NaN.
-        x, l = x.masked_fill(~groups.present, 0), l.masked_fill(~groups.present, -torch.inf)
-        a = cast(Tensor, groups.log_absent) + companions.log_mass  # [A, T, E]
-        z = torch.cat([l, a[:, None]], dim=1).logsumexp(dim=1)  # [A, T, E]
-
-    # Rounded to the model's dtype only here: of rounded l and z, the weights would not sum to 1. All groups are on one
-    # axis, for which A > 1 needs a copy: with two axes `torch.matmul` would copy the weights for each product.
-    w = (l - z[:, None]).exp().to(x.dtype).transpose(1, 2).flatten(0, 1)  # [N, G, E]
-    mixture = w.mT @ x.transpose(1, 2).flatten(0, 1)  # [N, E, D]
-    if groups.present is not None:
-        w_absent = (a - z).exp().flatten(0, 1)[..., None]  # [N, E, 1]
-        expected_input = companions.mean_input + companions.input_shift[groups.buckets][:, None]  # [N, E, D]
-        mixture = (mixture + w_absent * expected_input).to(mixture.dtype)
-
-    expert_inputs = mixture.transpose(0, 1)  # [E, N, D]
-    expert_outputs = experts(expert_inputs)  # [E, N, D]
-    output = (w @ expert_outputs.transpose(0, 1)).unflatten(0, (-1, num_columns))  # [A, T, G, D]
-    output = output.transpose(1, 2).flatten(0, 1)  # [A * G, T, D]
+    options: dict[str, Tensor] = {"counts": groups.counts} if gathers else {}
+    if groups.present is not None:  # full groups have no absent companions: nothing to mask, and no copies
+        x, l = _add_expected_companions(x, l, groups, companions)  # [A, G + 1, T, D], [A, G + 1, T, E]
+        options["mean_input"] = companions.mean_input
+    # Rounded to the model's dtype only here: of rounded logits, the weights would not sum to 1.
+    w = l.softmax(dim=1)  # [A, H, T, E]
+    mixed = experts(x, mixing_weights=w.to(x.dtype), **options)
+    output = mixed.output.flatten(0, 1)  # [A * G, T, D]
     # Only if there are rows to drop: the derivative of a slice is a copy of the gradient.
-    if len(output) > num_rows:
-        output = output[:num_rows]  # [B, T, D]
-    return output, z.flatten(0, 1), expert_inputs, expert_outputs
+    if len(output) > len(hidden_states):
+        output = output[: len(hidden_states)]  # [B, T, D]
+    if not gathers:
+        return output, None
+    # The log mass is the largest logit minus the logarithm of its weight. A logsumexp would make two copies of `l`.
+    largest = (value.detach().amax(dim=1).flatten(0, 1) for value in (l, w))  # [N, E]
+    return output, GroupSums(*largest, mixed.sums, mixed.bucket_sums)
+
+
+def _add_expected_companions(
+    x: Tensor, l: Tensor, groups: Groups, companions: RunningStatistics
+) -> tuple[Tensor, Tensor]:
+    """Tokens and logits of the groups, with one row more for all of a group's absent tokens.
+
+    The row holds what every expert expects of them. What each expects beyond that, `companions.mean_input`, is left to
+    [`mix_and_run`].
+    """
+    present = cast(Tensor, groups.present)  # [A, G, T, 1]
+    # The tokens too, since 0 times a NaN in padding is NaN.
+    x, l = x.masked_fill(~present, 0), l.masked_fill(~present, -torch.inf)
+    # Masses stay logarithms: `exp` overflows float32 at 89. In a column of nothing but padding every l is -inf; `a`
+    # keeps the softmax finite there.
+    a = cast(Tensor, groups.log_absent) + companions.log_mass  # [A, T, E]
+    shift = companions.input_shift[groups.buckets].to(x.dtype).unflatten(0, (len(x), -1))  # [A, T, D]
+    return torch.cat([x, shift[:, None]], dim=1), torch.cat([l, a[:, None]], dim=1)
 
 
 def mix_with_expected_companions(

@@ -30,11 +30,10 @@ from .companions_mot import (
     RunningStatistics,
     average_groups,
     form_groups,
-    measure_groups,
     update_companions,
 )
 from .configuration_mot import MoTConfig
-from .experts_mot import run_experts
+from .experts_mot import Mixed, mix_and_run
 from .mixing_mot import (
     MIXING_MODES,
     MixingContext,
@@ -54,20 +53,28 @@ _CPU_CHUNK_VECTORS = 8192
 
 
 class MoTExperts(Qwen3MoeExperts):
-    """E SwiGLU experts as 3-D weights: transformers' experts interface runs selected ones, [`run_experts`] all."""
+    """E SwiGLU experts as 3-D weights: transformers' experts interface runs selected ones, [`mix_and_run`] all."""
 
     config: MoTConfig
     gate_up_proj: nn.Parameter
     down_proj: nn.Parameter
 
-    # Callers never use the weights themselves: tensor parallelism and PEFT replace or wrap this forward.
+    # Callers never use the weights themselves: PEFT and wrappers of modules replace or wrap this forward.
 
     def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
-    ) -> Tensor:
-        """Run selected experts on tokens `[S, D]`, or without `top_k_index` all on a per-expert batch `[E, N, D]`."""
-        if top_k_index is None:
-            return run_experts(hidden_states, self.gate_up_proj, self.down_proj, self._apply_gate)
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+        *,
+        mixing_weights: Tensor | None = None,
+        mean_input: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor | Mixed:
+        """Run selected experts on tokens `[S, D]`, or with `mixing_weights` all experts on groups `[A, H, T, D]`."""
+        if mixing_weights is not None:
+            weights = (mixing_weights, self.gate_up_proj, self.down_proj)
+            return mix_and_run(hidden_states, *weights, self.act_fn, mean_input, counts)
         if self.config._experts_implementation != "grouped_mm" or self._fits_grouped_mm():
             return super().forward(hidden_states, top_k_index, top_k_weights)
         if is_tracing(hidden_states):  # the loop over experts depends on the data, which a graph cannot express
@@ -128,14 +135,18 @@ class MoTSparseBlock(nn.Module):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _mix_across_examples(self, hidden_states: Tensor, logits: Tensor, context: MixingContext) -> Tensor:
-        group_size = self.config.group_size
-        groups = context.get_groups(group_size, hidden_states.device)
-        # The router's output is flat, as transformers records it and its load-balancing loss expects it.
-        logits = logits.unflatten(0, hidden_states.shape[:2])  # [B, T, E]
-        companions = self._find_companions(context)
-        output, *values = mix_across_examples(hidden_states, logits, groups, companions, group_size, self.experts)
-        if context.means is not None:
-            context.means[self.layer_idx] = measure_groups(*values, groups)
+        output, sums = mix_across_examples(
+            hidden_states,
+            # The router's output is flat, as transformers records it and its load-balancing loss expects it.
+            logits.unflatten(0, hidden_states.shape[:2]),  # [B, T, E]
+            context.get_groups(self.config.group_size, hidden_states.device),
+            self._find_companions(context),
+            self.config.group_size,
+            self.experts,
+            gathers=context.sums is not None,
+        )
+        if context.sums is not None and sums is not None:
+            context.sums[self.layer_idx] = sums
         return output
 
     def _find_companions(self, context: MixingContext) -> RunningStatistics:
@@ -366,13 +377,13 @@ class MoTModel(MoTPreTrainedModel):
 
     def _update_companions(self, context: MixingContext) -> None:
         """Update the running statistics by this forward's, once, even if the backward pass recomputes layers."""
-        means, context.means = context.means or {}, None
+        sums, context.sums = context.sums or {}, None
         companions = self._companions()
         # Layers of one device at a time: they are updated by common kernels.
-        for device in dict.fromkeys(layer_means.mean_input.device for layer_means in means.values()):
-            indices = [index for index, layer_means in means.items() if layer_means.mean_input.device == device]
+        for device in dict.fromkeys(layer_sums.sums.device for layer_sums in sums.values()):
+            indices = [index for index, layer_sums in sums.items() if layer_sums.sums.device == device]
             groups = context.get_groups(self.config.group_size, device)
-            batch = average_groups([means[index] for index in indices], groups, self.config.group_size)
+            batch = average_groups([sums[index] for index in indices], groups, self.config.group_size)
             update_companions([companions[index] for index in indices], batch, groups.num_tokens)
 
 

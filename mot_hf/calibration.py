@@ -60,7 +60,7 @@ class GroupTotals:
     def _sum_up(self, context: MixingContext) -> dict[int, list[Tensor]]:
         """One batch's statistics of every layer, times the number of tokens they are means of."""
         sums = {}
-        for index in context.means or ():
+        for index in context.sums or ():
             mean, num_tokens = context.average(index, self.group_size)
             all_tokens, *_ = num_tokens = num_tokens.double()  # [1 + P]
             # Shifts are relative to their own batch's mean, so they cannot be added up over batches.

@@ -121,7 +121,8 @@ def test_all_experts_together_are_the_dense_layer_once_a_row(tmp_path: Path) -> 
     dense = Qwen3ForCausalLM.from_pretrained(dense_dir)
     model = MoTForCausalLM.from_pretrained(tmp_path / "mot")
     token = torch.randn(1, 32)
-    everything = model.model.layers[3].mlp.experts(token.expand(E, 1, 32)).sum(dim=0)
+    experts = torch.arange(E)[:, None]
+    everything = model.model.layers[3].mlp.experts(token.expand(E, 32), experts, torch.ones(E, 1)).sum(0, keepdim=True)
     torch.testing.assert_close(everything, G * dense.model.layers[3].mlp(token))
 
 

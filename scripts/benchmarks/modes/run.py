@@ -63,8 +63,9 @@ def output_at_mean_input(model: MoTPreTrainedModel) -> Iterator[None]:
     blocks = [module for module in model.modules() if isinstance(module, MoTSparseBlock)]
     mean_outputs = [block.companions.mean_output for block in blocks]
     for block in blocks:
-        expert_inputs = block.companions.mean_input[:, None].to(model.dtype)  # [E, 1, D]
-        block.companions.mean_output = block.experts(expert_inputs)[:, 0].float()  # [E, D]
+        mean_input = block.companions.mean_input.to(model.dtype)  # [E, D]
+        index = torch.arange(len(mean_input), device=mean_input.device)[:, None]  # [E, 1]
+        block.companions.mean_output = block.experts(mean_input, index, torch.ones_like(mean_input[:, :1])).float()
     yield
     for block, mean_output in zip(blocks, mean_outputs, strict=True):
         block.companions.mean_output = mean_output

@@ -131,9 +131,7 @@ class MoTCompanions(nn.Module):
     def snapshot(self) -> RunningStatistics:
         """Copies of the running averages, for a backward pass that comes after their next update."""
         expected = self.expected()
-        # Not in an export, which must load where this package's operator is not registered. The flag and not
-        # `torch.compiler.is_exporting()`, which torch 2.11 compiles as True.
-        if torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag:
+        if is_compiling():
             return RunningStatistics(*torch.ops.mot.snapshot(list(expected)))
         return RunningStatistics(*(value.clone() for value in expected))
 
@@ -169,6 +167,15 @@ class MoTCompanions(nn.Module):
             return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
 
         return super()._apply(move, recurse)
+
+
+def is_compiling() -> bool:
+    """Whether a graph is made that may hold this package's operators.
+
+    An export may not: it must load where they are not registered.
+    """
+    # The flag and not `torch.compiler.is_exporting()`, which torch 2.11 compiles as True.
+    return torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
 
 
 @torch.library.custom_op("mot::snapshot", mutates_args=())

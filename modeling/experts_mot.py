@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from transformers.utils.generic import maybe_autocast
 from transformers.utils.import_utils import is_tracing
 
+from .companions_mot import is_compiling
 from .gates_mot import Activation, is_silu, run_gates, run_gates_backward, run_gates_forward
 
 # Elements that the mixtures of a part, and the gates and values of a chunk, may have. On a CPU a chunk is still in the
@@ -112,11 +113,7 @@ def _needs_plain(x: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Te
     if x.device.type == "meta" or (isinstance(activation, nn.Module) and any(activation.parameters())):
         return True
     # An export must load where this package's operators are not registered, and they know one activation.
-    return is_tracing(x) and not (_is_compiling() and is_silu(activation))
-
-
-def _is_compiling() -> bool:
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return is_tracing(x) and not (is_compiling() and is_silu(activation))
 
 
 def _run_plain(

@@ -86,15 +86,16 @@ def mix_and_run(
         dtype = torch.get_autocast_dtype(device_type)
         x, weights, gate_up_proj, down_proj = (value.to(dtype) for value in (x, weights, gate_up_proj, down_proj))
     mean_input = None if mean_input is None else mean_input.detach().to(x.dtype)
-    tensors = (x, weights, gate_up_proj, down_proj, mean_input, counts)
+    differentiable = (x, weights, gate_up_proj, down_proj)
     with maybe_autocast(device_type="cpu" if device_type == "meta" else device_type, enabled=False):
-        if _needs_plain(x, weights, gate_up_proj, down_proj, activation):
-            return _run_plain(*tensors, activation)
+        if _needs_plain(*differentiable, activation):
+            return _run_plain(*differentiable, mean_input, counts, activation)
         num_groups = x.shape[0]
-        if num_groups > _MAX_ROW_GROUPS:
-            tensors = (*(_join_row_groups(value) for value in (x, weights)), *tensors[2:])
         # Whether gradients are needed is asked here: inside an autograd function they are always off.
-        needs_grad = torch.is_grad_enabled() and any(value.requires_grad for value in tensors[:4])
+        needs_grad = torch.is_grad_enabled() and any(value.requires_grad for value in differentiable)
+        if num_groups > _MAX_ROW_GROUPS:
+            x, weights = _join_row_groups(x), _join_row_groups(weights)
+        tensors = (x, weights, gate_up_proj, down_proj, mean_input, counts)
         output, *sums = _MixAndRun.apply(*tensors, activation, needs_grad)
     if num_groups > _MAX_ROW_GROUPS:
         output = output[0].unflatten(1, (num_groups, -1)).transpose(0, 1)  # [A, G, T, D]
@@ -239,7 +240,7 @@ def _run_in_parts(
     counts: Tensor | None,
     needs_grad: bool,
     activation: Activation,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output, the sums twice, and for the backward pass gates `[E, N, 2F]` and outputs `[E, N, D]`."""
     num_tokens, num_groups = x.shape[1] - (mean_input is not None), x.shape[0] * x.shape[2]
     num_experts, num_features, width = gate_up_proj.shape
@@ -258,8 +259,11 @@ def _run_in_parts(
                 multiply_in_float32(counts.expand(len(rows), -1, -1), values, out=result[part])
     output = _new_rows(x[:, :num_tokens])  # [A, G, T, D]
     _hand_back(output, weights[:, :num_tokens], outputs)
-    nothing = (x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32))
-    return output, *(nothing if counts is None else _split_sums(sums)), gates, outputs
+    if counts is None:
+        of_all, of_buckets = sums.new_empty(0), sums.new_empty(0)
+    else:
+        of_all, of_buckets = _split_sums(sums)
+    return output, of_all, of_buckets, gates, outputs
 
 
 def _run_backward_in_parts(
@@ -414,13 +418,16 @@ def _(
     mean_input: Tensor | None,
     counts: Tensor | None,
     needs_grad: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_tokens, num_groups = x.shape[1] - (mean_input is not None), x.shape[0] * x.shape[2]
     num_experts, num_features, width = gate_up_proj.shape
-    sums = [(0,), (0,)] if counts is None else [(2, num_experts, width), (2, counts.shape[0] - 1, width)]
+    of_all, of_buckets = (0,) if counts is None else (2, num_experts, width), (0,)
+    if counts is not None:
+        of_buckets = (2, counts.shape[0] - 1, width)
     return (
         _new_rows(x[:, :num_tokens]),
-        *(x.new_empty(shape, dtype=torch.float32) for shape in sums),
+        x.new_empty(of_all, dtype=torch.float32),
+        x.new_empty(of_buckets, dtype=torch.float32),
         x.new_empty(num_experts if needs_grad else 0, num_groups, num_features),
         x.new_empty(num_experts, num_groups, width),
     )

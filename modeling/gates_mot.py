@@ -86,8 +86,8 @@ def has_kernel(gates: Tensor, activation: Activation) -> bool:
 
 
 if is_triton_available():
-    import triton
-    import triton.language as tl
+    import triton  # pyright: ignore[reportMissingImports]
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
 
     @triton.jit
     def _forward_kernel(gates, hidden, num_features, block: tl.constexpr):  # noqa: ANN001, ANN202

@@ -33,7 +33,7 @@ from .experts_mot import is_transformed
 
 MIXING_MODES: tuple[str, ...] = get_args(MixingMode)
 
-Experts = Callable[..., Tensor]
+Experts = Callable[..., Any]
 
 
 @dataclass

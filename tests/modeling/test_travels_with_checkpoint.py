@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 import mot_hf.modeling
 from mot_hf.modeling.configuration_mot import NEWEST_TESTED
@@ -19,12 +19,15 @@ from tests.elsewhere import run_elsewhere
 from tests.models import tiny_config, trained
 
 FILES = sorted(Path(mot_hf.modeling.__file__).parent.glob("*.py"))
-ALLOWED = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+REQUIRED = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+ALLOWED = {*REQUIRED, "triton"}  # which torch brings along on a GPU
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_imports_nothing_but_torch_transformers_and_siblings(file: Path) -> None:
     siblings = {path.stem for path in FILES}
+    # What transformers asks for before it runs the code of a checkpoint.
+    assert set(get_imports(file)) <= REQUIRED
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= ALLOWED

@@ -1,12 +1,21 @@
 """Counts the parameters and FLOPs of a model."""
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mot_hf.modeling import MoTPreTrainedModel
 from mot_hf.modeling.modeling_mot import MoTExperts
+
+
+def _count_bmm(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
+    """FLOPs of a batch of products `[E, N, I]` times `[E, I, O]`."""
+    return 2 * left.numel() * right[-1]
+
+
+# torch (2.13) raises at a product with `out_dtype`, of which a layer on a GPU makes some.
+FLOP_FORMULAS = {torch.ops.aten.bmm: _count_bmm}
 
 
 class ModelSize(NamedTuple):
@@ -63,6 +72,6 @@ def count_flops(model: MoTPreTrainedModel, num_columns: int) -> float:
     ids = torch.zeros(num_rows, num_columns, dtype=torch.long, device=device)
     # A 4-D mask for attention: for other masks transformers would read the data, and on meta there is none.
     mask = torch.zeros(num_rows, 1, num_columns, num_columns, dtype=torch.bool, device=device)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
         model(ids, attention_mask=mask, mixing="cross_example")
     return counter.get_total_flops() / ids.numel()

@@ -14,6 +14,8 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from mot_hf.sizes import FLOP_FORMULAS
+
 Work = Callable[[], Any]
 
 
@@ -119,7 +121,7 @@ def _count_grouped_mm(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -
 
 
 # Operations that torch (2.13) does not count.
-_UNCOUNTED = {
+_UNCOUNTED = FLOP_FORMULAS | {
     torch.ops.aten._grouped_mm: _count_grouped_mm,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
         query, key, value

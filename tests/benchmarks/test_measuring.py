@@ -108,6 +108,13 @@ def test_memory_that_was_taken_before_is_not_in_the_peak() -> None:
     assert measure_peak_memory(lambda: before.clone(), "cpu") == 2**20
 
 
+def test_the_flops_of_products_in_another_dtype_are_counted() -> None:
+    left, right = (torch.empty(2, *shape, dtype=torch.bfloat16, device="meta") for shape in ((3, 4), (4, 5)))
+    # As a GPU does it: bfloat16 into float32.
+    assert count_flops(lambda: torch.bmm(left, right, out_dtype=torch.float32)) == 2 * 2 * 3 * 4 * 5
+    assert count_flops(lambda: torch.mm(left[0], right[0], out_dtype=torch.float32)) == 2 * 3 * 4 * 5
+
+
 def test_the_matmul_rate_is_flops_by_time() -> None:
     rate = measure_matmul_rate("cpu", torch.float32, size=256, num_rounds=2)
     left, right = torch.randn(256, 256), torch.randn(256, 256)

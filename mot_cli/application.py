@@ -25,6 +25,8 @@ EXTRAS = {
     "serve": ("fastapi", "uvicorn", "openai"),
 }
 
+_INTERRUPTED = 130  # the exit code
+
 Device = Annotated[
     str | None, typer.Option(help="Device to compute on, such as cuda:1; by default the accelerator, if there is one.")
 ]
@@ -76,7 +78,11 @@ def command(*extras: str, **settings: Any) -> Callable[[Callable[..., None]], Ca
             from mot_hf.terminal import clean_messages
 
             with clean_messages():
-                work(*args, **kwargs)
+                try:
+                    work(*args, **kwargs)
+                except KeyboardInterrupt as interruption:  # typer would end without a word
+                    say(f"\n{interruption or 'interrupted'}", err=True)
+                    raise typer.Exit(_INTERRUPTED) from None
 
         return app.command(**settings)(run_command)
 
@@ -155,7 +161,7 @@ def run() -> None:
     _silence_libraries(quiet=quiet)
     try:
         app(arguments)
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         from mot_hf.terminal import report_errors
 
         with report_errors(debug=debug):

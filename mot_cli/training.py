@@ -49,6 +49,11 @@ def finetune(context: typer.Context) -> None:
 
 
 def _train(context: typer.Context, own: Sequence[type], method: type, work: Callable[..., Any]) -> None:
+    if not context.args:
+        raise ValueError(
+            f"`mot {context.info_name}` needs a recipe, as in `mot train small_clm`, or arguments: `mot recipes` and "
+            "--help list them."
+        )
     from transformers import TrainingArguments
 
     from mot_hf.training import end_processes, parse_arguments

@@ -62,6 +62,9 @@ def evaluate(
     except ValueError:  # not a byte-level tokenizer
         byte_counts = None
     losses = measure_losses(model, batches, byte_counts, show_progress=True)
+    if not as_json:
+        num_rows, num_columns = len(batches) * model.config.group_size, batches[0]["input_ids"].shape[1]
+        say(f"the first {num_rows} rows of {num_columns} tokens of the held-out part of {text.name}")
     print_result([measured._asdict() for measured in losses], as_json)
 
 
@@ -92,6 +95,11 @@ def generate(
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not inputs["input_ids"].numel():
         raise ValueError("`prompt` has no token: give some text.")
+    longest = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
+    if longest < 1:
+        raise ValueError(f"`prompt` fills the model's {model.config.max_position_embeddings} tokens: shorten it.")
+    if max_new_tokens > longest:
+        say(f"only {longest} tokens more: the model is meant for {model.config.max_position_embeddings}", err=True)
     if seed is not None:
         set_seed(seed)
     sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_p": top_p}
@@ -99,7 +107,7 @@ def generate(
     writer.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=min(max_new_tokens, longest),
         mixing=mixing,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         **sampling,

@@ -73,7 +73,7 @@ def export_qwen3_moe(
     if not allow_untuned and config.mixing != "moe" and find_layers(config, "sparse"):
         raise NotTunedError(
             f"{str(model_dir)!r} was not tuned in mode 'moe', the only mode of a Qwen3-MoE model (`mixing` is "
-            f"{config.mixing!r} in its config.json): tune it first, with scripts/transition_tune.py."
+            f"{config.mixing!r} in its config.json): tune it first, with `mot transition`."
         )
     with writer:
         exported_config.save_pretrained(writer.folder)

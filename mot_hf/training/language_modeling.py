@@ -31,6 +31,7 @@ from mot_hf.training.resuming import (
     TRANSITION_FIELDS,
     CheckpointDescription,
     check_adapters,
+    check_learning_rate,
     check_settings,
 )
 from mot_hf.training.run import add_callbacks, lock_run, run_training
@@ -152,9 +153,10 @@ def _train(
         changing = {"is_causal"} if method_args.transition_share is None else {"is_causal", *TRANSITION_FIELDS}
         check_settings(config, head.__name__, checkpoint, changing=changing)
         check_adapters(method_args.lora_rank, method_args.lora_alpha, checkpoint)
+        check_learning_rate(training_args.learning_rate, checkpoint)
     with explain_failures(training_args), training_args.main_process_first(desc="reading the text"):
         data = _load_data(corpus_args, tokenizer, config.group_size, training_args.seed)
-    _check_evaluation(training_args, corpus_args, len(data.validation))
+    _fit_evaluation(training_args, corpus_args, len(data.validation))
     model = _make_model(head, model_args, config, data.tokenizer)
     if method_args.lora_rank:
         task_type = None if masked else "CAUSAL_LM"
@@ -249,15 +251,24 @@ def _make_metrics(tokenizer: PreTrainedTokenizerBase, masked: bool) -> LanguageM
         return LanguageModelMetrics(masked=masked)
 
 
-def _check_evaluation(args: TrainingArguments, corpus_args: CorpusArguments, num_rows: int) -> None:
-    """Refuse an evaluation without a full batch: the `Trainer` would drop the only batch and log no loss."""
+def _fit_evaluation(args: TrainingArguments, corpus_args: CorpusArguments, num_rows: int) -> None:
+    """Evaluate in smaller batches if there is no full one: the `Trainer` would drop the only batch and log no loss."""
     batch_size = args.eval_batch_size * args.world_size
-    if args.eval_strategy != IntervalStrategy.NO and args.dataloader_drop_last and num_rows < batch_size:
+    if args.eval_strategy == IntervalStrategy.NO or not args.dataloader_drop_last or num_rows >= batch_size:
+        return
+    num_devices = batch_size // args.per_device_eval_batch_size
+    if num_rows < num_devices:
         raise ValueError(
-            f"There are {num_rows} validation rows (`max_eval_rows={corpus_args.max_eval_rows}`), fewer than one "
-            f"batch of {batch_size}, so `dataloader_drop_last` drops them all: lower per_device_eval_batch_size, or "
-            "evaluate more rows."
+            f"There are {num_rows} validation rows (`max_eval_rows={corpus_args.max_eval_rows}`), fewer than the "
+            f"{num_devices} devices: give more text, or a larger --validation_fraction."
         )
+    logger.warning(
+        "There are only %d validation rows: `per_device_eval_batch_size` is %d in place of %d.",
+        num_rows,
+        num_rows // num_devices,
+        args.per_device_eval_batch_size,
+    )
+    args.per_device_eval_batch_size = num_rows // num_devices
 
 
 def _make_model(

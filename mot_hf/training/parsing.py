@@ -4,7 +4,7 @@ import logging
 import sys
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 RECIPES = Path(__file__).parents[1] / "recipes"
 _RECIPE_ENDINGS = (".yaml", ".yml")
 _RUNS = "runs"
+_AS_NEAR = 0.01
 
 
 class _ShortHelp(ArgumentDefaultsHelpFormatter):
@@ -52,7 +53,7 @@ class RecipeParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise a `ValueError` in place of the usage and the end of the process."""
-        raise ValueError(f"{message}. See `--help`.")
+        raise ValueError(f"{message.rstrip('.')}. See `--help`.")
 
     def names(self) -> set[str]:
         """The names of all arguments."""
@@ -162,8 +163,11 @@ def _refuse(unknown: Sequence[str], known: set[str]) -> NoReturn:
 
 
 def _suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    nearest = get_close_matches(name, sorted(known), n=1, cutoff=0.7)
-    return f" (did you mean `{prefix}{nearest[0]}`?)" if nearest else ""
+    nearest = get_close_matches(name, sorted(known), n=2, cutoff=0.7)
+    # A second one only where it is as near: `small_cml` may be `small_clm` or `small_mlm`.
+    ratios = [SequenceMatcher(None, each, name).ratio() for each in nearest]
+    near = [each for each, ratio in zip(nearest, ratios, strict=True) if ratio > ratios[0] - _AS_NEAR]
+    return f" (did you mean {' or '.join(f'`{prefix}{each}`' for each in near)}?)" if near else ""
 
 
 def _names_given(dataclasses: Sequence[type], arguments: Sequence[str]) -> set[str]:

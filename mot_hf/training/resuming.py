@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     PreTrainedConfig,
@@ -20,6 +21,7 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy
 
+from mot_hf.storage.checkpoints import SCHEDULER_NAME
 from mot_hf.storage.plain_files import read_object
 from mot_hf.storage.tokenizers import has_tokenizer
 from mot_hf.training.vocabulary import load_tokenizer
@@ -133,6 +135,23 @@ def check_adapters(rank: int, alpha: int, checkpoint: str) -> None:
         _refuse_differences(settings, checkpoint)
     elif (Path(checkpoint) / "config.json").is_file():  # a whole model
         _refuse_differences({"lora_rank": (0, rank)}, checkpoint)
+
+
+def check_learning_rate(learning_rate: float, checkpoint: str) -> None:
+    """Refuses to resume with another learning rate, which the `Trainer` would ignore: it loads the old schedule.
+
+    Args:
+        learning_rate (`float`): Learning rate of the run.
+        checkpoint (`str`): Folder of the checkpoint. Without a scheduler of torch's own kind, nothing is checked.
+
+    Raises:
+        ValueError: The learning rates differ.
+    """
+    path = Path(checkpoint) / SCHEDULER_NAME
+    state = torch.load(path, weights_only=True) if path.is_file() else {}
+    saved = state.get("base_lrs") if isinstance(state, dict) else None
+    if saved and learning_rate not in saved:
+        _refuse_differences({"learning_rate": (saved[0], learning_rate)}, checkpoint)
 
 
 def _refuse_differences(settings: Mapping[str, tuple[Any, Any]], checkpoint: str) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from mot_hf.data.corpus import load_groups
 from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.sizes import count_parameters
 from mot_hf.storage.saved_model import open_model
+from mot_hf.training import RunPlan
 from tests.models import tiny_config, trained
 from tests.scripts.running import environment_of
 from tests.training.language_runs import TEXTS, write_text
@@ -89,6 +91,7 @@ def test_evaluate_measures_every_mode(model_dir: Path, tmp_path: Path) -> None:
         best = output.logits[:, :-1].argmax(-1)
         assert row["accuracy"] == pytest.approx((best == batch["labels"][:, 1:]).float().mean().item())
     table = invoke("evaluate", model_dir, "--source", source, "--block-length", "16", "--num-batches", "1")
+    assert "the first 4 rows of 16 tokens of the held-out part of text" in table
     assert [line.split()[0] for line in table.splitlines()[-4:]] == ["mode", "cross_example", "per_sequence", "moe"]
 
 
@@ -169,3 +172,25 @@ def test_quiet_prints_nothing_but_the_result(model_dir: Path, tmp_path: Path) ->
     )  # fmt: skip
     assert [row["mode"] for row in json.loads(done.stdout)] == ["cross_example", "per_sequence", "moe"]
     assert done.stderr == ""
+
+
+def test_train_without_a_word_starts_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "needs a recipe, as in `mot train small_clm`" in fail(["train"], monkeypatch, capsys)
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: RunPlan, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunPlan, "on_step_end", interrupt)
+    arguments = ["--source", write_text(tmp_path / "text"), "--output_dir", str(tmp_path / "run"), "--max_steps", "4"]
+    result = CliRunner().invoke(app, ["train", *SMALL, *arguments])
+    assert result.exit_code == 130
+    assert "interrupted at step 1 of 4: there is no checkpoint yet, so repeat the command" in result.output
+
+
+def test_generate_ends_at_the_length_of_the_model(model_dir: Path) -> None:
+    printed = invoke("generate", model_dir, "the fox", "--greedy", "--max-new-tokens", "500")
+    assert "tokens more: the model is meant for 64" in printed

@@ -39,6 +39,8 @@ def test_a_recipe_that_does_not_exist_is_named(tmp_path: Path) -> None:
         parse_arguments(CLASSES, [str(tmp_path / "nothing.yaml")])
     with pytest.raises(OSError, match=r"'smal_clm' \(did you mean `small_clm`\?\)"):
         parse_arguments(CLASSES, ["smal_clm"])
+    with pytest.raises(OSError, match=r"'small_cml' \(did you mean `small_[cm]lm` or `small_[cm]lm`\?\)"):
+        parse_arguments(CLASSES, ["small_cml"])
 
 
 def test_recipes_of_the_package_are_found_by_name() -> None:

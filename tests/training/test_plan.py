@@ -100,3 +100,16 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_the_start(tmp_path: Pa
         train(tmp_path / "file" / "run", "no text")
     with pytest.raises(OSError, match=r"file' cannot be written to \(File exists\)"):
         train(tmp_path / "file", "no text")
+
+
+def test_few_validation_rows_are_evaluated_in_smaller_batches(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 512}
+    trainer = train(tmp_path / "run", write_text(tmp_path / "text"), dataloader_drop_last=True, **settings)
+    num_rows = len(trainer.eval_dataset)
+    assert num_rows < 512
+    assert (
+        f"only {num_rows} validation rows: `per_device_eval_batch_size` is {num_rows} in place of 512" in caplog.text
+    )
+    assert any("eval_token_loss" in entry for entry in trainer.state.log_history)

@@ -33,6 +33,14 @@ def source(first: Path) -> str:
     return str(first / "text")
 
 
+def test_another_learning_rate_is_refused_because_the_old_schedule_goes_on(source: str, checkpoint: str) -> None:
+    run_dir = Path(checkpoint).parent
+    with pytest.raises(
+        ValueError, match=r"learning_rate=0\.01 in the checkpoint and 0\.5 now\. Resume with the settings"
+    ):
+        train(run_dir, source, corpus={"vocab_size": 270}, resume_from_checkpoint="true", learning_rate=0.5)
+
+
 @pytest.fixture
 def checkpoint(first: Path, tmp_path: Path) -> str:
     """The checkpoint of a copy of that run."""

@@ -23,6 +23,7 @@ from transformers.utils.import_utils import is_tracing
 
 from .companions_mot import is_compiling
 from .gates_mot import Activation, is_silu, run_gates, run_gates_backward, run_gates_forward
+from .products_mot import dot, hand_back, mix, multiply_in_float32, multiply_into, new_rows
 
 # Elements that the mixtures of a part, and the gates and values of a chunk, may have. On a CPU a chunk is still in the
 # cache when the second product reads it, and memory of a part must come from the system anew, which takes longer than
@@ -139,15 +140,10 @@ def _run_plain(
     output = output.unflatten(0, (num_row_groups, num_columns)).transpose(1, 2)  # [A, G, T, D]
     if counts is None:
         return Mixed(output, None, None)
-    sums = [multiply_in_float32(counts.expand(len(rows), -1, -1), value.detach()) for value in (rows, outputs)]
+    sums = [
+        multiply_in_float32(counts.expand(len(rows), -1, -1), value.detach(), num_tokens) for value in (rows, outputs)
+    ]
     return Mixed(output, *_split_sums(torch.stack(sums)))
-
-
-def multiply_in_float32(counts: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
-    """Counts `[E, R, N]` times rows `[E, N, D]`, in float32 whatever the rows are."""
-    if rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16) and not is_tracing(rows):
-        return torch.bmm(counts.to(rows.dtype), rows, out_dtype=torch.float32, out=out)  # counts are exact up to 256
-    return torch.bmm(counts, rows.float(), out=out)
 
 
 def _split_sums(sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,7 +244,7 @@ def _run_in_parts(
     gates = x.new_empty(num_experts if needs_grad else 0, num_groups, num_features)  # [E, N, 2F]
     sums = x.new_empty(2, num_experts, 0 if counts is None else len(counts), width, dtype=torch.float32)
     for part, chunks in _cut_experts(x, gate_up_proj):
-        rows = _mix(x, weights[..., part], mean_input, part)  # [E, N, D] of this part's experts
+        rows = mix(x, weights[..., part], mean_input, part)  # [E, N, D] of this part's experts
         for chunk in chunks:
             own = slice(chunk.start - part.start, chunk.stop - part.start)
             gate = gates[chunk] if needs_grad else x.new_empty(own.stop - own.start, num_groups, num_features)
@@ -256,9 +252,9 @@ def _run_in_parts(
             torch.bmm(run_gates_forward(gate, activation), down_proj[chunk].mT, out=outputs[chunk])
         if counts is not None:
             for values, result in zip((rows, outputs[part]), sums, strict=True):
-                multiply_in_float32(counts.expand(len(rows), -1, -1), values, out=result[part])
-    output = _new_rows(x[:, :num_tokens])  # [A, G, T, D]
-    _hand_back(output, weights[:, :num_tokens], outputs)
+                multiply_in_float32(counts.expand(len(rows), -1, -1), values, num_tokens, out=result[part])
+    output = new_rows(x[:, :num_tokens])  # [A, G, T, D]
+    hand_back(output, weights[:, :num_tokens], outputs)
     if counts is None:
         of_all, of_buckets = sums.new_empty(0), sums.new_empty(0)
     else:
@@ -283,19 +279,19 @@ def _run_backward_in_parts(
     grad_x, grad_weights, *of_experts = results = _new_gradients(x, weights, gate_up_proj, down_proj, needed)
     if needed[1]:
         grad_weights[:, num_tokens:].zero_()
-        _dot(grad_weights[:, :num_tokens], grad, outputs)
+        dot(grad_weights[:, :num_tokens], grad, outputs)
     for part, chunks in _cut_experts(x, gate_up_proj):
-        grad_rows = _mix(grad, weights[:, :num_tokens, :, part])  # [E, N, D], of the outputs
-        rows = _mix(x, weights[..., part], mean_input, part) if needed[2] else None  # [E, N, D]
+        grad_rows = mix(grad, weights[:, :num_tokens, :, part])  # [E, N, D], of the outputs
+        rows = mix(x, weights[..., part], mean_input, part) if needed[2] else None  # [E, N, D]
         for chunk in chunks:
             own = slice(chunk.start - part.start, chunk.stop - part.start)
             own_experts = (gate_up_proj[chunk], down_proj[chunk], gates[chunk], activation)
             of_own_experts = [value[chunk] if len(value) else None for value in of_experts]
             _run_experts_backward(grad_rows[own], None if rows is None else rows[own], *own_experts, of_own_experts)
         if needed[0]:
-            _hand_back(grad_x, weights[..., part], grad_rows, adds=part.start > 0)
+            hand_back(grad_x, weights[..., part], grad_rows, adds=part.start > 0)
         if needed[1]:
-            _dot(grad_weights[..., part], x, grad_rows, adds=True)
+            dot(grad_weights[..., part], x, grad_rows, adds=True)
         if needed[1] and mean_input is not None:
             dots = torch.bmm(grad_rows, mean_input[part, :, None])[..., 0].T  # [N, E]
             grad_weights[:, -1, :, part] += dots.unflatten(0, (len(x), x.shape[2]))
@@ -319,14 +315,14 @@ def _run_experts_backward(
         torch.bmm(grad_rows.mT, hidden, out=grad_down)
     if grad_gate_up is not None and rows is not None:
         torch.bmm(grad_gates.mT, rows, out=grad_gate_up)
-    _multiply_into(grad_rows, grad_gates, gate_up_proj)
+    multiply_into(grad_rows, grad_gates, gate_up_proj)
 
 
 def _new_gradients(
     x: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, needed: Sequence[bool]
 ) -> list[Tensor]:
     """Memory for the gradients that are needed, else none."""
-    rows = _new_rows(x) if needed[0] else x.new_empty(0)  # [A, H, T, D]
+    rows = new_rows(x) if needed[0] else x.new_empty(0)  # [A, H, T, D]
     others = (
         torch.empty_like(value, memory_format=torch.contiguous_format) if wanted else x.new_empty(0)
         for value, wanted in zip((weights, gate_up_proj, down_proj), needed[1:], strict=True)
@@ -348,51 +344,6 @@ def _cut(start: int, stop: int, length: int) -> list[slice]:
     num_slices = -(-(stop - start) // length)
     length = -(-(stop - start) // max(1, num_slices))
     return [slice(first, min(first + length, stop)) for first in range(start, stop, length)]
-
-
-def _new_rows(rows: Tensor) -> Tensor:
-    """New memory for rows `[A, H, T, D]`, on a CPU in the order of groups."""
-    num_groups, num_rows, num_columns, width = rows.shape
-    if rows.device.type == "cpu":
-        return rows.new_empty(num_groups, num_columns, num_rows, width).transpose(1, 2)
-    return rows.new_empty(rows.shape)
-
-
-def _mix(x: Tensor, weights: Tensor, mean_input: Tensor | None = None, part: slice = slice(None)) -> Tensor:
-    """Mixtures `[E, N, D]` of rows `[A, H, T, D]` by weights `[A, H, T, E]`; in memory ordered by groups."""
-    num_groups, _, num_columns, width = x.shape
-    mixture = x.new_empty(num_groups, num_columns, weights.shape[-1], width)  # [A, T, E, D]
-    for own, w, rows in zip(mixture, weights, x, strict=True):
-        torch.bmm(w.permute(1, 2, 0), rows.transpose(0, 1), out=own)
-    if mean_input is not None:
-        mixture.addcmul_(weights[:, -1, :, :, None], mean_input[part])
-    return mixture.flatten(0, 1).transpose(0, 1)
-
-
-def _hand_back(result: Tensor, weights: Tensor, outputs: Tensor, adds: bool = False) -> None:
-    """Write, or add, outputs `[E, N, D]` times weights `[A, G, T, E]` to rows `[A, G, T, D]`."""
-    by_row_group = outputs.transpose(0, 1).unflatten(0, (len(result), -1))  # [A, T, E, D]
-    for rows, w, own in zip(result, weights, by_row_group, strict=True):
-        _multiply_into(rows.transpose(0, 1), w.transpose(0, 1), own, adds)
-
-
-def _dot(result: Tensor, rows: Tensor, outputs: Tensor, adds: bool = False) -> None:
-    """Write, or add, to `[A, H, T, E]` the products of rows `[A, H, T, D]` with their groups' outputs `[E, N, D]`."""
-    by_row_group = outputs.transpose(0, 1).unflatten(0, (len(result), -1))  # [A, T, E, D]
-    for dots, own_rows, own in zip(result, rows, by_row_group, strict=True):
-        _multiply_into(dots.transpose(0, 1), own_rows.transpose(0, 1), own.mT, adds)
-
-
-def _multiply_into(result: Tensor, left: Tensor, right: Tensor, adds: bool = False) -> None:
-    """Write, or add, a batch of products to `result`."""
-    if result.device.type == "cpu" and not result.is_contiguous():
-        # A CPU would multiply into such memory matrix by matrix.
-        product = torch.bmm(left, right)
-        result.add_(product) if adds else result.copy_(product)
-    elif adds:
-        torch.baddbmm(result, left, right, out=result)
-    else:
-        torch.bmm(left, right, out=result)
 
 
 @torch.library.custom_op("mot::mix_and_run", mutates_args=())
@@ -425,7 +376,7 @@ def _(
     if counts is not None:
         of_buckets = (2, counts.shape[0] - 1, width)
     return (
-        _new_rows(x[:, :num_tokens]),
+        new_rows(x[:, :num_tokens]),
         x.new_empty(of_all, dtype=torch.float32),
         x.new_empty(of_buckets, dtype=torch.float32),
         x.new_empty(num_experts if needs_grad else 0, num_groups, num_features),

@@ -30,6 +30,7 @@ from .companions_mot import (
 )
 from .configuration_mot import MixingMode, MoTConfig
 from .experts_mot import is_transformed
+from .products_mot import has_wide_products
 
 MIXING_MODES: tuple[str, ...] = get_args(MixingMode)
 
@@ -103,9 +104,7 @@ class MoTRouter(nn.Module):
 
 def _has_mixed_product(tokens: Tensor, weight: Tensor) -> bool:
     """Whether the device multiplies these in their own dtype into float32."""
-    if not tokens.is_cuda or tokens.dtype != weight.dtype or tokens.dtype not in (torch.float16, torch.bfloat16):
-        return False
-    return not is_transformed(tokens, weight)
+    return has_wide_products(tokens) and tokens.dtype == weight.dtype and not is_transformed(tokens, weight)
 
 
 class _MixedLinear(torch.autograd.Function):

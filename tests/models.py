@@ -13,7 +13,17 @@ from mot_hf.modeling.mixing_mot import MoTRouter
 MODES = ("cross_example", "per_sequence", "moe")
 PAD, EOS = 0, 1
 # The files that travel with a checkpoint.
-_CODE_NAMES = ("arguments", "companions", "configuration", "experts", "heads", "mixing", "modeling")
+_CODE_NAMES = (
+    "arguments",
+    "companions",
+    "configuration",
+    "experts",
+    "gates",
+    "heads",
+    "mixing",
+    "modeling",
+    "products",
+)
 CODE = {f"{name}_mot.py" for name in _CODE_NAMES}
 
 Model = TypeVar("Model", bound=MoTPreTrainedModel)

@@ -150,14 +150,9 @@ def run() -> None:
 
     With `--quiet`, only results and errors are printed.
     """
-    arguments = sys.argv[1:]
-    # `--debug` with a value is an argument of the `Trainer`.
-    debug = any(
-        word == "--debug" and (place + 1 == len(arguments) or arguments[place + 1].startswith("-"))
-        for place, word in enumerate(arguments)
-    )
-    quiet = "--quiet" in arguments
-    arguments = [word for word in arguments if word != "--quiet" and not (debug and word == "--debug")]
+    arguments = [word for word in sys.argv[1:] if word != "--quiet"]
+    quiet = len(arguments) < len(sys.argv) - 1
+    debug = take_debug(arguments)
     _silence_libraries(quiet=quiet)
     try:
         app(arguments)
@@ -166,6 +161,23 @@ def run() -> None:
 
         with report_errors(debug=debug):
             raise error
+
+
+def take_debug(arguments: list[str]) -> bool:
+    """Takes `--debug` out of a command line.
+
+    Args:
+        arguments (`list[str]`): The words, changed in place. With a value, `--debug` is an argument of the `Trainer`,
+            and stays.
+
+    Returns:
+        `bool`: Whether it was there.
+    """
+    for place, word in enumerate(arguments):
+        if word == "--debug" and all(following.startswith("-") for following in arguments[place + 1 : place + 2]):
+            del arguments[place]
+            return True
+    return False
 
 
 def _silence_libraries(*, quiet: bool) -> None:

@@ -16,13 +16,16 @@ columns contain lists of words and lists of their labels. Replace `python` by `a
         --source reviews.jsonl --text_column review --label_column stars
 """
 
+import sys
+
 from transformers import TrainingArguments
 
+from mot_cli.application import take_debug
 from mot_hf.data.classification import ClassificationArguments
 from mot_hf.terminal import report_errors
 from mot_hf.training import MethodArguments, end_processes, finetune_and_evaluate, parse_arguments
 
 if __name__ == "__main__":
-    with report_errors():
+    with report_errors(debug=take_debug(sys.argv)):
         finetune_and_evaluate(*parse_arguments((ClassificationArguments, TrainingArguments, MethodArguments)))
         end_processes()

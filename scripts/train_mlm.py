@@ -11,8 +11,11 @@ On several GPUs or machines, use a configuration from scripts/accelerate. To res
         bert_32e --output_dir runs/bert --source my_texts/ --resume_from_checkpoint true
 """
 
+import sys
+
 from transformers import TrainingArguments
 
+from mot_cli.application import take_debug
 from mot_hf.terminal import report_errors
 from mot_hf.training import (
     CorpusArguments,
@@ -25,6 +28,6 @@ from mot_hf.training import (
 
 if __name__ == "__main__":
     classes = (ModelArguments, CorpusArguments, TrainingArguments, MethodArguments)
-    with report_errors():
+    with report_errors(debug=take_debug(sys.argv)):
         train_language_model(*parse_arguments(classes), masked=True)
         end_processes()

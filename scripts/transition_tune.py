@@ -12,8 +12,11 @@ with `--transition_share`:
     python scripts/train_clm.py small_clm --output_dir runs/small_clm --transition_share 0.9
 """
 
+import sys
+
 from transformers import TrainingArguments
 
+from mot_cli.application import take_debug
 from mot_hf.terminal import report_errors
 from mot_hf.training import (
     CorpusArguments,
@@ -26,6 +29,6 @@ from mot_hf.training import (
 
 if __name__ == "__main__":
     classes = (ModelArguments, CorpusArguments, TrainingArguments, MethodArguments)
-    with report_errors():
+    with report_errors(debug=take_debug(sys.argv)):
         tune_transition(*parse_arguments(classes))
         end_processes()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from mot_cli import app, run
+from mot_cli.application import take_debug
 from mot_hf import MoTForCausalLM, MoTForMaskedLM, MoTForSequenceClassification
 from mot_hf.data.corpus import load_groups
 from mot_hf.data.tokenizer import train_tokenizer
@@ -160,6 +161,20 @@ def test_debug_shows_the_traceback(
     monkeypatch.setattr("sys.argv", ["mot", "train", "--nosuch", "1", "--debug"])
     with pytest.raises(ValueError, match="no argument `--nosuch`"):
         run()
+
+
+@pytest.mark.parametrize(
+    ("words", "is_there", "rest"),
+    [
+        (["train", "--debug"], True, ["train"]),
+        (["train", "--debug", "--seed", "1"], True, ["train", "--seed", "1"]),
+        (["train", "--debug", "underflow_overflow"], False, ["train", "--debug", "underflow_overflow"]),
+        (["train"], False, ["train"]),
+    ],
+)
+def test_debug_with_a_value_belongs_to_the_trainer(words: list[str], is_there: bool, rest: list[str]) -> None:
+    assert take_debug(words) == is_there
+    assert words == rest
 
 
 def test_quiet_prints_nothing_but_the_result(model_dir: Path, tmp_path: Path) -> None:

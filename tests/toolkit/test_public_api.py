@@ -34,6 +34,7 @@ def test_names() -> None:
         "MixingMonitor",
         "ModelArguments",
         "ResumeCheck",
+        "RunPlan",
         "TransitionTuning",
         "VocabularyCheck",
         "add_callbacks",
@@ -42,10 +43,14 @@ def test_names() -> None:
         "find_checkpoint",
         "find_damage",
         "find_last_checkpoint",
+        "find_recipe",
+        "finetune_and_evaluate",
         "finetune_classification",
+        "list_recipes",
         "parse_arguments",
         "run_training",
         "train_language_model",
+        "tune_transition",
     ]
     for module in (mot_hf, mot_hf.modeling, mot_hf.metrics, mot_hf.training):
         assert all(hasattr(module, name) for name in module.__all__)

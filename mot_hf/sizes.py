@@ -57,6 +57,8 @@ def count_parameters(model: MoTPreTrainedModel) -> ModelSize:
 def count_flops(model: MoTPreTrainedModel, num_columns: int) -> float:
     """Counts the FLOPs per token of a forward pass in mode `cross_example`. Training takes three times as many.
 
+    Those of the running statistics are among them, about 1 % with many experts.
+
     Args:
         model ([`MoTPreTrainedModel`]): The model, preferably on the meta device, where nothing is computed.
         num_columns (`int`): Number of tokens T in a row, which affects attention.

@@ -168,7 +168,7 @@ def test_defaults_are_eight_minutes_of_a_gpu_and_five_of_a_cpu(script: ModuleTyp
     assert (gpu.seconds, cpu.seconds) == (480, 300)
     assert Path(gpu.output_dir) == RESULTS
     assert cpu.output_dir == "runs/gpu"
-    assert [gpu.limit(part) for part in gpu.parts] == [90, 120, 60, 480]
+    assert [gpu.limit(part) for part in gpu.parts] == [110, 120, 60, 480]
 
 
 def test_parts_import_the_package_and_wheels_that_nobody_installed(script: ModuleType, tmp_path: Path) -> None:

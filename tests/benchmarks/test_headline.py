@@ -45,7 +45,9 @@ def test_all_architectures_have_the_same_experts_and_cost_a_token_the_same_but_f
         flops[name] = counter.get_total_flops()
     per_token_and_expert = 2 * TINY.hidden_size * TINY.num_experts * ids.numel()
     num_groups = ids.numel() // TINY.group_size
-    statistics = 2 * num_groups * (2 * NUM_POSITION_BUCKETS * TINY.hidden_size + TINY.num_experts)
+    # Mixtures and outputs, summed over all groups and over those of each bucket; and the log masses.
+    num_sums = 2 * (1 + NUM_POSITION_BUCKETS)
+    statistics = 2 * num_groups * TINY.num_experts * (num_sums * TINY.hidden_size + 1)
     assert flops["mot"] == flops["dense"] + 3 * per_token_and_expert + statistics
     assert flops["qwen3_moe"] == flops["dense"] + per_token_and_expert
     assert make_model("mot", TINY).num_parameters() == make_model("qwen3_moe", TINY).num_parameters()

@@ -317,7 +317,7 @@ def test_a_model_that_was_not_tuned_is_refused_with_its_losses(source: Path, tmp
     model.save_pretrained(model_dir)
     tokenizer = train_tokenizer(TEXTS, vocab_size=300)
     command = ["export", str(model_dir), str(output_dir), "--source", str(source)]
-    with pytest.raises(NotTunedError, match=r"not tuned in mode 'moe', .* with scripts/transition_tune\.py"):
+    with pytest.raises(NotTunedError, match=r"not tuned in mode 'moe', .* with `mot transition`"):
         export_qwen3_moe(model_dir, output_dir)
     with pytest.raises(ValueError, match=r"Its loss cannot be measured: .* has no tokenizer"):
         CliRunner().invoke(app, command, catch_exceptions=False)

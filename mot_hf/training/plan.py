@@ -28,6 +28,7 @@ class RunPlan(TrainerCallback):
     def __init__(self, num_columns: int | None = None) -> None:
         self.num_columns = num_columns
         self._start: tuple[int, float] | None = None
+        self._is_told = False
 
     def on_train_begin(
         self,
@@ -38,7 +39,7 @@ class RunPlan(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Describe the run. As a warning: lower levels are not shown by default."""
-        self._first, self._start = state.global_step, None
+        self._first, self._start, self._is_told = state.global_step, None, False
         if not state.is_world_process_zero or state.global_step >= state.max_steps:
             return
         num_rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -54,17 +55,24 @@ class RunPlan(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure the first steps, once."""
-        if self._start is None and state.global_step == self._first + _WARM_STEPS:
+        if self._is_told or state.global_step < self._first + _WARM_STEPS:
+            return
+        if self._start is None:
             self._start = state.global_step, time.monotonic()
-        if self._start is None or self._start[0] < 0:
             return
         num_steps, seconds = state.global_step - self._start[0], time.monotonic() - self._start[1]
         num_left = state.max_steps - state.global_step
-        if num_steps and (num_steps >= _TIMED_STEPS or seconds >= _TIMED_SECONDS):
-            self._start = -1, 0.0
+        if num_steps >= _TIMED_STEPS or seconds >= _TIMED_SECONDS:
+            self._is_told = True
             if state.is_world_process_zero and num_left > _TIMED_STEPS:
                 left = timedelta(seconds=round(num_left * seconds / num_steps))
                 logger.warning("The other %d steps take about %s, without evaluations.", num_left, left)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin to measure again: the evaluation does not count."""
+        self._start = None
 
 
 def _describe_rows(dataset: object, num_columns: int | None, num_trained: int) -> str:

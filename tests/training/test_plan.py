@@ -43,6 +43,12 @@ def test_a_run_says_how_long_it_takes(tmp_path: Path, caplog: pytest.LogCaptureF
     assert message.startswith("The other 13 steps take about 0:")
 
 
+def test_the_time_of_an_evaluation_does_not_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 6, "save_strategy": "no", "max_steps": 30}
+    train(tmp_path / "run", write_text(tmp_path / "text"), **settings)
+    assert "steps take about" not in caplog.text  # never ten steps without one
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [

@@ -23,7 +23,7 @@ from transformers.utils.import_utils import is_tracing
 
 from .companions_mot import is_compiling
 from .gates_mot import Activation, is_silu, run_gates, run_gates_backward, run_gates_forward
-from .products_mot import dot, hand_back, mix, multiply_in_float32, multiply_into, new_rows
+from .products_mot import dot, hand_back, mix, mix_backward, multiply_in_float32, multiply_into, new_rows
 
 # Elements that the mixtures of a part, and the gates and values of a chunk, may have. On a CPU a chunk is still in the
 # cache when the second product reads it, and memory of a part must come from the system anew, which takes longer than
@@ -288,13 +288,9 @@ def _run_backward_in_parts(
             own_experts = (gate_up_proj[chunk], down_proj[chunk], gates[chunk], activation)
             of_own_experts = [value[chunk] if len(value) else None for value in of_experts]
             _run_experts_backward(grad_rows[own], None if rows is None else rows[own], *own_experts, of_own_experts)
-        if needed[0]:
-            hand_back(grad_x, weights[..., part], grad_rows, adds=part.start > 0)
-        if needed[1]:
-            dot(grad_weights[..., part], x, grad_rows, adds=True)
-        if needed[1] and mean_input is not None:
-            dots = torch.bmm(grad_rows, mean_input[part, :, None])[..., 0].T  # [N, E]
-            grad_weights[:, -1, :, part] += dots.unflatten(0, (len(x), x.shape[2]))
+        own_mean_input = None if mean_input is None else mean_input[part]
+        own_grads = (grad_x if needed[0] else None, grad_weights[..., part] if needed[1] else None)
+        mix_backward(grad_rows, x, weights[..., part], own_mean_input, *own_grads, adds=part.start > 0)
     return results
 
 

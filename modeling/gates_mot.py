@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.utils.import_utils import is_triton_available
 
+from .mixing_kernels_mot import on_device_of
+
 Activation = Callable[[Tensor], Tensor]
 
 _BLOCK = 1024
@@ -122,8 +124,7 @@ if is_triton_available():
         num_features = tensors[0].shape[-1] // 2
         num_rows = tensors[0].numel() // tensors[0].shape[-1]
         block = min(_BLOCK, triton.next_power_of_2(num_features))
-        # Triton launches on the current device. A CPU, on which its interpreter runs, has index None.
-        with torch.cuda.device(-1 if tensors[0].device.index is None else tensors[0].device.index):
+        with on_device_of(tensors[0]):
             kernel[(num_rows, triton.cdiv(num_features, block))](*tensors, num_features, block=block)
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
+from .mixing_kernels_mot import has_mixing_kernels, run_mix, run_products
+
 # All integers up to it are bfloat16 numbers.
 _LARGEST_EXACT = 256
 
@@ -22,6 +24,8 @@ def new_rows(rows: Tensor) -> Tensor:
 
 def mix(x: Tensor, weights: Tensor, mean_input: Tensor | None = None, part: slice = slice(None)) -> Tensor:
     """Mixtures `[E, N, D]` of rows `[A, H, T, D]` by weights `[A, H, T, E]`; in memory ordered by groups."""
+    if has_mixing_kernels(x, weights):
+        return run_mix(x, weights, None if mean_input is None else mean_input[part])
     num_groups, _, num_columns, width = x.shape
     mixture = x.new_empty(num_groups, num_columns, weights.shape[-1], width)  # [A, T, E, D]
     for own, w, rows in zip(mixture, weights, x, strict=True):
@@ -31,8 +35,44 @@ def mix(x: Tensor, weights: Tensor, mean_input: Tensor | None = None, part: slic
     return mixture.flatten(0, 1).transpose(0, 1)
 
 
+def mix_backward(
+    grad_rows: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    mean_input: Tensor | None,
+    grad_x: Tensor | None,
+    grad_weights: Tensor | None,
+    adds: bool,
+) -> None:
+    """Turn gradients `[E, N, D]` of mixtures into those of rows and weights, see [`mix`].
+
+    Args:
+        grad_rows (`torch.Tensor` of shape `[E, N, D]`): The gradients of mixtures.
+        x (`torch.Tensor` of shape `[A, H, T, D]`): The rows.
+        weights (`torch.Tensor` of shape `[A, H, T, E]`): The mixing weights.
+        mean_input (`torch.Tensor` of shape `[E, D]`, *optional*): What an expert adds to the last row.
+        grad_x (`torch.Tensor` of shape `[A, H, T, D]`, *optional*): Where to write, or add, the gradient of `x`.
+        grad_weights (`torch.Tensor` of shape `[A, H, T, E]`, *optional*): Where to add the gradient of `weights`.
+        adds (`bool`): Whether to add to `grad_x`.
+    """
+    if has_mixing_kernels(x, weights):
+        run_products(grad_rows, x, weights, mean_input, grad_x, grad_weights, adds_result=adds, adds_dots=True)
+        return
+    if grad_x is not None:
+        hand_back(grad_x, weights, grad_rows, adds)
+    if grad_weights is None:
+        return
+    dot(grad_weights, x, grad_rows, adds=True)
+    if mean_input is not None:
+        dots = torch.bmm(grad_rows, mean_input[:, :, None])[..., 0].T  # [N, E]
+        grad_weights[:, -1] += dots.unflatten(0, (len(x), x.shape[2]))
+
+
 def hand_back(result: Tensor, weights: Tensor, outputs: Tensor, adds: bool = False) -> None:
     """Write, or add, outputs `[E, N, D]` times weights `[A, G, T, E]` to rows `[A, G, T, D]`."""
+    if has_mixing_kernels(result, weights):
+        run_products(outputs, result, weights, result=result, adds_result=adds)
+        return
     by_row_group = outputs.transpose(0, 1).unflatten(0, (len(result), -1))  # [A, T, E, D]
     for rows, w, own in zip(result, weights, by_row_group, strict=True):
         multiply_into(rows.transpose(0, 1), w.transpose(0, 1), own, adds)
@@ -40,6 +80,9 @@ def hand_back(result: Tensor, weights: Tensor, outputs: Tensor, adds: bool = Fal
 
 def dot(result: Tensor, rows: Tensor, outputs: Tensor, adds: bool = False) -> None:
     """Write, or add, to `[A, H, T, E]` the products of rows `[A, H, T, D]` with their groups' outputs `[E, N, D]`."""
+    if has_mixing_kernels(rows, result):
+        run_products(outputs, rows, result, dots=result, adds_dots=adds)
+        return
     by_row_group = outputs.transpose(0, 1).unflatten(0, (len(result), -1))  # [A, T, E, D]
     for dots, own_rows, own in zip(result, rows, by_row_group, strict=True):
         multiply_into(dots.transpose(0, 1), own_rows.transpose(0, 1), own.mT, adds)
@@ -69,4 +112,13 @@ def multiply_in_float32(counts: Tensor, rows: Tensor, group_size: int, out: Tens
     return torch.bmm(counts, rows.float(), out=out)
 
 
-__all__ = ["dot", "hand_back", "has_wide_products", "mix", "multiply_in_float32", "multiply_into", "new_rows"]
+__all__ = [
+    "dot",
+    "hand_back",
+    "has_wide_products",
+    "mix",
+    "mix_backward",
+    "multiply_in_float32",
+    "multiply_into",
+    "new_rows",
+]

@@ -368,7 +368,8 @@ class MoTModel(MoTPreTrainedModel):
     def _check_companions(self) -> None:
         """Warn once per model if the statistics that stand in for other rows were never gathered."""
         self._companions_were_checked = True
-        if any(companions.num_batches_tracked == 0 for companions in self._companions().values()):
+        counters = [companions.num_batches_tracked for companions in self._companions().values()]
+        if any(not counter.is_meta and counter == 0 for counter in counters):
             logger.warning(
                 "Mode per_sequence uses statistics of the typical group, and this model has none: it was not trained "
                 "in mode cross_example. Its results will be poor until `mot_hf.calibration.calibrate(model, batches)` "

@@ -49,23 +49,57 @@ def finetune(context: typer.Context) -> None:
 
 
 def _train(context: typer.Context, own: Sequence[type], method: type, work: Callable[..., Any]) -> None:
-    if not context.args:
-        raise ValueError(
-            f"`mot {context.info_name}` needs a recipe, as in `mot train small_clm`, or arguments: `mot recipes` and "
-            "--help list them."
-        )
+    _check_given(context.info_name, context.args)
     from transformers import TrainingArguments
 
     from mot_hf.training import end_processes, parse_arguments
 
-    description = " ".join((context.command.help or "").split())
     arguments = parse_arguments(
-        [*own, method, TrainingArguments], context.args, prog=f"mot {context.info_name}", description=description
+        [*own, method, TrainingArguments],
+        context.args,
+        prog=f"mot {context.info_name}",
+        description=_describe(context),
     )
     *own_arguments, method_arguments, training_arguments = arguments
     work(*own_arguments, training_arguments, method_arguments)
     say(f"model saved in {training_arguments.output_dir}")
     end_processes()
+
+
+def _check_given(name: str | None, words: Sequence[str]) -> None:
+    if not words:
+        raise ValueError(
+            f"`mot {name}` needs a recipe, as in `mot train small_clm`, or arguments: `mot recipes` and --help list "
+            "them."
+        )
+
+
+def _describe(context: typer.Context) -> str:
+    return " ".join((context.command.help or "").split())
+
+
+@command("train", **_PASSED_ON)
+def estimate(context: typer.Context) -> None:
+    """Say what a training run costs: `mot estimate base_32e --devices 8 --sharding fsdp`.
+
+    Takes what `mot train` takes, and prints parameters, FLOPs, memory of a device, traffic and time; with `--json` for
+    programs. Needs the extra `train`.
+    """
+    from transformers import TrainingArguments
+
+    from mot_hf.training import CorpusArguments, MethodArguments, ModelArguments, parse_arguments
+    from mot_hf.training.estimate import EstimateArguments, estimate_run
+
+    words = [word for word in context.args if word != "--json"]
+    _check_given(context.info_name, words)
+    model, corpus, devices, _, training = parse_arguments(
+        [ModelArguments, CorpusArguments, EstimateArguments, MethodArguments, TrainingArguments],
+        # Nothing is written, and the devices need not be here.
+        [*words, "--output_dir", ".", "--use_cpu", "true"],
+        prog="mot estimate",
+        description=_describe(context),
+    )
+    print_result(estimate_run(model, corpus, devices, training), as_json=len(words) < len(context.args))
 
 
 @command("train")

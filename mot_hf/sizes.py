@@ -54,14 +54,15 @@ def count_parameters(model: MoTPreTrainedModel) -> ModelSize:
 
 
 @torch.no_grad()
-def count_flops(model: MoTPreTrainedModel, num_columns: int) -> float:
-    """Counts the FLOPs per token of a forward pass in mode `cross_example`. Training takes three times as many.
+def count_flops(model: MoTPreTrainedModel, num_columns: int, mixing: str = "cross_example") -> float:
+    """Counts the FLOPs per token of a forward pass. Training takes three times as many.
 
     Those of the running statistics are among them, about 1 % with many experts.
 
     Args:
         model ([`MoTPreTrainedModel`]): The model, preferably on the meta device, where nothing is computed.
         num_columns (`int`): Number of tokens T in a row, which affects attention.
+        mixing (`str`, *optional*, defaults to `"cross_example"`): The mixing mode.
 
     Returns:
         `float`: Floating-point operations per token; a multiplication and an addition count as two.
@@ -74,6 +75,12 @@ def count_flops(model: MoTPreTrainedModel, num_columns: int) -> float:
     ids = torch.zeros(num_rows, num_columns, dtype=torch.long, device=device)
     # A 4-D mask for attention: for other masks transformers would read the data, and on meta there is none.
     mask = torch.zeros(num_rows, 1, num_columns, num_columns, dtype=torch.bool, device=device)
-    with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
-        model(ids, attention_mask=mask, mixing="cross_example")
+    implementation = model.config._experts_implementation
+    # The others look at the choice of experts, or are not counted.
+    model.set_experts_implementation("batched_mm")
+    try:
+        with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
+            model(ids, attention_mask=mask, mixing=mixing)
+    finally:
+        model.set_experts_implementation(implementation)
     return counter.get_total_flops() / ids.numel()

@@ -95,7 +95,7 @@ def train_language_model(
     check_length(training_args)
     if corpus_args.block_length < 2:
         raise ValueError(f"`block_length={corpus_args.block_length}` must be at least 2: one token predicts nothing.")
-    masked = _find_masked(model_args, masked)
+    masked = find_masked(model_args, masked)
     with lock_run(training_args):
         return _train(model_args, corpus_args, training_args, method_args or MethodArguments(), masked, callbacks)
 
@@ -126,7 +126,8 @@ def tune_transition(
     return train_language_model(model_args, corpus_args, training_args, method_args)
 
 
-def _find_masked(args: ModelArguments, masked: bool | None) -> bool:
+def find_masked(args: ModelArguments, masked: bool | None) -> bool:
+    """Whether the model is a masked one: as the command says, the arguments, or the checkpoint."""
     if None not in (masked, args.masked) and masked != args.masked:
         raise ValueError(f"`masked={args.masked}` is not what this command trains: use the one for the other kind.")
     masked = args.masked if masked is None else masked
@@ -145,7 +146,7 @@ def _train(
 ) -> Trainer:
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
-    config = _make_config(model_args, corpus_args.block_length)
+    config = make_config(model_args, corpus_args.block_length)
     tokenizer = find_tokenizer(model_args, corpus_args, config, checkpoint, masked)
     head = MoTForMaskedLM if masked else MoTForCausalLM
     if checkpoint and tokenizer:
@@ -209,7 +210,7 @@ def _load_data(
     return LanguageData(tokenizer, rows["train"], taken.select(spread_rows(len(taken), group_size, seed)))
 
 
-def _make_config(args: ModelArguments, block_length: int) -> MoTConfig:
+def make_config(args: ModelArguments, block_length: int) -> MoTConfig:
     """The model's configuration, except for the fields that depend on the tokenizer."""
     if not args.model_name_or_path:
         config = MoTConfig(**{"max_position_embeddings": block_length, **args.config_fields()})

@@ -140,6 +140,14 @@ def test_inspect_tells_statistics_that_were_never_gathered(model_dir: Path) -> N
     assert "not gathered" in json.loads(invoke("inspect", model_dir, "--json"))["statistics"]
 
 
+def test_estimate_takes_what_train_takes() -> None:
+    arguments = ["--per_device_train_batch_size", "4", "--block_length", "16", "--bf16", "true", "--tflops", "1"]
+    rows = {row["quantity"]: row for row in json.loads(invoke("estimate", "small_clm", *arguments, "--json"))}
+    assert rows["parameters"] == {"quantity": "parameters", "value": pytest.approx(10.53, abs=0.01), "unit": "million"}
+    assert rows["tokens of a step"]["value"] == 64
+    assert invoke("estimate", "small_clm", *arguments).splitlines()[0].split() == ["quantity", "value", "unit"]
+
+
 def test_recipes_are_listed() -> None:
     (small,) = [row for row in json.loads(invoke("recipes", "--json")) if row["name"] == "small_clm"]
     assert small["million_parameters"] == 10.5

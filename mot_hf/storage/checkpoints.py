@@ -21,7 +21,8 @@ _SHARDED_WEIGHTS = ("pytorch_model_fsdp_*", "global_step*")
 # Copied from transformers.trainer, whose import needs an extra and takes seconds.
 TRAINER_STATE_NAME = "trainer_state.json"
 SCHEDULER_NAME = "scheduler.pt"
-# Files of `torch.save` that the `Trainer` loads; it does not load training_args.bin.
+TRAINING_ARGS_NAME = "training_args.bin"
+# Files of `torch.save` that the `Trainer` loads; it does not load `TRAINING_ARGS_NAME`.
 _TORCH_FILES = ("*.pt", "*.pth", "optimizer*.bin", "pytorch_model_fsdp*.bin")
 
 

@@ -132,6 +132,7 @@ class ForeignGlobalError(pickle.UnpicklingError):
 class _Inert:
     """Stands for an object in a pickle: keeps its arguments and state, and does nothing."""
 
+    args: tuple[Any, ...] = ()
     state: Any = None
 
     def __init__(self, *args: Any) -> None:
@@ -139,6 +140,48 @@ class _Inert:
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
+
+
+_LARGEST_PICKLE = 2**20  # bytes of the arguments of a run, which are a few thousand
+
+
+def read_attributes(path: Path) -> dict[str, Any]:
+    """Reads the attributes of an object that `torch.save` wrote, such as the arguments of a run.
+
+    Args:
+        path (`Path`): The file.
+
+    Returns:
+        `dict[str, Any]`: Its attributes by name; of an enumeration, the value. Other objects are inert.
+
+    Raises:
+        ValueError: If the file is damaged, or not such an object.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            if archive.getinfo(name).file_size > _LARGEST_PICKLE:
+                raise ValueError("it is too large")
+            attributes = _ArgumentsUnpickler(io.BytesIO(archive.read(name))).load().state
+        return {str(name): _value_of(value) for name, value in attributes.items()}
+    except Exception as error:  # reading a damaged pickle may raise anything
+        raise ValueError(f"{str(path)!r} is damaged ({error}).") from error
+
+
+def _value_of(attribute: Any) -> Any:
+    is_member = isinstance(attribute, _Inert) and attribute.state is None and len(attribute.args) == 1
+    return attribute.args[0] if is_member else attribute
+
+
+class _ArgumentsUnpickler(pickle.Unpickler):
+    """Makes only inert objects, whatever they are called."""
+
+    def find_class(self, module_name: str, global_name: str) -> type[_Inert]:
+        """Make a class that stands for the named one."""
+        return type(global_name, (_Inert,), {})
+
+    def persistent_load(self, pid: Any) -> None:
+        """Leave tensors out."""
 
 
 class _InertUnpickler(pickle.Unpickler):

@@ -28,7 +28,7 @@ from mot_hf.training.plan import check_length
 from mot_hf.training.resuming import (
     CheckpointDescription,
     check_adapters,
-    check_learning_rate,
+    check_arguments,
     check_settings,
     load_checkpoint_tokenizer,
 )
@@ -127,7 +127,7 @@ def _finetune(
     model = _load_model(model_name_or_path, _label_names(data), tokenizer, of_tokens)
     if checkpoint:
         _check_resumed(model, tokenizer, method_args, checkpoint)
-        check_learning_rate(training_args.learning_rate, checkpoint)
+        check_arguments(training_args, checkpoint)
     tokenizer.model_max_length = model.config.max_position_embeddings
     architecture = type(model).__name__
     if method_args.lora_rank:

@@ -31,7 +31,7 @@ from mot_hf.training.resuming import (
     TRANSITION_FIELDS,
     CheckpointDescription,
     check_adapters,
-    check_learning_rate,
+    check_arguments,
     check_settings,
 )
 from mot_hf.training.run import add_callbacks, lock_run, run_training
@@ -154,7 +154,7 @@ def _train(
         changing = {"is_causal"} if method_args.transition_share is None else {"is_causal", *TRANSITION_FIELDS}
         check_settings(config, head.__name__, checkpoint, changing=changing)
         check_adapters(method_args.lora_rank, method_args.lora_alpha, checkpoint)
-        check_learning_rate(training_args.learning_rate, checkpoint)
+        check_arguments(training_args, checkpoint)
     with explain_failures(training_args), training_args.main_process_first(desc="reading the text"):
         data = _load_data(corpus_args, tokenizer, config.group_size, training_args.seed)
     _fit_evaluation(training_args, corpus_args, len(data.validation))

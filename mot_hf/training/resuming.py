@@ -21,7 +21,8 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy
 
-from mot_hf.storage.checkpoints import SCHEDULER_NAME
+from mot_hf.storage.checkpoints import SCHEDULER_NAME, TRAINING_ARGS_NAME
+from mot_hf.storage.pickles import read_attributes
 from mot_hf.storage.plain_files import read_object
 from mot_hf.storage.tokenizers import has_tokenizer
 from mot_hf.training.vocabulary import load_tokenizer
@@ -34,6 +35,19 @@ _DESCRIPTION = "description"
 _OF_THE_TRAINER = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
 # What transition tuning changes during a run.
 TRANSITION_FIELDS = frozenset({"mixing", "inference_mixing", "output_router_logits"})
+
+# Arguments of the `Trainer` that a resumed run cannot change: the optimizer's are loaded with its state, and with
+# another order of the rows, some would be trained on twice and others never.
+_FIXED = (
+    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("seed", "data_seed", "train_sampling_strategy"),
+)
+# What it can change: the schedule, the loss and the gradients.
+_CHANGEABLE = (
+    *("max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "label_smoothing_factor"),
+    *("bf16", "fp16"),
+)
 
 
 class ResumeCheck(TrainerCallback):
@@ -54,8 +68,8 @@ class ResumeCheck(TrainerCallback):
 class CheckpointDescription(TrainerCallback):
     """Adds the files that a resumed run is compared with to each checkpoint, if the `Trainer` has not saved them.
 
-    Sharded checkpoints have neither configuration nor tokenizer, and adapters have no configuration. They get a
-    subfolder with both, because a configuration next to the weights of adapters would look like a whole model.
+    Sharded checkpoints have no configuration, tokenizer or arguments, and adapters have no configuration. They get a
+    subfolder with all of them, because a configuration next to the weights of adapters would look like a whole model.
 
     Args:
         config (`PreTrainedConfig`): Configuration of the trained model.
@@ -76,6 +90,7 @@ class CheckpointDescription(TrainerCallback):
             self.tokenizer.save_pretrained(path)
             config = self.config.to_dict() | {"architectures": [self.architecture]}
             (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            torch.save(args, path / TRAINING_ARGS_NAME)
             os.replace(path, checkpoint / _DESCRIPTION)
 
 
@@ -137,21 +152,54 @@ def check_adapters(rank: int, alpha: int, checkpoint: str) -> None:
         _refuse_differences({"lora_rank": (0, rank)}, checkpoint)
 
 
-def check_learning_rate(learning_rate: float, checkpoint: str) -> None:
-    """Refuses to resume with another learning rate, which the `Trainer` would ignore: it loads the old schedule.
+def check_arguments(args: TrainingArguments, checkpoint: str) -> None:
+    """Refuses to resume with arguments of the `Trainer` that would be ignored or would change the order of the rows.
+
+    The `Trainer` loads the optimizer and the schedule's peak as they were saved. Other arguments take effect from the
+    checkpoint on; if such an argument differs, a warning names it.
 
     Args:
-        learning_rate (`float`): Learning rate of the run.
-        checkpoint (`str`): Folder of the checkpoint. Without a scheduler of torch's own kind, nothing is checked.
+        args (`TrainingArguments`): Arguments of the run.
+        checkpoint (`str`): Folder of the checkpoint. What it does not record is not checked.
 
     Raises:
-        ValueError: The learning rates differ.
+        ValueError: An argument differs.
     """
+    settings = _compare_arguments(args, checkpoint)
+    fixed = {name: both for name, both in settings.items() if name in _FIXED}
+    if (rates := _read_learning_rates(checkpoint)) and args.learning_rate not in rates:
+        fixed["learning_rate"] = (rates[0], args.learning_rate)
+    _refuse_differences(fixed, checkpoint)
+    differences = [_describe(name, *both) for name, both in settings.items() if name not in _FIXED]
+    if differences and args.process_index == 0:
+        logger.warning(
+            "These arguments differ from those of the checkpoint %r, and the new ones hold from there on: %s.",
+            checkpoint,
+            "; ".join(differences),
+        )
+
+
+def _compare_arguments(args: TrainingArguments, checkpoint: str) -> dict[str, tuple[Any, Any]]:
+    """The arguments that differ, by name: the checkpoint's value and the new one."""
+    folders = (Path(checkpoint), _description_of(Path(checkpoint)))
+    path = next((path for folder in folders if (path := folder / TRAINING_ARGS_NAME).is_file()), None)
+    if path is None:
+        return {}
+    try:
+        saved = read_attributes(path)
+    except ValueError as error:
+        logger.warning("The arguments of the run are not compared with those of the checkpoint: %s", error)
+        return {}
+    asked = args.to_dict()
+    both = {name: (saved[name], asked[name]) for name in (*_FIXED, *_CHANGEABLE) if name in saved and name in asked}
+    return {name: values for name, values in both.items() if values[0] != values[1]}
+
+
+def _read_learning_rates(checkpoint: str) -> list[float]:
+    """The peaks of a scheduler of torch's own kind, which is what the `Trainer` loads."""
     path = Path(checkpoint) / SCHEDULER_NAME
     state = torch.load(path, weights_only=True) if path.is_file() else {}
-    saved = state.get("base_lrs") if isinstance(state, dict) else None
-    if saved and learning_rate not in saved:
-        _refuse_differences({"learning_rate": (saved[0], learning_rate)}, checkpoint)
+    return (state.get("base_lrs") if isinstance(state, dict) else None) or []
 
 
 def _refuse_differences(settings: Mapping[str, tuple[Any, Any]], checkpoint: str) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, TrainingArguments
 
 from mot_hf import MoTForCausalLM
 from mot_hf.data.tokenizer import train_tokenizer
-from mot_hf.storage.pickles import find_file_problem, find_folder_problem
+from mot_hf.storage.pickles import find_file_problem, find_folder_problem, read_attributes
 from mot_hf.training import find_checkpoint, find_damage, find_last_checkpoint, run_training
 from tests.models import tiny_config
 from tests.training.trainers import make_trainer
@@ -289,3 +289,28 @@ def test_what_deepspeed_saves_is_no_code(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_checkpoints_that_were_not_touched_are_good(finished: Path) -> None:
     assert find_damage(finished / "checkpoint-4") is None
+
+
+class TestAttributes:
+    def test_are_those_of_the_object(self, tmp_path: Path) -> None:
+        args = TrainingArguments(str(tmp_path), weight_decay=0.1, lr_scheduler_type="cosine", report_to="none")
+        torch.save(args, tmp_path / "training_args.bin")
+        saved, expected = read_attributes(tmp_path / "training_args.bin"), args.to_dict()
+        # Dictionaries hold objects, and tokens are masked.
+        plain = [name for name, value in expected.items() if not (isinstance(value, dict) or name.endswith("_token"))]
+        assert {name: saved[name] for name in plain} == {name: expected[name] for name in plain}
+
+    def test_run_no_code(self, tmp_path: Path, trace: Path) -> None:
+        args = types.SimpleNamespace(weight_decay=0.1, seed=Bomb(trace))
+        torch.save(args, tmp_path / "training_args.bin")
+        assert read_attributes(tmp_path / "training_args.bin")["weight_decay"] == 0.1
+        as_torch_file(tmp_path / "training_args.bin", trace)
+        with pytest.raises(ValueError, match="is damaged"):
+            read_attributes(tmp_path / "training_args.bin")
+
+    @pytest.mark.parametrize("content", [b"", b"half", b"PK\x05\x06" + bytes(18)])
+    def test_of_a_damaged_file_are_refused(self, content: bytes, tmp_path: Path) -> None:
+        path = tmp_path / "training_args.bin"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"training_args\.bin' is damaged"):
+            read_attributes(path)

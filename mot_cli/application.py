@@ -27,6 +27,11 @@ EXTRAS = {
 
 _INTERRUPTED = 130  # the exit code
 
+# What these libraries print when they are imported, such as which kernels are missing, concerns no command. Scripts
+# import this module before them.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
 Device = Annotated[
     str | None, typer.Option(help="Device to compute on, such as cuda:1; by default the accelerator, if there is one.")
 ]
@@ -153,7 +158,8 @@ def run() -> None:
     arguments = [word for word in sys.argv[1:] if word != "--quiet"]
     quiet = len(arguments) < len(sys.argv) - 1
     debug = take_debug(arguments)
-    _silence_libraries(quiet=quiet)
+    if quiet:
+        _silence_own()
     try:
         app(arguments)
     except Exception as error:
@@ -180,10 +186,9 @@ def take_debug(arguments: list[str]) -> bool:
     return False
 
 
-def _silence_libraries(*, quiet: bool) -> None:
-    """Keep libraries from saying what does not concern the command, such as which kernels of torchao are missing."""
-    for name in ("torchao", "torch.utils._pytree", *(["mot_hf"] if quiet else [])):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if quiet:  # read when the libraries are imported
-        bars = ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")
-        os.environ.update(dict.fromkeys(bars, "1") | {"TRANSFORMERS_VERBOSITY": "error"})
+def _silence_own() -> None:
+    """Print results and errors only, with `--quiet`."""
+    logging.getLogger("mot_hf").setLevel(logging.ERROR)
+    # Read when the libraries are imported.
+    bars = ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")
+    os.environ.update(dict.fromkeys(bars, "1") | {"TRANSFORMERS_VERBOSITY": "error"})

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from tqdm import tqdm
+
 _LONGEST = 2000  # characters of a one-line message
 
 
@@ -72,6 +74,24 @@ def _clean_argument(argument: Any) -> Any:
     text = str(argument)
     cleaned = clean(text)
     return argument if cleaned == text else cleaned
+
+
+class _AboveBars(logging.Handler):
+    """Prints messages above the progress bars, not behind one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message."""
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def messages_above_bars() -> Iterator[None]:
+    """Prints log messages above progress bars, unless the process has handlers of its own for them."""
+    last_resort, logging.lastResort = logging.lastResort, _AboveBars(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.lastResort = last_resort
 
 
 @contextmanager

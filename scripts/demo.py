@@ -7,6 +7,8 @@ The text is the standard library of the running interpreter, so nothing is downl
     python scripts/demo.py --output_dir runs/longer --max_steps 2000
 """
 
+import mot_cli  # noqa: F401  # isort: skip  # first: it silences other libraries
+
 import json
 import time
 from dataclasses import asdict, dataclass, field

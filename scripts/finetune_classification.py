@@ -18,9 +18,10 @@ columns contain lists of words and lists of their labels. Replace `python` by `a
 
 import sys
 
+from mot_cli.application import take_debug  # isort: skip  # first: it silences other libraries
+
 from transformers import TrainingArguments
 
-from mot_cli.application import take_debug
 from mot_hf.data.classification import ClassificationArguments
 from mot_hf.terminal import report_errors
 from mot_hf.training import MethodArguments, end_processes, finetune_and_evaluate, parse_arguments

@@ -13,9 +13,10 @@ On several GPUs or machines, use a configuration from scripts/accelerate. To res
 
 import sys
 
+from mot_cli.application import take_debug  # isort: skip  # first: it silences other libraries
+
 from transformers import TrainingArguments
 
-from mot_cli.application import take_debug
 from mot_hf.terminal import report_errors
 from mot_hf.training import (
     CorpusArguments,

@@ -1,10 +1,13 @@
 """Rows of equal length: cut from documents, and ordered so that a group mixes different documents."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 from datasets import DatasetDict, IterableDatasetDict
 from transformers import PreTrainedTokenizerFast
+
+from mot_hf.data.progress import hide_bars
 
 
 def make_blocks(
@@ -57,7 +60,10 @@ def make_blocks(
         if "train" in blocks:
             blocks["train"] = blocks["train"].shuffle(seed=seed, buffer_size=buffer_size)
         return blocks
-    blocks = corpus.map(_cut_blocks, **cutting, desc="Cutting blocks")
+    blocks = {}
+    for name, split in corpus.items():
+        with nullcontext() if name == "train" else hide_bars():
+            blocks[name] = split.map(_cut_blocks, **cutting, desc="Cutting the text into rows")
     for name, split in blocks.items():
         if split.num_rows == 0:
             more = "" if name == "train" else ", hold out more (`validation_fraction`)"

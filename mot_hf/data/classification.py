@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mot_hf.data.code_tasks import package_task, role_task
 from mot_hf.data.documents import describe_losses, find_threshold
+from mot_hf.data.progress import hide_bars
 from mot_hf.data.rows import ROW_KINDS, check_columns, read_rows, row_kind
 from mot_hf.data.sources import SourceFile, count, find_files, find_place, is_data_set, load_data_set, name_source
 
@@ -69,6 +70,7 @@ class ClassificationArguments:
         return {"text_column": self.text_column, "label_column": self.label_column}
 
 
+@hide_bars()
 def load_classification_data(args: ClassificationArguments) -> DatasetDict:
     """Loads labelled texts.
 
@@ -337,6 +339,7 @@ def _join_words(words: list[str], labels: list[Any], ids: dict[str, int], names:
     return {"text": " ".join(words), "starts": starts, "ends": ends, "labels": numbers}
 
 
+@hide_bars()
 def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
     """Encodes labelled texts as inputs of a model.
 

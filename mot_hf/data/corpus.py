@@ -12,6 +12,7 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBas
 from mot_hf.data.blocks import make_blocks, spread_rows
 from mot_hf.data.default_corpus import default_corpus_files
 from mot_hf.data.documents import Documents, open_source, split_documents
+from mot_hf.data.progress import hide_bars
 from mot_hf.data.sources import PathLike
 
 
@@ -81,6 +82,7 @@ def load_corpus(
     )
 
 
+@hide_bars()
 def _load_splits(
     source: Any,
     names: Collection[str],

@@ -172,7 +172,8 @@ def _find_end(trainer: Trainer, start: TrainerState, max_steps: int) -> str | No
     """The reason why a run is complete; `None` if there is something left to train."""
     args = trainer.args
     if start.global_step >= max_steps:
-        return f"{start.global_step} of {max_steps} steps"
+        asked = "" if start.global_step == max_steps else f", and {max_steps} are asked for"
+        return f"{start.global_step} steps{asked}"
     if args.max_steps <= 0 and (start.epoch or 0) >= args.num_train_epochs - 1e-9:
         return f"all {args.num_train_epochs:g} epochs"
     callbacks = [each for each in trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]

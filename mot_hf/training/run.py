@@ -12,6 +12,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from mot_hf.modeling import MoTPreTrainedModel
 from mot_hf.storage.locking import lock_folder
+from mot_hf.terminal import messages_above_bars
 from mot_hf.training.arguments import MethodArguments
 from mot_hf.training.continuation import continue_run, settle_run
 from mot_hf.training.final_save import remove_unfinished, save_run, save_whole
@@ -100,7 +101,8 @@ def run_training(
             save_whole(trainer)
             start = continue_run(trainer, checkpoint)
             try:
-                trainer.train(resume_from_checkpoint=checkpoint)
+                with messages_above_bars():
+                    trainer.train(resume_from_checkpoint=checkpoint)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(describe_interruption(trainer)) from None
             if trainer.is_fsdp_enabled:  # checkpoints may be sharded, but the final model must load anywhere

@@ -2,13 +2,15 @@
 
 import io
 import logging
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from mot_hf import MoTConfig
-from mot_hf.terminal import clean, clean_messages, one_line, report_errors
+from mot_hf.terminal import clean, clean_messages, messages_above_bars, one_line, report_errors
 
 EVIL = "\x1b]0;owned\x07\x9b2J\x7f\u202e"
 SHOWN = r"\x1b]0;owned\x07\x9b2J\x7f\u202e"
@@ -45,6 +47,18 @@ def test_log_messages_are_cleaned(name: str) -> None:
     first, *others = stream.getvalue().splitlines()
     assert first == f"{SHOWN} is 3 {SHOWN!r} of {SHOWN}: {SHOWN}"
     assert others == [SHOWN, SHOWN, "afterwards \x07"]
+
+
+def test_messages_stand_above_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    before = logging.lastResort
+    record = logging.makeLogRecord({"msg": "Training on %d rows", "args": (3,), "levelno": logging.WARNING})
+    with messages_above_bars(), tqdm(total=3, file=sys.stderr):
+        assert logging.lastResort is not None
+        logging.lastResort.handle(record)
+    assert logging.lastResort is before
+    printed = capsys.readouterr().err
+    (line,) = [line for line in printed.splitlines() if "Training" in line]  # a \r ends a line too
+    assert line == "Training on 3 rows"
 
 
 def test_records_keep_arguments_that_a_formatter_wants() -> None:

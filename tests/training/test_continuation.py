@@ -111,10 +111,13 @@ def test_a_complete_run_is_left_as_it_is(
     ]
 
 
-def test_a_run_that_has_more_steps_than_it_is_asked_for_is_complete(tmp_path: Path) -> None:
+def test_a_run_that_has_more_steps_than_it_is_asked_for_is_complete(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     train(tmp_path)
     before = digests(tmp_path)
     trainer = train(tmp_path, "checkpoint-8", max_steps=5)
+    assert "checkpoint-8 has 8 steps, and 5 are asked for. Nothing is trained" in caplog.text
     assert steps_of(trainer) == 0
     assert digests(tmp_path) == before
     assert (trainer.state.global_step, trainer.state.max_steps) == (8, 8)

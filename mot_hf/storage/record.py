@@ -1,4 +1,4 @@
-"""The record that a run saves beside its model, for the model card."""
+"""The record that a run saves in its folder: for the model card, and to find its text again."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mot_hf.storage.plain_files import read_object
+from mot_hf.storage.plain_files import read_object, write_whole
 
 RECORD_NAME = "training.json"
 
@@ -62,8 +62,7 @@ def write_record(record: TrainingRecord, folder: str | os.PathLike[str]) -> None
     Raises:
         OSError: If the file cannot be written.
     """
-    path = Path(folder) / RECORD_NAME
-    path.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+    write_whole(Path(folder) / RECORD_NAME, json.dumps(asdict(record), indent=2) + "\n")
 
 
 def read_record(folder: str | os.PathLike[str]) -> TrainingRecord | None:

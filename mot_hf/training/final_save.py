@@ -75,6 +75,26 @@ def save_whole(trainer: Trainer) -> None:
     trainer.save_model = save_model
 
 
+def record_start(trainer: Trainer, text_name: str | None, text: Mapping[str, Any] | None = None) -> None:
+    """Writes the record of a run that begins, so that commands on its checkpoints know its text.
+
+    The record beside a finished model stays until that model is replaced.
+
+    Args:
+        trainer (`Trainer`): The trainer, before training.
+        text_name (`str`, *optional*): Name of the training text.
+        text (`Mapping[str, Any]`, *optional*): Arguments of [`load_corpus`] that read it again.
+    """
+    home = Path(trainer.args.output_dir)
+    if (
+        trainer.args.should_save
+        and isinstance(trainer.model, MoTPreTrainedModel)
+        and not any(home.glob("*.safetensors"))
+    ):
+        home.mkdir(parents=True, exist_ok=True)
+        write_record(_make_record(trainer, text_name, text or {}), home)
+
+
 def save_run(trainer: Trainer, text_name: str | None, text: Mapping[str, Any] | None = None) -> None:
     """Saves the model with its tokenizer, together with the log and the record of the run.
 

@@ -15,7 +15,7 @@ from mot_hf.storage.locking import lock_folder
 from mot_hf.terminal import messages_above_bars
 from mot_hf.training.arguments import MethodArguments
 from mot_hf.training.continuation import continue_run, settle_run
-from mot_hf.training.final_save import remove_unfinished, save_run, save_whole
+from mot_hf.training.final_save import record_start, remove_unfinished, save_run, save_whole
 from mot_hf.training.group_check import GroupSizeCheck
 from mot_hf.training.monitor import MixingMonitor
 from mot_hf.training.plan import RunPlan, describe_interruption
@@ -100,6 +100,7 @@ def run_training(
                 trainer.create_model_card = lambda *args, **kwargs: None
             save_whole(trainer)
             start = continue_run(trainer, checkpoint)
+            record_start(trainer, text_name, text)
             try:
                 with messages_above_bars():
                     trainer.train(resume_from_checkpoint=checkpoint)

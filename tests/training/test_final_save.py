@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from mot_hf import MoTForCausalLM
-from mot_hf.storage.record import read_record
+from mot_hf.storage.record import TrainingRecord, read_record, write_record
 from mot_hf.training import add_lora, final_save, run_training
 from mot_hf.training.final_save import save_run
 from mot_hf.training.run import lock_run
@@ -164,6 +164,30 @@ def test_a_run_records_where_its_text_is_found(tmp_path: Path, monkeypatch: pyte
         "text_column": "text",
         "streaming": False,
     }
+
+
+class ReadRecord(TrainerCallback):
+    """Reads the record of a run while it trains, and then fails."""
+
+    def on_step_end(self, args: TrainingArguments, *others: Any, **kwargs: Any) -> None:
+        self.record = read_record(args.output_dir)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("has_model", [False, True])
+def test_a_run_has_a_record_from_its_start_on_unless_that_of_a_finished_model_is_there(
+    has_model: bool, tmp_path: Path
+) -> None:
+    if has_model:
+        make_model(1).save_pretrained(tmp_path)
+        write_record(TrainingRecord(text_name="of the model"), tmp_path)
+    reader = ReadRecord()
+    trainer = make_trainer(make_model(2), tmp_path, [reader], max_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(trainer, None, "of the run", {"source": "/texts"})
+    assert reader.record is not None
+    assert reader.record.text_name == ("of the model" if has_model else "of the run")
+    assert reader.record.text == ({} if has_model else {"source": "/texts"})
 
 
 def test_a_run_that_is_uploaded_tells_nobody_where_files_lie(tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def report(
     batches = load_groups(model, tokenizer, text, "validation", num_batches, block_length)
     output = output or run_dir / "report.html"
     if losses := write_report(run, model, tokenizer, list(batches), output, text_name=text.name):
+        say(f"held-out part of {text.name}")
         print_result([measured._asdict() for measured in losses], as_json=False)
     say(f"report written to {output}")
 

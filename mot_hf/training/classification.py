@@ -1,5 +1,6 @@
 """Fine-tuning of pretrained MoT models for sequence and token classification."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
 from mot_hf.data.classification import IGNORED, ClassificationArguments, encode, load_classification_data
 from mot_hf.storage.checkpoints import find_checkpoint
@@ -34,6 +36,8 @@ from mot_hf.training.resuming import (
 )
 from mot_hf.training.run import add_callbacks, lock_run, run_training
 from mot_hf.training.vocabulary import check_meanings, enlarge_embeddings
+
+logger = logging.getLogger(__name__)
 
 
 def finetune_classification(
@@ -179,11 +183,15 @@ def _load_model(
     model_name_or_path: str, names: list[str], tokenizer: PreTrainedTokenizerBase, of_tokens: bool
 ) -> PreTrainedModel:
     head = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
-    model = head.from_pretrained(
-        model_name_or_path,
-        id2label=dict(enumerate(names)),
-        label2id={name: number for number, name in enumerate(names)},
-    )
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    verbosity = get_verbosity()
+    set_verbosity_error()  # a table of the differences between any two heads
+    try:
+        model, info = head.from_pretrained(model_name_or_path, output_loading_info=True, **labels)
+    finally:
+        set_verbosity(verbosity)
+    new, unused = (", ".join(sorted(info[kind])) or "nothing" for kind in ("missing_keys", "unexpected_keys"))
+    logger.warning("Of %r everything is kept but %s; new for this task is %s.", model_name_or_path, unused, new)
     enlarge_embeddings(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model

@@ -45,6 +45,7 @@ def test_a_batch_below_a_group_is_given_the_group() -> None:
     assert "one of its 1 groups has 1 of 4 rows" in message
     assert "75%" in message
     assert "per_device_train_batch_size to 4 " in message
+    assert "To fine-tune in smaller batches, set mixing='per_sequence' (--mixing per_sequence)" in message
 
 
 def test_the_last_batch_is_named_apart() -> None:

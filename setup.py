@@ -53,6 +53,7 @@ setup(
     description="Mixture of Tokens language models for Hugging Face transformers",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    project_urls={"Paper": "https://arxiv.org/abs/2310.15961"},
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     keywords=["mixture of tokens", "mixture of experts", "language model", "transformers", "pytorch"],

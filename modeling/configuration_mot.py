@@ -146,6 +146,16 @@ class MoTConfig(PreTrainedConfig):
         companion_momentum (`float`, *optional*, defaults to 0.1):
             Weight of the newest micro-batch in the running statistics of the typical group, in (0, 1], as in
             `torch.nn.BatchNorm1d`.
+        norm_mixing_weights (`bool`, *optional*, defaults to `False`):
+            Whether the weights by which a token receives its experts' outputs are normalised to sum to 1: in mode
+            `per_sequence` those of the K experts that are run, while the others contribute nothing in place of their
+            mean outputs; in mode `cross_example` those of all E experts. The weights within mixtures stay as they
+            are. `False` is the paper's layer. `True` is for models that are trained in mode `per_sequence`.
+        live_companions (`bool`, *optional*, defaults to `True`):
+            Whether training in mode `per_sequence` updates the running statistics of the typical group too, from the
+            groups that the rows of each micro-batch would form. `False` keeps those of the checkpoint, and of a new
+            model those of its start, which are 0. A saved configuration without this field and with
+            `mixing="per_sequence"` is read as `False`: its weights have got used to statistics that did not change.
         pad_token_id (`int`, *optional*):
             Id of the padding token.
         bos_token_id (`int`, *optional*):
@@ -203,6 +213,8 @@ class MoTConfig(PreTrainedConfig):
     mixing: MixingMode = "cross_example"
     inference_mixing: MixingMode | None = None
     companion_momentum: float | int = 0.1
+    norm_mixing_weights: bool = False
+    live_companions: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -284,6 +296,9 @@ class MoTConfig(PreTrainedConfig):
         config_dict = config_dict | {
             name: kwargs[name] for name in ("norm_topk_prob", "num_experts_per_tok") if name in kwargs
         }
+        # Before this field existed, mode per_sequence trained with fixed statistics.
+        if "live_companions" not in config_dict and config_dict.get("mixing") == "per_sequence":
+            config_dict = config_dict | {"live_companions": False}
         # transformers validates the saved fields, then sets the changes without validating both together.
         made = super().from_dict(config_dict, **kwargs)
         (made[0] if isinstance(made, tuple) else made).validate()

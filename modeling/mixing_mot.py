@@ -57,8 +57,8 @@ class MixingContext:
             Copies of each layer's expected companions, for a pass with gradients. Recomputation under gradient
             checkpointing must see the same values as the pass did, although the running ones have changed since.
         sums (`dict[int, GroupSums]`, *optional*):
-            What each layer leaves here for the statistics of this batch. `None` once they have been gathered, so that
-            recomputation adds nothing.
+            What each layer leaves here for the statistics of this batch. `None` if this pass gathers none, and once
+            they have been gathered, so that recomputation adds nothing.
     """
 
     mode: str
@@ -140,6 +140,7 @@ def mix_across_examples(
     group_size: int,
     experts: Experts,
     gathers: bool,
+    norm_mixing_weights: bool,
 ) -> tuple[Tensor, GroupSums | None]:
     """Mode `cross_example`: every expert runs on one mixture of a group's G tokens, and all of them share its output.
 
@@ -153,6 +154,8 @@ def mix_across_examples(
         group_size (`int`): Rows G of a group; the last group is short where G does not divide B.
         experts (`Callable`): The experts, called on all groups.
         gathers (`bool`): Whether to return what the statistics of this batch need.
+        norm_mixing_weights (`bool`):
+            Whether the weights by which a token gets the outputs of all E experts back are divided by their sum.
 
     Returns:
         `tuple(torch.Tensor, GroupSums)`: The output `[B, T, D]`, 0 for padding, and what the statistics need.
@@ -165,7 +168,11 @@ def mix_across_examples(
     # Rounded to the model's dtype only here: of rounded logits, the weights would not sum to 1.
     w = l.softmax(dim=1)  # [A, H, T, E]
     mixed = experts(x, mixing_weights=w.to(x.dtype), **options)
-    output = mixed.output.flatten(0, 1)  # [A * G, T, D]
+    output = mixed.output  # [A, G, T, D]
+    if norm_mixing_weights:
+        total = w[:, :group_size].sum(dim=-1, keepdim=True)  # [A, G, T, 1], 0 for padding
+        output = (output / total.clamp(min=1e-12)).to(output.dtype)  # the square of a smaller one would be 0
+    output = output.flatten(0, 1)  # [A * G, T, D]
     # Only if there are rows to drop: the derivative of a slice is a copy of the gradient.
     if len(output) > len(hidden_states):
         output = output[: len(hidden_states)]  # [B, T, D]
@@ -194,6 +201,59 @@ def _add_expected_companions(
     return torch.cat([x, shift[:, None]], dim=1), torch.cat([l, a[:, None]], dim=1)
 
 
+@torch.no_grad()
+def gather_from_rows(
+    hidden_states: Tensor,
+    logits: Tensor,
+    groups: Groups,
+    companions: RunningStatistics,
+    group_size: int,
+    experts: Experts | None,
+) -> GroupSums:
+    """What the statistics of a batch need in mode `per_sequence`, in which no group is mixed.
+
+    Log masses and mean mixtures are those that mode `cross_example` has of the same tokens, summed without making the
+    mixtures `[E, N, D]`. An expert that is not run for a token stands for a mixture in which the token's weight is
+    small. The limit of its output is the output for the expected mixture, which takes the place of the mean output.
+    Its shifts by position keep their running values: they would take P times as many runs.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `[B, T, D]`): The tokens.
+        logits (`torch.Tensor` of shape `[B, T, E]`): The controller's logits, float32.
+        groups (`Groups`): The groups that the tokens would form.
+        companions (`RunningStatistics`): The expected companions.
+        group_size (`int`): Rows G of a group; the last group is short where G does not divide B.
+        experts (`Callable`, *optional*):
+            The experts, each of which is called for one mixture. If `None`, mean outputs keep their running values.
+
+    Returns:
+        `GroupSums`: What the statistics need.
+    """
+    x, l = cut_rows(hidden_states, group_size), cut_rows(logits, group_size)  # [A, G, T, D], [A, G, T, E]
+    if groups.present is not None:
+        x, l = _add_expected_companions(x, l, groups, companions)  # [A, G + 1, T, D], [A, G + 1, T, E]
+    w, x = l.softmax(dim=1), x.float()  # [A, H, T, E], [A, H, T, D]
+    largest = (value.amax(dim=1).flatten(0, 1) for value in (l, w))  # [N, E]
+    num_tokens, num_experts = groups.num_tokens, l.shape[-1]
+    with maybe_autocast(device_type=x.device.type, enabled=False):
+        weighted = w * groups.counts[0].view(len(x), 1, -1, 1)  # [A, H, T, E]
+        inputs = weighted.flatten(0, 2).T @ x.flatten(0, 2)  # [E, D]
+        of_groups = (w.sum(dim=-1, keepdim=True) * x).sum(dim=1).flatten(0, 1)  # [N, D], summed over experts
+        if groups.present is not None:  # what every expert expects beyond the row that stands for all absent tokens
+            absent = w[:, -1].flatten(0, 1)  # [N, E]
+            inputs = inputs + (groups.counts[0] @ absent)[:, None] * companions.mean_input
+            of_groups = of_groups + absent @ companions.mean_input
+        bucket_inputs = groups.counts[1:] @ of_groups  # [P, D]
+    mean_output = companions.mean_output  # [E, D]
+    if experts is not None:
+        mean_input = (inputs / num_tokens[0].clamp(min=1)).to(hidden_states.dtype)  # [E, D]
+        index = torch.arange(num_experts, device=x.device)[:, None]  # [E, 1]
+        mean_output = experts(mean_input, index, torch.ones_like(index, dtype=w.dtype)).float()  # [E, D]
+    bucket_outputs = (mean_output.mean(dim=0) + companions.output_shift) * (num_experts * num_tokens[1:, None])
+    sums = torch.stack([inputs, mean_output * num_tokens[0]])  # [2, E, D]
+    return GroupSums(*largest, sums, torch.stack([bucket_inputs, bucket_outputs]))
+
+
 def mix_with_expected_companions(
     tokens: Tensor,
     logits: Tensor,
@@ -202,11 +262,12 @@ def mix_with_expected_companions(
     group_size: int,
     num_experts_per_tok: int,
     experts: Experts,
+    norm_mixing_weights: bool,
 ) -> Tensor:
     """Mode `per_sequence`: every token is a group of one with G - 1 expected companions.
 
-    Only the K experts in which the token has the largest weights are run; the others contribute their mean output.
-    A token's result depends on nothing but the token itself.
+    Only the K experts in which the token has the largest weights are run; the others contribute their mean output, or
+    nothing if weights are normalised. A token's result depends on nothing but the token itself.
 
     Args:
         tokens (`torch.Tensor` of shape `[S, D]`): The tokens.
@@ -216,6 +277,8 @@ def mix_with_expected_companions(
         group_size (`int`): Rows G of a group in training.
         num_experts_per_tok (`int`): Number K of experts run for one token.
         experts (`Callable`): The experts, of which selected ones are called.
+        norm_mixing_weights (`bool`):
+            Whether the weights of the K experts' outputs are divided by their sum. Mixtures keep their weights.
 
     Returns:
         `torch.Tensor` of shape `[S, D]`: The output.
@@ -226,6 +289,8 @@ def mix_with_expected_companions(
     # By score, not by weight: large weights all round to 1, and how ties are broken depends on the batch.
     index = score.topk(num_experts_per_tok, dim=-1).indices  # [S, K]
     w = weights.gather(-1, index)  # [S, K]
+    # Of their logarithms, because all K weights may round to 0.
+    shares = F.logsigmoid(score.gather(-1, index)).softmax(dim=-1) if norm_mixing_weights else w  # [S, K]
 
     # In place, on the copy that indexing makes: on a CPU, new memory for S * K vectors is a good part of the cost of a
     # long prompt. In float32, because 1 - w of a large weight would be 0 in bfloat16.
@@ -233,7 +298,9 @@ def mix_with_expected_companions(
     mixture = mixture.lerp_(tokens[:, None].float(), w[..., None]).to(tokens.dtype).flatten(0, 1)  # [S * K, D]
     # Passed as S * K tokens with one expert each: transformers' experts interface gives a token's K experts the same
     # input, but here each has its own mixture.
-    run = experts(mixture, index.reshape(-1, 1), w.reshape(-1, 1)).unflatten(0, index.shape).sum(dim=1)  # [S, D]
+    run = experts(mixture, index.reshape(-1, 1), shares.reshape(-1, 1)).unflatten(0, index.shape).sum(dim=1)  # [S, D]
+    if norm_mixing_weights:
+        return run
     # Mean outputs need no look at the others' weights, which decoding could not afford.
     others = weights.scatter(-1, index, 0)  # [S, E]
     constant = others @ companions.mean_output  # [S, D]

@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .arguments_mot import CACHE_NAME, known_arguments_only, merge_caches
 from .companions_mot import (
+    GroupSums,
     MoTCompanions,
     RunningStatistics,
     average_groups,
@@ -40,6 +41,7 @@ from .mixing_mot import (
     MoTRouter,
     find_padding,
     find_position_buckets,
+    gather_from_rows,
     mix_across_examples,
     mix_with_expected_companions,
     refuse_flattened_rows,
@@ -111,6 +113,8 @@ class MoTSparseBlock(nn.Module):
         tokens, config = hidden_states.flatten(0, 1), self.config  # [S, D]
         if context.mode == "per_sequence":
             output = self._mix_with_expected_companions(tokens, logits, context)
+            if context.sums is not None:
+                context.sums[self.layer_idx] = self._gather_from_rows(hidden_states, logits, context)
         else:
             output = route_tokens(tokens, logits, config.num_experts_per_tok, config.norm_topk_prob, self.experts)
         return output.view_as(hidden_states)
@@ -119,10 +123,11 @@ class MoTSparseBlock(nn.Module):
         buckets = context.buckets.to(tokens.device).flatten()  # [S]
         mix = partial(
             mix_with_expected_companions,
-            companions=self._find_companions(context),
+            companions=self.find_companions(context),
             group_size=self.config.group_size,
             num_experts_per_tok=self.config.num_experts_per_tok,
             experts=self.experts,
+            norm_mixing_weights=self.config.norm_mixing_weights,
         )
         # A graph is not sliced, or it would be valid for one number S of tokens only.
         if tokens.device.type != "cpu" or is_tracing(tokens):
@@ -140,16 +145,29 @@ class MoTSparseBlock(nn.Module):
             # The router's output is flat, as transformers records it and its load-balancing loss expects it.
             logits.unflatten(0, hidden_states.shape[:2]),  # [B, T, E]
             context.get_groups(self.config.group_size, hidden_states.device),
-            self._find_companions(context),
+            self.find_companions(context),
             self.config.group_size,
             self.experts,
             gathers=context.sums is not None,
+            norm_mixing_weights=self.config.norm_mixing_weights,
         )
         if context.sums is not None and sums is not None:
             context.sums[self.layer_idx] = sums
         return output
 
-    def _find_companions(self, context: MixingContext) -> RunningStatistics:
+    def _gather_from_rows(self, hidden_states: Tensor, logits: Tensor, context: MixingContext) -> GroupSums:
+        return gather_from_rows(
+            hidden_states,
+            logits.unflatten(0, hidden_states.shape[:2]),  # [B, T, E]
+            context.get_groups(self.config.group_size, hidden_states.device),
+            self.find_companions(context),
+            self.config.group_size,
+            # With normalised weights, experts that are not run contribute nothing.
+            None if self.config.norm_mixing_weights else self.experts,
+        )
+
+    def find_companions(self, context: MixingContext) -> RunningStatistics:
+        """The expected companions that a pass uses."""
         companions = context.companions.get(self.layer_idx)
         return self.companions.expected() if companions is None else companions
 
@@ -258,6 +276,7 @@ class MoTModel(MoTPreTrainedModel):
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        self.is_calibrated = False  # while it is, passes in mode per_sequence gather statistics without training
         self._companions_were_checked = False
         self.post_init()
 
@@ -312,10 +331,9 @@ class MoTModel(MoTPreTrainedModel):
         context = MixingContext(mode, find_position_buckets(inputs_embeds, position_ids, attention_mask, num_cached))
         if mode == "cross_example":
             refuse_flattened_rows(inputs_embeds, attention_mask, position_ids, cache, kwargs)
-            context.token_mask = find_padding(inputs_embeds, attention_mask, token_mask)
-            context.groups = form_groups(context.buckets, context.token_mask, self.config.group_size)
         elif mode == "per_sequence" and not (self._companions_were_checked or is_tracing(inputs_embeds)):
             self._check_companions()
+        self._form_groups(context, inputs_embeds, attention_mask, token_mask)
 
         if self.training and torch.is_grad_enabled():
             context.companions = self._keep_companions(context)
@@ -365,9 +383,29 @@ class MoTModel(MoTPreTrainedModel):
         needed = context.mode == "per_sequence" or (context.groups is not None and context.groups.present is not None)
         return {index: companions.snapshot() for index, companions in self._companions().items()} if needed else {}
 
+    def _form_groups(
+        self,
+        context: MixingContext,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        token_mask: Tensor | None,
+    ) -> None:
+        """Form the groups that a pass mixes, or whose statistics it gathers."""
+        # In mode per_sequence not without gradients: a trainer may let its model generate, or score answers, in
+        # training mode.
+        is_live = self.training and torch.is_grad_enabled() and self.config.live_companions
+        gathers = context.mode == "per_sequence" and (is_live or self.is_calibrated)
+        if gathers or context.mode == "cross_example":
+            context.token_mask = find_padding(inputs_embeds, attention_mask, token_mask)
+            context.groups = form_groups(context.buckets, context.token_mask, self.config.group_size)
+        else:
+            context.sums = None
+
     def _check_companions(self) -> None:
         """Warn once per model if the statistics that stand in for other rows were never gathered."""
         self._companions_were_checked = True
+        if self.config.mixing == "per_sequence":  # training gathers them, or goes without
+            return
         counters = [companions.num_batches_tracked for companions in self._companions().values()]
         if any(not counter.is_meta and counter == 0 for counter in counters):
             logger.warning(

@@ -40,7 +40,7 @@ class GroupTotals:
         self.num_tokens = layers[0].companions.log_mass.new_zeros(NUM_POSITION_BUCKETS, dtype=torch.float64)  # [P]
 
     def add(self, token_mask: Tensor, context: MixingContext) -> None:
-        """Add one pass in mode `cross_example` over tokens `[B, T]`, if its means are finite in all layers."""
+        """Add one pass over tokens `[B, T]`, if its means are finite in all layers."""
         num_present = torch.stack([rows.sum(0) for rows in token_mask.split(self.group_size)])  # [A, T]
         batch = self._sum_up(context) if num_present.any() else {}
         if not all(value.isfinite().all() for sums in batch.values() for value in sums):
@@ -115,8 +115,12 @@ def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *
     Mode `per_sequence` uses them in place of the other rows of a batch. Training gathers them as it goes. Calibrate a
     model that has none because it was converted rather than trained, that has another tokenizer, or whose weights were
     changed by hand. Do not calibrate a model for text of another domain, for which the statistics of training were
-    better in our measurements (see the README), nor one that was trained further in mode `per_sequence`, whose weights
-    have got used to its statistics. Compare the loss on other text before and after.
+    better in our measurements (see the README), nor one that was trained in mode `per_sequence` with
+    `config.live_companions=False`, whose weights have got used to its statistics. Compare the loss on other text
+    before and after.
+
+    The statistics are those that training gathers: of a model that is trained in mode `per_sequence`, those of the
+    groups that its rows would form; of all others, those of mode `cross_example`.
 
     Every group counts by its number of tokens. As in training, a batch whose statistics are not finite (an overflow)
     is left out. With several processes, call this in each one with its share of the batches: all end with the same
@@ -146,6 +150,8 @@ def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *
             "`config.mlp_layer_types` needs an entry 'sparse'."
         )
     totals, passes, was_training = GroupTotals(layers, model.config.group_size), [], model.training
+    is_live = model.config.mixing == "per_sequence" and model.config.live_companions
+    mode = "per_sequence" if is_live else "cross_example"
 
     def keep_pass(layer: MoTSparseBlock, inputs: tuple[Tensor, MixingContext], output: Tensor) -> None:
         passes.append(inputs)
@@ -154,9 +160,11 @@ def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *
         stack.callback(model.train, was_training)
         stack.callback(layers[0].register_forward_hook(keep_pass).remove)
         backbone = next(module for module in model.eval().modules() if isinstance(module, MoTModel))
+        stack.callback(setattr, backbone, "is_calibrated", False)
+        backbone.is_calibrated = True
         for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=not show_progress):
             inputs = {name: batch[name] for name in BACKBONE_INPUTS if name in batch}
-            backbone(**send_to_device(inputs, backbone.device), mixing="cross_example", use_cache=False)
+            backbone(**send_to_device(inputs, backbone.device), mixing=mode, use_cache=False)
             hidden_states, context = passes.pop()
             # The context has no mask where no token is missing.
             everywhere = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)

@@ -47,13 +47,19 @@ def bucket_of(position: int) -> int:
 
 
 def cross_example(
-    x: Tensor, layer: Layer, group_size: int, buckets: list[list[int]], token_mask: Tensor | None = None
+    x: Tensor,
+    layer: Layer,
+    group_size: int,
+    buckets: list[list[int]],
+    token_mask: Tensor | None = None,
+    norm_mixing_weights: bool = False,
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Outputs `[B, T, D]`, and for every group its number of tokens, bucket, log mass, mixtures and outputs.
 
     A group's bucket is the latest of its tokens' `buckets`.
     """
     num_rows, num_columns, _ = x.shape
+    totals = torch.zeros(num_rows, num_columns, dtype=x.dtype).tolist()
     outputs = [[torch.zeros_like(x[0, 0]) for _ in range(num_columns)] for _ in range(num_rows)]
     groups = []
     for first in range(0, num_rows, group_size):
@@ -75,6 +81,7 @@ def cross_example(
                 output = layer.expert(mixture, e)
                 for i, mass in zip(rows, masses, strict=True):
                     outputs[i][t] = outputs[i][t] + mass / total * output
+                    totals[i][t] = totals[i][t] + mass / total
                 log_mass.append(total.log() - math.log(group_size))
                 mixtures.append(mixture)
                 expert_outputs.append(output)
@@ -87,6 +94,11 @@ def cross_example(
                     "mean_output": torch.stack(expert_outputs),
                 }
             )
+    if norm_mixing_weights:
+        for i in range(num_rows):
+            for t in range(num_columns):
+                if token_mask is None or token_mask[i, t]:
+                    outputs[i][t] = outputs[i][t] / totals[i][t]
     return torch.stack([torch.stack(row) for row in outputs]), groups
 
 
@@ -105,7 +117,12 @@ def average_shift(groups: list[dict[str, Tensor]], name: str, bucket: int) -> Te
 
 
 def per_sequence(
-    x: Tensor, layer: Layer, group_size: int, num_experts_per_tok: int, buckets: list[list[int]]
+    x: Tensor,
+    layer: Layer,
+    group_size: int,
+    num_experts_per_tok: int,
+    buckets: list[list[int]],
+    norm_mixing_weights: bool = False,
 ) -> Tensor:
     """Outputs `[B, T, D]`: every token alone with G - 1 expected companions."""
     num_experts = layer.controller.shape[0]
@@ -117,12 +134,13 @@ def per_sequence(
                 masses[e] / (masses[e] + (group_size - 1) * layer.log_mass[e].exp()) for e in range(num_experts)
             ]
             largest = sorted(range(num_experts), key=lambda e: -float(weights[e].detach()))[:num_experts_per_tok]
+            total = sum(weights[e] for e in largest) if norm_mixing_weights else 1.0
             output = torch.zeros_like(x[i, t])
             for e in range(num_experts):
                 if e in largest:
                     mixture = weights[e] * x[i, t] + (1 - weights[e]) * layer.expected_input(e, buckets[i][t])
-                    output = output + weights[e] * layer.expert(mixture, e)
-                else:
+                    output = output + weights[e] / total * layer.expert(mixture, e)
+                elif not norm_mixing_weights:
                     output = output + weights[e] * layer.expected_output(e, buckets[i][t])
             outputs[i, t] = output
     return outputs

@@ -52,6 +52,8 @@ def _describe_statistics(saved: SavedModel) -> str:
     counts = [int(saved.reader.load(name)) for name in saved.reader.names if name.endswith(_COUNT)]
     if not counts:
         return "none" if find_layers(saved.model.config, "sparse") else "none: the model has no MoT layer"
+    if not min(counts) and saved.model.config.mixing == "per_sequence":
+        return "not gathered: the model was trained without them"
     if not min(counts):
         return "not gathered: mode per_sequence is of no use before training or `mot calibrate`"
     return f"of {min(counts)} batches"

@@ -25,7 +25,14 @@ class Case(NamedTuple):
 
 
 def make_case(
-    num_rows: int, num_columns: int, group_size: int, num_experts: int, k: int, padded: bool, seed: int
+    num_rows: int,
+    num_columns: int,
+    group_size: int,
+    num_experts: int,
+    k: int,
+    padded: bool,
+    seed: int,
+    normalised: bool = False,
 ) -> Case:
     """A layer with random parameters and statistics, large enough that mixing weights are far from uniform."""
     generator = torch.Generator().manual_seed(seed)
@@ -38,6 +45,7 @@ def make_case(
         num_experts_per_tok=k,
         moe_intermediate_size=4,
         norm_topk_prob=bool(seed % 2),
+        norm_mixing_weights=normalised,
     )
     config._experts_implementation = "eager"
     block = MoTSparseBlock(config, layer_idx=0)
@@ -75,10 +83,11 @@ def run_naive(case: Case, mode: str) -> Reference:
     buckets = case.buckets.tolist()
     layer = naive.Layer(controller, gate_up, down, *(value.double() for value in block.companions.expected()))
     if mode == "cross_example":
-        return Reference(*naive.cross_example(x, layer, config.group_size, buckets, case.token_mask), leaves)
+        arguments = (buckets, case.token_mask, config.norm_mixing_weights)
+        return Reference(*naive.cross_example(x, layer, config.group_size, *arguments), leaves)
     if mode == "per_sequence":
-        output = naive.per_sequence(x, layer, config.group_size, config.num_experts_per_tok, buckets)
-        return Reference(output, [], leaves)
+        arguments = (config.num_experts_per_tok, buckets, config.norm_mixing_weights)
+        return Reference(naive.per_sequence(x, layer, config.group_size, *arguments), [], leaves)
     return Reference(naive.moe(x, layer, config.num_experts_per_tok, config.norm_topk_prob), [], leaves)
 
 
@@ -104,6 +113,7 @@ cases = st.builds(
     k=st.integers(1, 2),
     padded=st.booleans(),
     seed=st.integers(0, 999),
+    normalised=st.booleans(),
 )
 
 
@@ -136,6 +146,44 @@ def test_modes_equal_the_equations_in_values_and_gradients(mode: str, case: Case
                 )
             tokens = [group["num_tokens"].item() for group in reference.groups if group["bucket"] == bucket]
             assert num_tokens[1 + bucket] == sum(tokens)
+
+
+@settings(max_examples=30, deadline=None)
+@given(case=cases)
+def test_per_sequence_gathers_the_statistics_of_groups_that_it_does_not_mix(case: Case) -> None:
+    groups = run_naive(case, "cross_example").groups
+    _, context = run_block(case, "per_sequence")
+    if not any(group["num_tokens"] for group in groups):
+        return
+    block = case.block
+    running = block.companions.expected()
+    layer = naive.Layer(*block.parameters(), *running)
+    mean, num_tokens = context.average(0, block.config.group_size)
+    mean_input = naive.average_group(groups, "mean_input").float()
+    mean_output = torch.stack([layer.expert(mixture, e) for e, mixture in enumerate(mean_input)])
+    assert_relatively_close(mean.log_mass, naive.average_group(groups, "log_mass"))
+    assert_relatively_close(mean.mean_input, mean_input)
+    # With normalised weights, nothing takes the place of an expert that is not run.
+    assert_relatively_close(mean.mean_output, running.mean_output if block.config.norm_mixing_weights else mean_output)
+    assert not mean.mean_output.requires_grad
+    for bucket in range(NUM_POSITION_BUCKETS):
+        scale = max(mean_input.norm().item(), 1e-2)
+        expected = naive.average_shift(groups, "mean_input", bucket)
+        assert_relatively_close(mean.input_shift[bucket], expected, scale=scale)
+        kept = running.output_shift[bucket] if num_tokens[1 + bucket] else torch.zeros(8)
+        assert_relatively_close(mean.output_shift[bucket], kept, scale=max(mean.mean_output.norm().item(), 1e-2))
+
+
+@pytest.mark.parametrize("mode", ["cross_example", "per_sequence"])
+def test_normalised_weights_that_all_round_to_0_still_sum_to_1(mode: str) -> None:
+    case = make_case(
+        num_rows=1, num_columns=1, group_size=4, num_experts=4, k=2, padded=False, seed=2, normalised=True
+    )
+    case.block.companions.log_mass.fill_(200)
+    output, _ = run_block(case, mode)
+    assert output.isfinite().all()
+    if mode == "per_sequence":
+        assert output.norm() > 1e-3
 
 
 @pytest.mark.parametrize("mode", ["cross_example", "per_sequence", "moe"])

@@ -113,17 +113,69 @@ def test_a_batch_of_padding_changes_nothing() -> None:
     assert all(map(torch.equal, before, [value for layer in companions(model) for value in layer.buffers()]))
 
 
-def test_only_training_in_cross_example_gathers() -> None:
+def test_only_training_gathers() -> None:
     model = MoTForCausalLM(tiny_config()).train()
     ids = random_ids(4, 6)
-    for mode in ("per_sequence", "moe"):
-        model(ids, mixing=mode)
+    model(ids, mixing="moe")
+    with torch.no_grad():  # as when a trainer lets its model generate
+        model(ids, mixing="per_sequence")
+    model.config.live_companions = False
+    model(ids, mixing="per_sequence")
+    model.config.live_companions = True
     model.eval()
-    model(ids, mixing="cross_example")
+    for mode in ("cross_example", "per_sequence"):
+        model(ids, mixing=mode)
     assert all(layer.num_batches_tracked == 0 for layer in companions(model))
     model.train()
-    model(ids)
-    assert all(layer.num_batches_tracked == 1 for layer in companions(model))
+    for count, mode in enumerate(("cross_example", "per_sequence"), start=1):
+        model(ids, mixing=mode)
+        assert all(layer.num_batches_tracked == count for layer in companions(model))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 8])
+def test_both_modes_gather_the_same_of_rows_that_are_the_same(num_rows: int) -> None:
+    model = trained(MoTForCausalLM(tiny_config(mlp_layer_types=["dense", "dense", "dense", "sparse"])))
+    ids, mask = random_ids(num_rows, 6), torch.ones(num_rows, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    gathered = {}
+    for mode in ("cross_example", "per_sequence"):
+        one = copy.deepcopy(model).train()
+        one(ids, attention_mask=mask, mixing=mode)
+        gathered[mode] = companions(one)[0].expected()
+    before = companions(model)[0].expected()
+    for name in ("log_mass", "mean_input", "input_shift"):
+        first, second = (getattr(gathered[mode], name) for mode in ("cross_example", "per_sequence"))
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(second, getattr(before, name))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputation_in_the_backward_pass_gathers_nothing(use_reentrant: bool) -> None:
+    ids = random_ids(4, 6)
+    plain = trained(MoTForCausalLM(tiny_config(mixing="per_sequence"))).train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    for model in (plain, checkpointed):
+        model(ids, labels=ids).loss.backward()
+    for ours, theirs in zip(checkpointed.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    for ours, theirs in zip(companions(checkpointed), companions(plain), strict=True):
+        assert ours.num_batches_tracked == 4
+        torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_a_row_is_trained_alone_though_its_batch_is_gathered(normalised: bool) -> None:
+    model = trained(MoTForCausalLM(tiny_config(mixing="per_sequence", norm_mixing_weights=normalised))).train()
+    ids = random_ids(5, 6)
+    together, alone = copy.deepcopy(model), copy.deepcopy(model)
+    outputs = together(ids).logits[2:3], alone(ids[2:3]).logits
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    for output in outputs:
+        output.square().sum().backward()
+    for ours, theirs in zip(together.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(companions(together)[0].log_mass, companions(alone)[0].log_mass)
 
 
 def test_two_forwards_before_one_backward_have_the_gradients_of_each() -> None:

@@ -54,6 +54,28 @@ def test_statistics_are_the_means_over_all_full_groups(head: type[MoTForCausalLM
         assert counts_of(model) == {3}
 
 
+def test_a_model_trained_in_per_sequence_gets_the_statistics_that_training_gathers() -> None:
+    config = tiny_config(mixing="per_sequence", companion_momentum=1.0)
+    model = trained(MoTForCausalLM(config))
+    ids = random_ids(8, 6, seed=1)
+    by_training = copy.deepcopy(model).train()
+    by_training(ids)
+    calibrate(model, [{"input_ids": ids}], show_progress=False)
+    expected = without_counts(companions_of(by_training))
+    torch.testing.assert_close(without_counts(companions_of(model)), expected, atol=1e-6, rtol=1e-5)
+    before = companions_of(model)
+    model(ids)  # once it is calibrated, answering changes nothing
+    assert all(map(torch.equal, before.values(), companions_of(model).values()))
+
+
+def test_fixed_statistics_are_replaced_by_those_of_mixing() -> None:
+    model = trained(MoTForCausalLM(tiny_config(mixing="per_sequence", live_companions=False)))
+    (batch,) = make_batches(8)
+    expected = statistics_of_one_pass(model, batch["input_ids"])
+    calibrate(model, [batch], show_progress=False)
+    torch.testing.assert_close(without_counts(companions_of(model)), expected, atol=1e-6, rtol=1e-5)
+
+
 def test_groups_count_by_their_tokens() -> None:
     model = trained(MoTForCausalLM(tiny_config(mlp_layer_types=["sparse", "dense", "dense", "dense"])))
     batches = make_batches(4, 3)

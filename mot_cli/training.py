@@ -29,6 +29,8 @@ def train(context: typer.Context) -> None:
 def transition(context: typer.Context) -> None:
     """Tune a trained model in mode `moe`: `mot transition transition --model_name_or_path RUN`.
 
+    With --transition_mode per_sequence, tune it in that mode.
+
     Needs the extra `train`.
     """
     from mot_hf.training import CorpusArguments, MethodArguments, ModelArguments, tune_transition

@@ -7,7 +7,8 @@ finished model:
         --output_dir runs/small_moe
 
 To keep the optimizer's state, tune at the end of the training run instead: resume it from a checkpoint, or start it,
-with `--transition_share`:
+with `--transition_share`. With `--transition_mode per_sequence`, the mode is that one, which needs no load-balancing
+loss; with `--transition_share 0`, all steps run in it:
 
     python scripts/train_clm.py small_clm --output_dir runs/small_clm --transition_share 0.9
 """

@@ -8,6 +8,7 @@ from typing import Any
 from mot_hf.data.sources import locate_source, name_source
 from mot_hf.modeling import MoTConfig
 from mot_hf.modeling.configuration_mot import MixingMode
+from mot_hf.training.transition import TransitionMode
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,12 @@ class ModelArguments(GivenArguments):
     router_aux_loss_coef: float | None = field(default=None, metadata={"help": "weight of the load-balancing loss"})
     companion_momentum: float | None = field(
         default=None, metadata={"help": "weight of the newest batch in the running statistics; 0.1 by default"}
+    )
+    norm_mixing_weights: bool | None = field(
+        default=None, metadata={"help": "whether a token's weights sum to 1 in modes per_sequence and cross_example"}
+    )
+    live_companions: bool | None = field(
+        default=None, metadata={"help": "whether mode per_sequence updates the running statistics; true by default"}
     )
     attention_dropout: float | None = field(
         default=None, metadata={"help": "dropout of the attention weights in training; 0 by default"}
@@ -218,7 +225,13 @@ class MethodArguments:
     monitor_mixing: bool = field(default=True, metadata={"help": "whether to log statistics of the mixing"})
     transition_share: float | None = field(
         default=None,
-        metadata={"help": "fraction of the steps after which training continues in mode moe (transition tuning)"},
+        metadata={
+            "help": "fraction of the steps after which training continues in mode moe (transition tuning) or in "
+            "transition_mode; 0 for all steps"
+        },
+    )
+    transition_mode: TransitionMode = field(
+        default="moe", metadata={"help": "mode in which training continues: moe or per_sequence"}
     )
     early_stopping_patience: int = field(
         default=0,

@@ -106,13 +106,14 @@ def tune_transition(
     training_args: TrainingArguments,
     method_args: MethodArguments,
 ) -> Trainer:
-    """Trains a finished MoT language model further in mode `moe` (transition tuning), from the first step on.
+    """Trains a finished MoT language model further in another mode (transition tuning), from the first step on.
 
     Args:
         model_args ([`ModelArguments`]): The checkpoint.
         corpus_args ([`CorpusArguments`]): Text and rows.
         training_args (`TrainingArguments`): Arguments of the stock `Trainer`.
-        method_args ([`MethodArguments`]): Its `transition_share`, if set, is the share of the steps before the switch.
+        method_args ([`MethodArguments`]): Its `transition_share`, if set, is the share of the steps before the switch,
+            and its `transition_mode` the mode after it.
 
     Returns:
         `Trainer`: The trainer after training.

@@ -34,7 +34,7 @@ def add_callbacks(trainer: Trainer, args: MethodArguments | None = None, *, num_
     Args:
         trainer (`Trainer`): The trainer, before training.
         args ([`MethodArguments`], *optional*): Whether to monitor the mixing, when to stop early and when to switch to
-            mode `moe`.
+            another mode.
         num_columns (`int`, *optional*): Tokens in a row, if all rows have as many; only to say how much text there is.
     """
     args = args or MethodArguments()
@@ -46,7 +46,7 @@ def add_callbacks(trainer: Trainer, args: MethodArguments | None = None, *, num_
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     if args.transition_share is not None:
-        trainer.add_callback(TransitionTuning(trainer, args.transition_share))
+        trainer.add_callback(TransitionTuning(trainer, args.transition_share, args.transition_mode))
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""Transition tuning: a MoT model continues training with token choice and the same parameters."""
+"""Transition tuning: a MoT model continues training in the mode that it answers in, with the same parameters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -11,31 +11,37 @@ from mot_hf.modeling import MoTModel, MoTPreTrainedModel
 from mot_hf.modeling.configuration_mot import find_layers
 from mot_hf.modeling.mixing_mot import MIXING_MODES
 
+TransitionMode = Literal["moe", "per_sequence"]
+
 
 class TransitionTuning(TrainerCallback):
-    """Switches a run to mode `moe` after a given fraction of its steps, and logs the loss in every mode.
+    """Switches a run to mode `moe` or `per_sequence` after a given fraction of its steps, and logs every mode's loss.
 
-    This is the transition tuning of arXiv 2310.15961: parameters and optimizer state are kept, and the controller
-    becomes the router. After the switch, training adds the load-balancing loss with weight
-    `config.router_aux_loss_coef`, and `config.mixing` and `config.inference_mixing` are `"moe"`, including in all
-    checkpoints saved from then on. The mode depends only on the number of the step, so a resumed run switches at the
-    same step.
+    To mode `moe`, this is the transition tuning of arXiv 2310.15961: parameters and optimizer state are kept, and the
+    controller becomes the router. After the switch, training adds the load-balancing loss with weight
+    `config.router_aux_loss_coef`. In mode `per_sequence`, it adds none; the running statistics go on being updated if
+    `config.live_companions` is true. After the switch, `config.mixing` and `config.inference_mixing` are the new mode,
+    including in all checkpoints saved from then on. The mode depends only on the number of the step, so a resumed run
+    switches at the same step.
 
     If the trainer evaluates, `eval_<mode>_loss` is logged for every mode at each evaluation and before the first step
-    in mode `moe`. It does not include the load-balancing loss.
+    in the new mode. It does not include the load-balancing loss.
 
     Args:
         trainer (`Trainer`): The trainer that evaluates: `trainer.add_callback(TransitionTuning(trainer, 0.9))`.
         share (`float`): Fraction of the steps before the switch, in [0, 1): 0.9 in the paper, or 0 to tune a
-            finished model.
+            finished model, or to train a new one without companions.
+        mode (`str`, *optional*, defaults to `"moe"`): Mode after the switch: `"moe"` or `"per_sequence"`.
 
     Raises:
-        ValueError: `share` is out of range, or the trainer's model has no MoT layers.
+        ValueError: `share` is out of range, `mode` is unknown, or the trainer's model has no MoT layers.
     """
 
-    def __init__(self, trainer: Trainer, share: float) -> None:
+    def __init__(self, trainer: Trainer, share: float, mode: TransitionMode = "moe") -> None:
         if not 0 <= share < 1:
             raise ValueError(f"`share={share}` must be in [0, 1): 0.9 switches before the last tenth of the steps.")
+        if mode not in get_args(TransitionMode):
+            raise ValueError(f"`mode={mode!r}` must be one of {', '.join(map(repr, get_args(TransitionMode)))}.")
         backbones = [module for module in cast(nn.Module, trainer.model).modules() if isinstance(module, MoTModel)]
         if not backbones or not find_layers(backbones[0].config, "sparse"):
             raise ValueError(
@@ -44,6 +50,7 @@ class TransitionTuning(TrainerCallback):
             )
         self.trainer = trainer
         self.share = share
+        self.mode = mode
         self.is_evaluating = False
 
     def on_step_begin(
@@ -54,9 +61,9 @@ class TransitionTuning(TrainerCallback):
         if state.global_step == switch:
             self.evaluate_modes(model)
         for config in _configs(model):
-            config.output_router_logits = state.global_step >= switch
+            config.output_router_logits = self.mode == "moe" and state.global_step >= switch
             if state.global_step >= switch:
-                config.mixing = config.inference_mixing = "moe"
+                config.mixing = config.inference_mixing = self.mode
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any

@@ -90,6 +90,27 @@ def test_a_finished_model_is_tuned_from_the_first_step_on(tmp_path: Path) -> Non
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.inference_mixing == "moe"
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_run_goes_on_in_mode_per_sequence(share: float, tmp_path: Path) -> None:
+    seen = ModesSeen()
+    model = MoTForCausalLM(tiny_config())
+    trainer = make_trainer(model, tmp_path, [seen], max_steps=4, save_strategy="steps", save_steps=4)
+    trainer.add_callback(TransitionTuning(trainer, share, "per_sequence"))
+    trainer.train()
+    num_mixed = round(4 * share)
+    assert seen.seen == [("cross_example", False)] * num_mixed + [("per_sequence", False)] * (4 - num_mixed)
+    config = MoTForCausalLM.from_pretrained(tmp_path / "checkpoint-4").config
+    assert (config.mixing, config.inference_mixing) == ("per_sequence", "per_sequence")
+    counts = {int(value) for name, value in model.named_buffers() if name.endswith("num_batches_tracked")}
+    assert counts == {4}  # statistics are gathered in both modes
+
+
+def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path)
+    with pytest.raises(ValueError, match="`mode='cross_example'` must be one of 'moe', 'per_sequence'"):
+        TransitionTuning(trainer, 0.5, "cross_example")
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_a_share_out_of_range_is_refused(share: float, tmp_path: Path) -> None:
     trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path)

@@ -1,6 +1,7 @@
 """Monitoring of the mixing while a MoT model is trained.
 
-Axes: B rows, T columns, A groups of rows, G group size, N = A * T groups of tokens, E experts, D model width.
+Axes: B rows, T columns, A groups of rows, G group size, N = A * T groups of tokens, S = B * T tokens, E experts,
+K experts per token, D model width.
 """
 
 from collections import defaultdict
@@ -26,7 +27,8 @@ _MAX_RANGES = 4
 class MixingMonitor(TrainerCallback):
     """Logs statistics of the mixing with every training loss, to all trackers of the `Trainer`.
 
-    They are logged for up to four ranges of MoT layers, as means over groups, experts and processes:
+    They are logged for up to four ranges of MoT layers. In mode `cross_example`, as means over groups, experts and
+    processes:
 
     - `mixing/entropy/layers_A-B`: entropy of an expert's mixing weights, divided by log n for a group of n tokens: 1
       if all tokens have the same weight, 0 if an expert receives one token.
@@ -34,11 +36,19 @@ class MixingMonitor(TrainerCallback):
     - `mixing/effective_tokens/...`: 1 / sum of squared weights, the number of tokens that an expert effectively mixes.
     - `mixing/mixture_similarity/...`: mean cosine similarity of the mixtures that two experts receive from the same
       group.
-    - `mixing/companion_drift/...`: relative change of the expected mixtures since the last log.
     - `mixing/full_groups`: fraction of groups in which no token is missing.
 
+    In modes `per_sequence` and `moe`, over the tokens of the step in all processes:
+
+    - `mixing/busiest_expert/...`: largest number of tokens that one expert runs for, divided by the experts' mean.
+    - `mixing/idle_experts/...`: number of experts that run for no token.
+
+    In all modes but `moe`, in which nothing is expected of companions:
+
+    - `mixing/companion_drift/...`: relative change of the expected mixtures since the last log.
+
     Weights are taken among the tokens that are present. Only steps that log are measured (with logging strategy
-    `"steps"`), with up to 64 groups of each micro-batch. In modes other than `cross_example`, nothing is logged.
+    `"steps"`), in mode `cross_example` with up to 64 groups of each micro-batch.
 
     Args:
         trainer (`Trainer`): The trainer that logs: `trainer.add_callback(MixingMonitor(trainer))`.
@@ -47,7 +57,7 @@ class MixingMonitor(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.log = trainer.log
         self.is_recording = False
-        self.token_masks: dict[int, Tensor | None] = {}
+        self.contexts: dict[int, MixingContext] = {}
         self.pending: dict[int, dict[str, Tensor]] = {}
         self.totals: dict[int, list[dict[str, Tensor]]] = defaultdict(list)
         self.expected_inputs: dict[int, Tensor] = {}
@@ -61,7 +71,7 @@ class MixingMonitor(TrainerCallback):
         self.layers = {module.layer_idx: module for module in model.modules() if isinstance(module, MoTSparseBlock)}
         for index, layer in self.layers.items():
             self.expected_inputs[index] = layer.companions.mean_input.clone()
-            self.hooks.append(layer.register_forward_pre_hook(self._keep_mask))
+            self.hooks.append(layer.register_forward_pre_hook(self._keep_context))
             self.hooks.append(layer.gate.register_forward_hook(self._make_recorder(layer)))
 
     def on_step_begin(
@@ -111,37 +121,44 @@ class MixingMonitor(TrainerCallback):
         while self.hooks:
             self.hooks.pop().remove()
 
-    def _keep_mask(self, layer: MoTSparseBlock, inputs: tuple[Tensor, MixingContext]) -> None:
+    def _keep_context(self, layer: MoTSparseBlock, inputs: tuple[Tensor, MixingContext]) -> None:
         if self.is_recording and layer.training:
-            context = inputs[1]
-            if context.mode == "cross_example":
-                self.token_masks[layer.layer_idx] = context.token_mask
+            self.contexts[layer.layer_idx] = inputs[1]
 
     def _make_recorder(self, layer: MoTSparseBlock) -> Callable[[MoTRouter, tuple[Tensor], Tensor], None]:
-        index, group_size = layer.layer_idx, layer.config.group_size
+        index, config = layer.layer_idx, layer.config
 
         def record(router: MoTRouter, inputs: tuple[Tensor], logits: Tensor) -> None:
             # Gradient checkpointing runs the forward pass a second time.
-            if self.is_recording and index in self.token_masks and index not in self.pending:
-                token_mask = self.token_masks.pop(index)
-                self.pending[index] = measure_mixing(inputs[0], logits, token_mask, group_size)
+            context = self.contexts.pop(index, None)
+            if not self.is_recording or context is None or index in self.pending:
+                return
+            if context.mode == "cross_example":
+                self.pending[index] = measure_mixing(inputs[0], logits, context.token_mask, config.group_size)
+                return
+            log_mass = layer.find_companions(context).log_mass if context.mode == "per_sequence" else None
+            loads = count_choices(logits, context.token_mask, log_mass, cast(int, config.num_experts_per_tok))
+            self.pending[index] = {"loads": loads}
 
         return record
 
     @torch.no_grad()
     def _summarize(self) -> dict[str, float]:
-        layers = {index: _average(passes) for index, passes in sorted(self.totals.items())}
+        layers = {index: _join(passes) for index, passes in sorted(self.totals.items())}
         for index, values in layers.items():
+            if self.layers[index].config.mixing == "moe":
+                continue
             before = self.expected_inputs[index]
             now = cast(Tensor, reduce(self.layers[index].companions.mean_input, "mean"))
             if before.any():  # all zero until the first update
                 values["companion_drift"] = (now - before).norm() / before.norm()
             self.expected_inputs[index] = now
-        logs = {"mixing/full_groups": torch.stack([values.pop("full_groups") for values in layers.values()]).mean()}
+        full_groups = [values.pop("full_groups") for values in layers.values() if "full_groups" in values]
+        logs = {"mixing/full_groups": torch.stack(full_groups).mean()} if full_groups else {}
         for indices in split_layers(list(layers)):
             name = f"layers_{indices[0]}-{indices[-1]}" if len(indices) > 1 else f"layers_{indices[0]}"
             for key in layers[indices[0]]:
-                logs[f"mixing/{key}/{name}"] = torch.stack([layers[index][key] for index in indices]).mean()
+                logs[f"mixing/{key}/{name}"] = torch.stack([layers[index][key].float() for index in indices]).mean()
         means = cast(Tensor, reduce(torch.stack([value.float() for value in logs.values()]), "mean"))
         return dict(zip(logs, means.tolist(), strict=True))
 
@@ -186,6 +203,29 @@ def measure_mixing(
     }
 
 
+@torch.no_grad()
+def count_choices(
+    logits: Tensor, token_mask: Tensor | None, log_mass: Tensor | None, num_experts_per_tok: int
+) -> Tensor:
+    """Counts the tokens that each expert runs for.
+
+    Args:
+        logits (`torch.Tensor` of shape `[S, E]`): The controller's logits.
+        token_mask (`torch.Tensor` of shape `[B, T]`, *optional*): `False` for padding.
+        log_mass (`torch.Tensor` of shape `[E]`, *optional*):
+            The companions' log masses in mode `per_sequence`; `None` in mode `moe`.
+        num_experts_per_tok (`int`): Number K of experts run for one token.
+
+    Returns:
+        `torch.Tensor` of shape `[E]`: The numbers, float32.
+    """
+    score = logits if log_mass is None else logits - log_mass  # [S, E]
+    index = score.topk(num_experts_per_tok, dim=-1).indices  # [S, K]
+    counted = torch.ones_like(index) if token_mask is None else token_mask.view(-1, 1).expand_as(index)  # [S, K]
+    loads = torch.zeros(logits.shape[-1], device=logits.device)  # [E]
+    return loads.index_add_(0, index.flatten(), counted.flatten().to(loads.dtype))
+
+
 def split_layers(indices: list[int]) -> list[list[int]]:
     """Splits layers into at most four ranges of nearly equal length."""
     num_ranges = min(_MAX_RANGES, len(indices))
@@ -205,5 +245,10 @@ def _mean(values: Tensor, counts: Tensor) -> Tensor:
     return (values * counts).sum() / counts.sum().clamp(min=1)
 
 
-def _average(passes: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {key: torch.stack([values[key] for values in passes]).mean() for key in passes[0]}
+def _join(passes: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The statistics of a layer over micro-batches, and those of its loads over processes too."""
+    values = {key: torch.stack([one[key] for one in passes]) for key in passes[0]}
+    if "loads" not in values:
+        return {key: each.mean() for key, each in values.items()}
+    loads = cast(Tensor, reduce(values["loads"].sum(dim=0), "sum"))  # [E]
+    return {"busiest_expert": loads.max() / loads.mean().clamp(min=1e-12), "idle_experts": (loads == 0).sum()}

@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from mot_hf import MoTForCausalLM
 from mot_hf.training import MixingMonitor
-from mot_hf.training.monitor import measure_mixing, split_layers
+from mot_hf.training.monitor import count_choices, measure_mixing, split_layers
 from tests.models import tiny_config
 from tests.training.trainers import ROWS, losses_of, make_trainer
 
@@ -83,6 +83,15 @@ class TestValues:
         assert values == sample
 
 
+def test_a_choice_is_counted_by_the_thresholds_and_not_for_padding() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 5.0, 4.0]])
+    assert count_choices(logits, None, None, 1).tolist() == [2, 1, 0]
+    assert count_choices(logits, None, None, 2).tolist() == [2, 3, 1]
+    assert count_choices(logits, None, torch.tensor([2.5, 0.0, 0.0]), 1).tolist() == [0, 3, 0]
+    mask = torch.tensor([[True], [False], [True]])
+    assert count_choices(logits, mask, None, 1).tolist() == [1, 1, 0]
+
+
 @pytest.mark.parametrize(
     ("num_layers", "ranges"),
     [(1, [[0]]), (3, [[0], [1], [2]]), (6, [[0], [1, 2], [3], [4, 5]]), (8, [[0, 1], [2, 3], [4, 5], [6, 7]])],
@@ -92,7 +101,7 @@ def test_layers_are_split_into_at_most_four_ranges(num_layers: int, ranges: list
 
 
 def mixing_logs(trainer: Trainer) -> list[dict[str, Any]]:
-    return [entry for entry in trainer.state.log_history if "mixing/full_groups" in entry]
+    return [entry for entry in trainer.state.log_history if any(name.startswith("mixing/") for name in entry)]
 
 
 def run(folder: Path, num_layers: int = 4, **arguments: Any) -> list[dict[str, Any]]:
@@ -163,12 +172,26 @@ class TestRuns:
         logs = run(tmp_path, max_steps=1, logging_steps=1, per_device_train_batch_size=6)
         assert logs[0]["mixing/full_groups"] == 0.5
 
-    def test_nothing_is_logged_in_another_mode(self, tmp_path: Path) -> None:
-        model = MoTForCausalLM(tiny_config(mixing="moe"))
-        trainer = make_trainer(model, tmp_path, max_steps=2, logging_steps=1)
+    @pytest.mark.parametrize("mode", ["per_sequence", "moe"])
+    def test_loads_are_those_of_the_experts_that_run(self, mode: str, tmp_path: Path) -> None:
+        loads = []
+
+        def keep(experts: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if experts.training and torch.is_grad_enabled():  # not while statistics are gathered
+                loads.append(inputs[1].flatten().bincount(minlength=8).float())
+
+        torch.manual_seed(0)
+        model = MoTForCausalLM(tiny_config(mixing=mode, router_initializer_range=1.0, num_experts_per_tok=1))
+        model.model.layers[2].mlp.experts.register_forward_hook(keep)
+        trainer = make_trainer(model, tmp_path, max_steps=1, logging_steps=1, gradient_accumulation_steps=2)
         trainer.add_callback(MixingMonitor(trainer))
         trainer.train()
-        assert mixing_logs(trainer) == []
+        (logs,) = mixing_logs(trainer)
+        total = loads[0] + loads[1]  # of both micro-batches
+        assert total.sum() == 2 * 8 * 12
+        assert logs["mixing/busiest_expert/layers_2"] == pytest.approx(float(total.max() / total.mean()))
+        assert logs["mixing/idle_experts/layers_2"] == float((total == 0).sum())
+        assert "mixing/full_groups" not in logs
 
     def test_training_is_the_same_and_the_model_is_left_without_hooks(self, tmp_path: Path) -> None:
         losses = []

@@ -159,7 +159,8 @@ def run_mix(x: Tensor, weights: Tensor, mean_input: Tensor | None) -> Tensor:
     tensors = (x, weights, x if mean_input is None else mean_input, mixtures)
     strides = (*x.stride()[:3], *weights.stride()[:3])
     with on_device_of(x):
-        _mix_kernel[(len(mixtures) * triton.cdiv(width, _BLOCK_D),)](
+        grid = (len(mixtures) * triton.cdiv(width, _BLOCK_D),)
+        _mix_kernel[grid](  # pyright: ignore[reportIndexIssue]
             *tensors,
             *strides,
             num_columns,
@@ -197,7 +198,8 @@ def run_products(
     num_row_groups, num_rows, num_columns, width = rows.shape
     used = (rows, weights, rows if result is None else result, weights if dots is None else dots)
     with on_device_of(rows):
-        _products_kernel[(num_row_groups * num_columns,)](
+        grid = (num_row_groups * num_columns,)
+        _products_kernel[grid](  # pyright: ignore[reportIndexIssue]
             outputs,
             *used[:2],
             rows if mean_input is None else mean_input,

@@ -67,6 +67,27 @@ def run_gates_backward(gates: Tensor, grad_hidden: Tensor, activation: Activatio
     return hidden.detach(), grad_gates
 
 
+def run_weighted_gates_backward(
+    gates: Tensor, grad_hidden: Tensor, weights: Tensor, activation: Activation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as [`run_gates_backward`] where hidden features are weighted after the activation.
+
+    Args:
+        gates (`torch.Tensor` of shape `[M, 2F]`): Gates and values.
+        grad_hidden (`torch.Tensor` of shape `[M, F]`): Gradients of the weighted hidden features.
+        weights (`torch.Tensor` of shape `[M, 1]`): The weights, in float32 at least.
+        activation (`Callable`): Activation of the gates.
+
+    Returns:
+        `tuple(torch.Tensor)`: Weighted hidden features `[M, F]`, gradients of the gates `[M, 2F]`, and of the weights
+        `[M]`.
+    """
+    hidden, grad_gates = run_gates_backward(gates, grad_hidden, activation)  # [M, F], [M, 2F]
+    wide = torch.promote_types(hidden.dtype, weights.dtype)
+    dots = torch.linalg.vecdot(grad_hidden.to(wide), hidden.to(wide))  # [M]
+    return hidden.mul_(weights), grad_gates.mul_(weights), dots
+
+
 def _run_silu_backward(gates: Tensor, grad_hidden: Tensor) -> tuple[Tensor, Tensor]:
     # Not by autograd, which an operator of a graph cannot use, and which would copy both gradients into one tensor.
     grad_gates = torch.empty_like(gates)  # [..., 2F]
@@ -128,4 +149,4 @@ if is_triton_available():
             kernel[(num_rows, triton.cdiv(num_features, block))](*tensors, num_features, block=block)
 
 
-__all__ = ["is_silu", "run_gates", "run_gates_backward", "run_gates_forward"]
+__all__ = ["is_silu", "run_gates", "run_gates_backward", "run_gates_forward", "run_weighted_gates_backward"]

@@ -3,9 +3,10 @@
 Axes: B rows, T columns, G group size, A = B / G groups of rows, N = A * T groups of tokens, S = B * T tokens,
 E experts, K experts per token, D model width, P position buckets.
 
-A layer calls its experts in two ways: `experts(x, mixing_weights=weights)` mixes tokens for every expert, runs all of
-them and hands their outputs back, see [`mix_and_run`]; `experts(tokens, index, weights)` runs selected experts, with
-the signature of transformers' experts interface.
+A layer calls its experts in three ways. `experts(x, mixing_weights=weights)` mixes tokens for every expert, runs all
+of them and hands their outputs back, see [`mix_and_run`]. `experts(tokens, index, weights)` runs selected experts, by
+the signature of transformers' experts interface. With `own=mixtures` they run on mixtures of the tokens, see
+[`mix_and_run_selected`].
 """
 
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from .companions_mot import (
 from .configuration_mot import MixingMode, MoTConfig
 from .experts_mot import is_transformed
 from .products_mot import has_wide_products
+from .selected_mot import OwnMixtures
 
 MIXING_MODES: tuple[str, ...] = get_args(MixingMode)
 
@@ -276,7 +278,7 @@ def mix_with_expected_companions(
         companions (`RunningStatistics`): The expected companions.
         group_size (`int`): Rows G of a group in training.
         num_experts_per_tok (`int`): Number K of experts run for one token.
-        experts (`Callable`): The experts, of which selected ones are called.
+        experts (`Callable`): The experts, of which selected ones are called, on mixtures of their own.
         norm_mixing_weights (`bool`):
             Whether the weights of the K experts' outputs are divided by their sum. Mixtures keep their weights.
 
@@ -292,13 +294,8 @@ def mix_with_expected_companions(
     # Of their logarithms, because all K weights may round to 0.
     shares = F.logsigmoid(score.gather(-1, index)).softmax(dim=-1) if norm_mixing_weights else w  # [S, K]
 
-    # In place, on the copy that indexing makes: on a CPU, new memory for S * K vectors is a good part of the cost of a
-    # long prompt. In float32, because 1 - w of a large weight would be 0 in bfloat16.
-    mixture = companions.mean_input[index].add_(companions.input_shift[buckets][:, None])  # [S, K, D]
-    mixture = mixture.lerp_(tokens[:, None].float(), w[..., None]).to(tokens.dtype).flatten(0, 1)  # [S * K, D]
-    # Passed as S * K tokens with one expert each: transformers' experts interface gives a token's K experts the same
-    # input, but here each has its own mixture.
-    run = experts(mixture, index.reshape(-1, 1), shares.reshape(-1, 1)).unflatten(0, index.shape).sum(dim=1)  # [S, D]
+    own = OwnMixtures(w, buckets, companions.mean_input, companions.input_shift)
+    run = experts(tokens, index, shares, own=own)  # [S, D]
     if norm_mixing_weights:
         return run
     # Mean outputs need no look at the others' weights, which decoding could not afford.

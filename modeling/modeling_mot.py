@@ -47,11 +47,9 @@ from .mixing_mot import (
     refuse_flattened_rows,
     route_tokens,
 )
+from .selected_mot import OwnMixtures, can_run_selected, copy_and_run, mix_and_run_selected
 
 logger = logging.get_logger(__name__)
-
-# Vectors `[D]` that mode per_sequence passes to the experts at once on a CPU.
-_CPU_CHUNK_VECTORS = 8192
 
 
 class MoTExperts(Qwen3MoeExperts):
@@ -72,11 +70,30 @@ class MoTExperts(Qwen3MoeExperts):
         mixing_weights: Tensor | None = None,
         mean_input: Tensor | None = None,
         counts: Tensor | None = None,
+        own: OwnMixtures | None = None,
     ) -> Tensor | Mixed:
-        """Run selected experts on tokens `[S, D]`, or with `mixing_weights` all experts on groups `[A, H, T, D]`."""
+        """Run experts.
+
+        Selected experts run on tokens `[S, D]`, with `own` on mixtures of them; all experts run with `mixing_weights`
+        on groups `[A, H, T, D]`.
+        """
         if mixing_weights is not None:
             weights = (mixing_weights, self.gate_up_proj, self.down_proj)
             return mix_and_run(hidden_states, *weights, self.act_fn, mean_input, counts)
+        if own is not None:
+            return self._run_own_mixtures(hidden_states, top_k_index, top_k_weights, own)
+        return self._run_routed(hidden_states, top_k_index, top_k_weights)
+
+    def _run_own_mixtures(self, tokens: Tensor, index: Tensor, weights: Tensor, own: OwnMixtures) -> Tensor:
+        parameters = (self.gate_up_proj, self.down_proj)
+        # Other implementations are taken at their word.
+        as_one = self.config._experts_implementation == "grouped_mm"
+        as_one = as_one and (tokens.device.type == "cpu" or self._fits_grouped_mm())
+        if as_one and can_run_selected(tokens, own, weights, *parameters, activation=self.act_fn):
+            return mix_and_run_selected(tokens, index, weights, own, *parameters, self.act_fn)
+        return copy_and_run(self._run_routed, tokens, index, weights, own)
+
+    def _run_routed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self.config._experts_implementation != "grouped_mm" or self._fits_grouped_mm():
             return super().forward(hidden_states, top_k_index, top_k_weights)
         if is_tracing(hidden_states):  # the loop over experts depends on the data, which a graph cannot express
@@ -92,6 +109,13 @@ class MoTExperts(Qwen3MoeExperts):
         """Whether the rows of both weights are multiples of 16 bytes."""
         weights = (self.gate_up_proj, self.down_proj)
         return all(weight.shape[-1] * weight.element_size() % 16 == 0 for weight in weights)
+
+
+def _reaches_own_forward(experts: nn.Module) -> bool:
+    """Whether a call of the experts, with all its arguments, reaches [`MoTExperts.forward`]."""
+    while isinstance(wrapped := getattr(experts, "base_layer", None), nn.Module):  # PEFT's wrappers pass arguments on
+        experts = wrapped
+    return isinstance(experts, MoTExperts) and "forward" not in vars(experts)
 
 
 class MoTSparseBlock(nn.Module):
@@ -120,24 +144,18 @@ class MoTSparseBlock(nn.Module):
         return output.view_as(hidden_states)
 
     def _mix_with_expected_companions(self, tokens: Tensor, logits: Tensor, context: MixingContext) -> Tensor:
-        buckets = context.buckets.to(tokens.device).flatten()  # [S]
-        mix = partial(
-            mix_with_expected_companions,
-            companions=self.find_companions(context),
-            group_size=self.config.group_size,
-            num_experts_per_tok=self.config.num_experts_per_tok,
-            experts=self.experts,
-            norm_mixing_weights=self.config.norm_mixing_weights,
+        # Parallelism and servers replace the experts, or their forward, by what knows the routed signature alone.
+        knows_mixtures = _reaches_own_forward(self.experts)
+        return mix_with_expected_companions(
+            tokens,
+            logits,
+            context.buckets.to(tokens.device).flatten(),  # [S]
+            self.find_companions(context),
+            self.config.group_size,
+            self.config.num_experts_per_tok,
+            self.experts if knows_mixtures else partial(copy_and_run, self.experts),
+            self.config.norm_mixing_weights,
         )
-        # A graph is not sliced, or it would be valid for one number S of tokens only.
-        if tokens.device.type != "cpu" or is_tracing(tokens):
-            return mix(tokens, logits, buckets)
-        # On a CPU, memory for S * K vectors is slow to get unless a slice can use that of the one before.
-        length = max(1, _CPU_CHUNK_VECTORS // max(1, self.config.num_experts_per_tok))
-        outputs = [
-            mix(*part) for part in zip(*(whole.split(length) for whole in (tokens, logits, buckets)), strict=True)
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _mix_across_examples(self, hidden_states: Tensor, logits: Tensor, context: MixingContext) -> Tensor:
         output, sums = mix_across_examples(

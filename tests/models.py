@@ -22,7 +22,9 @@ _CODE_NAMES = (
     "heads",
     "mixing",
     "modeling",
+    "pairs",
     "products",
+    "selected",
 )
 CODE = {f"{name}_mot.py" for name in _CODE_NAMES}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mot_hf.modeling import modeling_mot
+from mot_hf.modeling import selected_mot
 from tests.modeling.test_mixing import Case, assert_relatively_close, gradients, make_case, run_block, run_naive
 
 
@@ -32,6 +32,6 @@ def test_the_largest_weights_are_chosen_also_where_all_round_to_one() -> None:
 
 @pytest.mark.parametrize("num_vectors", [1, 6, 8])
 def test_slices_of_a_long_input_learn_as_the_whole(num_vectors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modeling_mot, "_CPU_CHUNK_VECTORS", num_vectors)
+    monkeypatch.setattr(selected_mot, "_CPU_CHUNK_VECTORS", num_vectors)
     # 15 tokens of 2 vectors: slices of 1, 3 and 4 tokens, the last of which is short.
     assert_equals_the_equations(make_case(5, 3, group_size=4, num_experts=4, k=2, padded=False, seed=2))

@@ -454,7 +454,10 @@ def test_experts_of_any_width_run_selected(
         return [loss.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
 
     for actual, expected in zip(run("grouped_mm"), run("eager"), strict=True):
-        torch.testing.assert_close(actual, expected)
+        if mixing == "per_sequence" and dtype == torch.bfloat16:  # rounded at other places: eager adds in bfloat16
+            assert (actual.float() - expected.float()).norm() < 2e-2 * expected.float().norm()
+        else:
+            torch.testing.assert_close(actual, expected)
 
 
 def test_experts_of_any_width_run_in_a_graph() -> None:

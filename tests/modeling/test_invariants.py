@@ -78,8 +78,10 @@ def test_padding_on_either_side_changes_nothing(mixing: str, side: str, ids: Ten
 def test_slices_of_a_long_input_change_nothing(num_vectors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(1, 97, (3, 7), generator=torch.Generator().manual_seed(0))
     whole = logits(ids, "per_sequence")
-    monkeypatch.setattr("mot_hf.modeling.modeling_mot._CPU_CHUNK_VECTORS", num_vectors)
-    assert_same(logits(ids, "per_sequence"), whole)
+    model = copy.deepcopy(MODEL)
+    model.set_experts_implementation("eager")
+    monkeypatch.setattr("mot_hf.modeling.selected_mot._CPU_CHUNK_VECTORS", num_vectors)
+    assert_same(logits(ids, "per_sequence", model), whole)
 
 
 @pytest.mark.parametrize("mixing", INDEPENDENT_MODES)

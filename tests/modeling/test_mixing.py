@@ -192,9 +192,11 @@ def test_bfloat16_is_as_precise_as_its_format(mode: str, padded: bool) -> None:
     case = make_case(num_rows=7, num_columns=3, group_size=4, num_experts=6, k=2, padded=padded, seed=3)
     case.block.to(torch.bfloat16)
     low = case._replace(x=case.x.bfloat16())
-    actual, _ = run_block(low, mode)
-    assert actual.dtype == torch.bfloat16
-    assert_relatively_close(actual, run_naive(low, mode).output, tolerance=1e-2)
+    for implementation in ("eager", "grouped_mm"):
+        case.block.config._experts_implementation = implementation
+        actual, _ = run_block(low, mode)
+        assert actual.dtype == torch.bfloat16
+        assert_relatively_close(actual, run_naive(low, mode).output, tolerance=1e-2)
 
 
 def test_logits_and_weights_are_float32_in_a_bfloat16_model() -> None:

@@ -1,4 +1,4 @@
-"""One layer of MoT against the dense layer, plain einsums and Qwen3-MoE: the cells of that benchmark, one by one."""
+"""One layer of MoT in each mode against the dense layer, plain einsums and Qwen3-MoE, cell by cell."""
 
 from functools import partial
 from itertools import product
@@ -46,7 +46,7 @@ def make_arguments(args: PartArguments, cell: Cell) -> bench_layer.Arguments:
         hidden_sizes=[args.scaled(cell.hidden_size, step=64)],
         num_tokens=[cell.num_rows * num_columns],
         num_columns=num_columns,
-        candidates=["dense", "cross_example", "einsum", "qwen3_moe"],
+        candidates=["dense", "cross_example", "einsum", "per_sequence", "moe", "qwen3_moe"],
         phases=["forward+backward"],
         num_rounds=7 if args.on_gpu else 2,
         device=args.device,

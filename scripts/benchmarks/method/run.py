@@ -165,10 +165,9 @@ class Grid:
 
 def round_experts(model: PreTrainedModel) -> None:
     """Let experts multiply in bfloat16 under autocast, as other layers do."""
-    for module in model.modules():
-        if hasattr(module, "gate_up_proj"):
-            for weight in ("gate_up_proj", "down_proj"):
-                register_parametrization(module, weight, InBfloat16(), unsafe=True)
+    for experts in [module for module in model.modules() if hasattr(module, "gate_up_proj")]:
+        for weight in ("gate_up_proj", "down_proj"):
+            register_parametrization(experts, weight, InBfloat16(), unsafe=True)
 
 
 def find_mixing(trainer: Trainer) -> Iterator[dict[str, float]]:

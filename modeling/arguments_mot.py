@@ -53,6 +53,8 @@ def known_arguments_only(
 
     @wraps(forward)
     def checked(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        # transformers' pipelines hand over in one dictionary what a forward does not name.
+        kwargs |= kwargs.pop("kwargs", None) or {}
         for name, value in kwargs.items():
             if name in known or value is None:
                 continue

@@ -35,6 +35,9 @@ except ImportError:
         f"{version('transformers')}. Compare results, or `pip install 'transformers=={NEWEST_TESTED}.*'`."
     )
 
+# The style of tensor parallelism that [`MoTExpertsParallel`] registers.
+EXPERTS_STYLE = "mot_tp_experts"
+
 MixingMode = Literal["cross_example", "per_sequence", "moe"]
 
 _AT_LEAST_ONE = (
@@ -183,6 +186,36 @@ class MoTConfig(PreTrainedConfig):
     model_type = "mot"
     keys_to_ignore_at_inference = ["past_key_values", "cache", "router_logits", "aux_loss"]
     attribute_map = {"num_local_experts": "num_experts"}
+    # How transformers and servers spread the backbone over processes: as Qwen3-MoE, but for the call that mixes.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": EXPERTS_STYLE,
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    # The styles of earlier versions do not let rows travel. Pyright: the type that transformers declares is another's.
+    base_model_ep_plan = (  # pyright: ignore[reportAssignmentType]
+        {
+            "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+            "layers.*.mlp.experts.down_proj": "grouped_gemm",
+            "layers.*.mlp.experts": "ep_dispatch_experts",
+        }
+        if [int(part) for part in version("transformers").split(".")[:2]] >= [5, 19]
+        else None
+    )
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     vocab_size: int = 50257
     hidden_size: int = 512

@@ -10,7 +10,7 @@ width, R = 1 + P ranges of groups: all of them, and those of P position buckets.
 if tokens are absent from any group, H = G + 1: the last row then stands for all that are absent.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -127,6 +127,35 @@ def _run_plain(
     counts: Tensor | None,
     activation: Activation,
 ) -> Mixed:
+    def run(rows: Tensor) -> Tensor:
+        return run_rows(rows, gate_up_proj, down_proj, activation)
+
+    return mix_and_call(x, weights, run, mean_input, counts)
+
+
+def run_rows(rows: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: Activation) -> Tensor:
+    """Run every expert on rows of its own `[E, N, D]`; returns outputs of the same shape."""
+    gate_up_proj, down_proj = gate_up_proj.to(rows.dtype), down_proj.to(rows.dtype)
+    hidden = run_gates(torch.bmm(rows, gate_up_proj.mT), activation)  # [E, N, F]
+    return torch.bmm(hidden, down_proj.mT)  # [E, N, D]
+
+
+def mix_and_call(
+    x: Tensor,
+    weights: Tensor,
+    run: Callable[[Tensor], Tensor],
+    mean_input: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> Mixed:
+    """[`mix_and_run`] by torch's own products, with experts wherever they are.
+
+    Args:
+        x, weights, mean_input, counts: As in [`mix_and_run`].
+        run (`Callable`): Maps the mixtures `[E, N, D]` of all experts to their outputs.
+
+    Returns:
+        `Mixed`: The output of the tokens, and the sums.
+    """
     num_row_groups, num_rows, num_columns, _ = x.shape
     num_tokens = num_rows - (mean_input is not None)
     x, weights = (value.transpose(1, 2).flatten(0, 1) for value in (x, weights))  # [N, H, D], [N, H, E]
@@ -134,16 +163,17 @@ def _run_plain(
     if mean_input is not None:
         mixture = mixture + weights[:, -1, :, None] * mean_input
     rows = mixture.transpose(0, 1)  # [E, N, D]
-    hidden = run_gates(torch.bmm(rows, gate_up_proj.mT), activation)  # [E, N, F]
-    outputs = torch.bmm(hidden, down_proj.mT)  # [E, N, D]
+    outputs = run(rows)  # [E, N, D]
     output = weights[:, :num_tokens] @ outputs.transpose(0, 1)  # [N, G, D]
     output = output.unflatten(0, (num_row_groups, num_columns)).transpose(1, 2)  # [A, G, T, D]
     if counts is None:
         return Mixed(output, None, None)
-    sums = [
-        multiply_in_float32(counts.expand(len(rows), -1, -1), value.detach(), num_tokens) for value in (rows, outputs)
-    ]
-    return Mixed(output, *_split_sums(torch.stack(sums)))
+    with maybe_autocast(device_type="cpu" if x.device.type == "meta" else x.device.type, enabled=False):
+        sums = [
+            multiply_in_float32(counts.expand(len(rows), -1, -1), value.detach(), num_tokens)
+            for value in (rows, outputs)
+        ]
+        return Mixed(output, *_split_sums(torch.stack(sums)))
 
 
 def _split_sums(sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -412,4 +442,4 @@ def _(
     return _new_gradients(x, weights, gate_up_proj, down_proj, needed)
 
 
-__all__ = ["Mixed", "is_transformed", "mix_and_run"]
+__all__ = ["Mixed", "is_transformed", "mix_and_call", "mix_and_run", "run_rows"]

@@ -46,6 +46,9 @@ class MoTLanguageModel(MoTPreTrainedModel):
     """Base of the two language models: the projection to the vocabulary, and the losses."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MoTConfig) -> None:
         super().__init__(config)

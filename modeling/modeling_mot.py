@@ -4,6 +4,7 @@ Axes: B rows, T columns, G group size, S = B * T tokens, N groups of tokens, E e
 width, F expert width.
 """
 
+import os
 from functools import partial
 from typing import Any, Self, cast
 
@@ -34,7 +35,7 @@ from .companions_mot import (
     update_companions,
 )
 from .configuration_mot import MoTConfig
-from .experts_mot import Mixed, mix_and_run
+from .experts_mot import Mixed, mix_and_run, run_rows
 from .mixing_mot import (
     MIXING_MODES,
     MixingContext,
@@ -47,6 +48,7 @@ from .mixing_mot import (
     refuse_flattened_rows,
     route_tokens,
 )
+from .parallel_mot import average_companions, call_experts, check_sharding
 from .selected_mot import OwnMixtures, can_run_selected, copy_and_run, mix_and_run_selected
 
 logger = logging.get_logger(__name__)
@@ -58,6 +60,9 @@ class MoTExperts(Qwen3MoeExperts):
     config: MoTConfig
     gate_up_proj: nn.Parameter
     down_proj: nn.Parameter
+
+    # Set by a method of expert parallelism that takes every expert's rows as a batch of their own.
+    takes_batches = False
 
     # Callers never use the weights themselves: PEFT and wrappers of modules replace or wrap this forward.
 
@@ -75,13 +80,15 @@ class MoTExperts(Qwen3MoeExperts):
         """Run experts.
 
         Selected experts run on tokens `[S, D]`, with `own` on mixtures of them; all experts run with `mixing_weights`
-        on groups `[A, H, T, D]`.
+        on groups `[A, H, T, D]`, and without anything else each on rows of its own `[E, N, D]`.
         """
         if mixing_weights is not None:
             weights = (mixing_weights, self.gate_up_proj, self.down_proj)
             return mix_and_run(hidden_states, *weights, self.act_fn, mean_input, counts)
         if own is not None:
             return self._run_own_mixtures(hidden_states, top_k_index, top_k_weights, own)
+        if top_k_index is None:
+            return run_rows(hidden_states, self.gate_up_proj, self.down_proj, self.act_fn)
         return self._run_routed(hidden_states, top_k_index, top_k_weights)
 
     def _run_own_mixtures(self, tokens: Tensor, index: Tensor, weights: Tensor, own: OwnMixtures) -> Tensor:
@@ -165,7 +172,7 @@ class MoTSparseBlock(nn.Module):
             context.get_groups(self.config.group_size, hidden_states.device),
             self.find_companions(context),
             self.config.group_size,
-            self.experts,
+            call_experts(self.experts),
             gathers=context.sums is not None,
             norm_mixing_weights=self.config.norm_mixing_weights,
         )
@@ -252,6 +259,25 @@ class MoTPreTrainedModel(PreTrainedModel):
             # Loading leaves buffers that a checkpoint lacks as uninitialised memory.
             for buffer in module.buffers():
                 init.zeros_(buffer)
+
+    @classmethod
+    def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        """Spread the model over processes, as transformers does it when it loads, unless the numbers do not fit it."""
+        if distributed_config is not None:
+            check_sharding(cast(MoTConfig, model.config), distributed_config)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save the model. Processes that it was spread over as it was loaded average their statistics first.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder, created if it does not exist.
+            args, kwargs: Passed on to transformers' `save_pretrained`.
+        """
+        distributed_config = getattr(self.config, "distributed_config", None)
+        if getattr(distributed_config, "dp_size", getattr(distributed_config, "fsdp_size", None) or 1) > 1:
+            average_companions(module for module in self.modules() if isinstance(module, MoTCompanions))
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def set_mixing(self, mixing: str | None = None, *, inference_mixing: str | None = None) -> Self:
         """Change the mixing mode of training, of inference, or of both, in the model's configuration.

@@ -21,8 +21,10 @@ _CODE_NAMES = (
     "gates",
     "heads",
     "mixing",
+    "mixing_kernels",
     "modeling",
     "pairs",
+    "parallel",
     "products",
     "selected",
 )

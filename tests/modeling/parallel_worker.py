@@ -1,0 +1,191 @@
+"""One process of a model that is spread over several: passes in all modes, of which the first process keeps results.
+
+Called with a folder, which has the models, and names of layouts.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.distributed import DistributedConfig
+
+import mot_hf.training.exchange  # noqa: F401  # registers an exchange
+from mot_hf import MoTForCausalLM, MoTForMaskedLM
+from mot_hf.modeling.companions_mot import MoTCompanions
+from mot_hf.modeling.parallel_mot import average_companions
+from tests.models import MODES, companions_of, random_ids
+
+HEADS = {"causal": MoTForCausalLM, "masked": MoTForMaskedLM}
+LAYOUTS = {
+    "tp": {"tp_size": 2},
+    "ep_tp": {"tp_size": 2, "ep_size": 2},
+    "ep_fsdp": {"fsdp_size": 2, "ep_size": 2},
+    "fsdp": {"fsdp_size": 2},
+    "pp": {"pp_size": 2},
+}
+
+
+def make_batch(num_rows: int) -> dict[str, Tensor]:
+    """Rows with padding on both sides, the same in the rows 4 to 7 as in the rows 0 to 3."""
+    mask = torch.ones(num_rows, 7, dtype=torch.long)
+    mask[1::4, :2] = 0
+    mask[2::4, -3:] = 0
+    return {"input_ids": random_ids(num_rows, 7) * mask, "attention_mask": mask}
+
+
+def probe(num_rows: int) -> Tensor:
+    """What logits are multiplied with for a loss; sums over rows, so that losses of parts add up."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(num_rows, 7, 97, generator=generator) / 10
+
+
+def whole(value: Tensor) -> Tensor:
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+
+
+def run_modes(
+    model: Any,
+    batch: dict[str, Tensor],
+    weights: Tensor,
+    scale: float,
+    end_pass: Callable[[nn.Module], None] = lambda model: None,
+) -> dict[str, Any]:
+    """Logits and gradients of a pass in every mode, and logits of evaluation."""
+    results: dict[str, Any] = {}
+    for mode in MODES:
+        model.train()
+        model.zero_grad()
+        logits = model(**batch, mixing=mode).logits
+        mask = batch["attention_mask"][..., None]
+        (scale * (logits * weights * mask).sum()).backward()
+        end_pass(model)
+        grads = {name: whole(value.grad) for name, value in model.named_parameters()}
+        results[mode] = {"logits": whole(logits) * mask, "grads": grads}
+    results["eval"] = run_eval(model, batch)
+    return results
+
+
+@torch.no_grad()
+def run_eval(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    mask = batch["attention_mask"][..., None]
+    return {mode: whole(model.eval()(**batch, mixing=mode).logits) * mask for mode in MODES}
+
+
+def companions_in(model: nn.Module) -> list[MoTCompanions]:
+    return [module for module in model.modules() if isinstance(module, MoTCompanions)]
+
+
+def synchronize(model: nn.Module) -> None:
+    average_companions(companions_in(model))
+
+
+def gather_rows(value: Tensor) -> Tensor:
+    parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, value.contiguous())
+    return torch.cat(parts)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the exchanges of all with all, their bytes, and the looks of the host at a tensor's values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = {"exchanges": 0, "bytes": 0, "looks": 0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if "alltoall_base_" in name or "all_to_all_single" in name:
+            # The operation of torch.distributed is given the result first, the functional one only what is sent.
+            sent = args[1] if "alltoall_base_" in name else args[0]
+            self.counts["exchanges"] += 1
+            self.counts["bytes"] += sent.numel() * sent.element_size()
+        return func(*args, **(kwargs or {}))
+
+
+def measure_traffic(model: Any, num_rows: int) -> dict[str, int]:
+    """What a pass with gradients in mode cross_example sends, without padding."""
+    model.train()
+    plain = torch.Tensor.tolist
+    with Traffic() as traffic:
+
+        def look(value: Tensor) -> Any:
+            traffic.counts["looks"] += 1
+            return plain(value)
+
+        torch.Tensor.tolist = look
+        try:
+            model(random_ids(num_rows, 7), mixing="cross_example").logits.sum().backward()
+        finally:
+            torch.Tensor.tolist = plain
+    return traffic.counts
+
+
+def run_unequal(model: Any) -> dict[str, Tensor]:
+    """The outputs of a group of 4 rows in one process and of two in the other, both with gradients and without."""
+    ids = random_ids(12, 7)[dist.get_rank() * 4 :][: 4 + 4 * dist.get_rank()]
+    first = model.train()(ids, mixing="cross_example").logits
+    first.sum().backward()
+    with torch.no_grad():
+        second = model.eval()(ids, mixing="cross_example").logits
+    rows = [torch.empty(4 + 4 * rank, 7, 97) for rank in range(2)]
+    rows[dist.get_rank()].copy_(first.detach())
+    for rank, value in enumerate(rows):
+        dist.broadcast(value, src=rank)
+    return {"train": torch.cat(rows), "last": second}
+
+
+def run_layout(folder: Path, layout: str, head: str, options: dict[str, Any]) -> dict[str, Any]:
+    config = DistributedConfig(**options)
+    model = HEADS[head].from_pretrained(folder / head, distributed_config=config)
+    fsdp_size = config.fsdp_size or 1
+    num_rows, rank = (8, dist.get_rank()) if fsdp_size > 1 else (6, 0)
+    share = num_rows // fsdp_size
+    rows = slice(rank * share, (rank + 1) * share)
+    batch = {name: value[rows] for name, value in make_batch(num_rows).items()}
+    if layout.startswith("pp"):
+        return {"eval": run_eval(model, batch)}
+    # Parallel processes with batches of their own average their gradients.
+    results = run_modes(model, batch, probe(num_rows)[rows], scale=fsdp_size, end_pass=synchronize)
+    results["shards"] = {
+        name: tuple(value.to_local().shape) for name, value in model.named_parameters() if isinstance(value, DTensor)
+    }
+    if fsdp_size > 1:
+        for mode in MODES:
+            results[mode]["logits"] = gather_rows(results[mode]["logits"])
+            results["eval"][mode] = gather_rows(results["eval"][mode])
+    results["companions"] = companions_of(model)
+    if head == "causal" and fsdp_size == 1:
+        results["tokens"] = model.eval().generate(random_ids(2, 5), max_new_tokens=6, do_sample=False)
+    # Differs from process to process, until it is saved.
+    companions_in(model)[0].mean_input.add_(dist.get_rank() * (fsdp_size > 1))
+    model.save_pretrained(folder / f"{layout}-{head}-saved")
+    if "ep_fsdp" in layout:
+        results["traffic"] = measure_traffic(model, num_rows=4)
+        results["unequal"] = run_unequal(model)
+    return results
+
+
+def main(folder: Path) -> None:
+    """Run all layouts."""
+    torch.set_num_threads(1)
+    for layout, options in LAYOUTS.items():
+        exchanges = ("all_to_all", "mot_all_to_all") if "ep_size" in options else (None,)
+        for exchange in exchanges:
+            named = {} if exchange is None else {"ep_implementation": exchange}
+            heads = ("causal", "masked") if layout in ("tp", "ep_fsdp") else ("causal",)
+            for head in heads:
+                results = run_layout(folder, f"{layout}-{exchange}", head, options | named)
+                if dist.get_rank() == 0:
+                    torch.save(results, folder / f"{layout}-{exchange}-{head}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

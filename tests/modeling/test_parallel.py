@@ -1,0 +1,153 @@
+"""Models that are spread over two real processes, against one process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.modeling.parallel_worker import HEADS, make_batch, probe, run_eval, run_modes
+from tests.models import MODES, companions_of, random_ids, tiny_config, trained
+from tests.processes import launch
+
+pytestmark = pytest.mark.slow
+
+RUNS = (
+    "tp-None-causal",
+    "tp-None-masked",
+    "ep_tp-all_to_all-causal",
+    "ep_tp-mot_all_to_all-causal",
+    "ep_fsdp-all_to_all-causal",
+    "ep_fsdp-all_to_all-masked",
+    "ep_fsdp-mot_all_to_all-causal",
+    "ep_fsdp-mot_all_to_all-masked",
+    "fsdp-None-causal",
+)
+EXPERTS = "model.layers.3.mlp.experts"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models, and what two processes made of them in every layout."""
+    folder = tmp_path_factory.mktemp("parallel")
+    for head, cls in HEADS.items():
+        trained(cls(tiny_config(moe_intermediate_size=24))).save_pretrained(folder / head)
+    launch(Path(__file__).with_name("parallel_worker.py"), 2, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The same by one process, by head and number of rows."""
+    results = {}
+    for head, cls in HEADS.items():
+        for num_rows in (6, 8):
+            model = cls.from_pretrained(folder / head)
+            results[head, num_rows] = run_modes(model, make_batch(num_rows), probe(num_rows), scale=1)
+            results[head, num_rows]["companions"] = companions_of(model)
+            if head == "causal":
+                ids = random_ids(2, 5)
+                results[head, num_rows]["tokens"] = model.generate(ids, max_new_tokens=6, do_sample=False)
+    return results
+
+
+def load(folder: Path, run: str) -> tuple[dict[str, Any], tuple[str, int]]:
+    return torch.load(folder / f"{run}.pt"), (run.rsplit("-", 1)[1], 8 if "fsdp" in run else 6)
+
+
+def assert_same(values: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-5) -> None:
+    assert values.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(values[name], value, rtol=1e-4, atol=atol, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("run", RUNS)
+def test_two_processes_are_one(folder: Path, one_process: dict[Any, Any], run: str, mode: str) -> None:
+    results, key = load(folder, run)
+    expected = one_process[key]
+    torch.testing.assert_close(results[mode]["logits"], expected[mode]["logits"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(results["eval"][mode], expected["eval"][mode], rtol=0, atol=1e-5)
+    assert_same(results[mode]["grads"], expected[mode]["grads"])
+    assert all(value.abs().max() > 1e-3 for name, value in expected["cross_example"]["grads"].items())
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_statistics_are_those_of_one_process(folder: Path, one_process: dict[Any, Any], run: str) -> None:
+    results, key = load(folder, run)
+    assert_same(results["companions"], one_process[key]["companions"])
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if "causal" in run and "fsdp" not in run])
+def test_generation_is_that_of_one_process(folder: Path, one_process: dict[Any, Any], run: str) -> None:
+    results, key = load(folder, run)
+    assert torch.equal(results["tokens"], one_process[key]["tokens"])
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_save_has_every_weight_and_the_mean_of_all_processes_statistics(folder: Path, run: str) -> None:
+    results, (head, _) = load(folder, run)
+    saved = load_file(folder / f"{run.rsplit('-', 1)[0]}-{head}-saved" / "model.safetensors")
+    expected = load_file(folder / head / "model.safetensors") | results["companions"]
+    first = min(name for name in expected if name.endswith("companions.mean_input"))
+    expected[first] = expected[first] + (0.5 if "fsdp" in run else 0)
+    assert_same(saved, expected)
+
+
+def test_a_pipeline_of_two_processes_is_one(folder: Path) -> None:
+    results = torch.load(folder / "pp-None-causal.pt")
+    expected = run_eval(HEADS["causal"].from_pretrained(folder / "causal"), make_batch(6))
+    for mode, logits in expected.items():
+        torch.testing.assert_close(results["eval"][mode], logits, rtol=0, atol=1e-5)
+
+
+def test_plans_leave_no_large_weight_whole(folder: Path) -> None:
+    # D = 32, E = 8 experts of width F = 24, 4 heads and 2 key/value heads of width 8, dense width 64, 97 words.
+    layouts = {
+        "tp-None-causal": {
+            f"{EXPERTS}.gate_up_proj": (8, 24, 32),
+            f"{EXPERTS}.down_proj": (8, 32, 12),
+            "model.layers.3.self_attn.q_proj.weight": (16, 32),
+            "model.layers.3.self_attn.k_proj.weight": (8, 32),
+            "model.layers.3.self_attn.o_proj.weight": (32, 16),
+            "model.layers.0.mlp.gate_proj.weight": (32, 32),
+            "model.layers.0.mlp.down_proj.weight": (32, 32),
+            "model.embed_tokens.weight": (49, 32),
+            "lm_head.weight": (49, 32),
+        },
+        "ep_tp-all_to_all-causal": {f"{EXPERTS}.gate_up_proj": (4, 48, 32), f"{EXPERTS}.down_proj": (4, 32, 24)},
+        "ep_fsdp-all_to_all-causal": {
+            f"{EXPERTS}.gate_up_proj": (4, 48, 32),
+            f"{EXPERTS}.down_proj": (4, 32, 24),
+            "model.layers.3.mlp.gate.weight": (4, 32),
+        },
+    }
+    for run, expected in layouts.items():
+        shards = load(folder, run)[0]["shards"]
+        assert expected.items() <= shards.items(), run
+
+
+def test_an_exchange_of_equal_shares_sends_what_its_formula_says_and_never_looks(folder: Path) -> None:
+    num_layers, num_experts, num_rows, width, num_processes = 2, 8, 7, 32, 2
+    formula = 4 * (num_processes - 1) / num_processes * num_experts * num_rows * width * 4
+    equal, routed = (load(folder, f"ep_fsdp-{name}-causal")[0]["traffic"] for name in ("mot_all_to_all", "all_to_all"))
+    # Of what is exchanged, a share stays in the process.
+    assert equal["bytes"] * (num_processes - 1) / num_processes == num_layers * formula
+    assert equal["exchanges"] == num_layers * 4
+    assert equal["looks"] == 0
+    # By a controller's choice, numbers of rows travel first, and the host waits for them in each layer.
+    assert routed["bytes"] == equal["bytes"] + num_layers * num_experts * 8
+    assert routed["exchanges"] == num_layers * 5
+    assert routed["looks"] == num_layers
+
+
+@pytest.mark.parametrize("exchange", ["all_to_all", "mot_all_to_all"])
+def test_processes_may_have_different_numbers_of_groups(folder: Path, exchange: str) -> None:
+    results, _ = load(folder, f"ep_fsdp-{exchange}-causal")
+    model = HEADS["causal"].from_pretrained(folder / "causal").train()
+    with torch.no_grad():
+        expected = model(random_ids(12, 7), mixing="cross_example").logits
+    torch.testing.assert_close(results["unequal"]["train"], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(results["unequal"]["last"], expected[:4], rtol=0, atol=1e-5)

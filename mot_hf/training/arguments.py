@@ -241,3 +241,12 @@ class MethodArguments:
     lora_alpha: int = field(
         default=16, metadata={"help": "scale of the LoRA adapters, which is divided by their rank"}
     )
+    tp_size: int = field(
+        default=1, metadata={"help": "processes that share every batch, each with a part of every weight"}
+    )
+    ep_size: int = field(
+        default=1, metadata={"help": "processes among which the experts are divided; part of tp_size * fsdp_size"}
+    )
+    fsdp_size: int = field(
+        default=1, metadata={"help": "processes with batches of their own, among which the weights are divided"}
+    )

@@ -71,8 +71,8 @@ def finetune_classification(
 
     Raises:
         ValueError: If there are fewer than two labels, the tokenizer cannot pad or return offsets,
-            `dataloader_drop_last` is set, the checkpoint to resume from has different labels, settings or tokens, or
-            `output_dir` has checkpoints and the arguments do not say what to do with them.
+            `dataloader_drop_last` or a size of parallelism is set, the checkpoint to resume from has different labels,
+            settings or tokens, or `output_dir` has checkpoints and the arguments do not say what to do with them.
         OSError: If the model cannot be read or written, or another run is writing to the folder.
         FloatingPointError: If the loss or a parameter is not finite.
     """
@@ -81,11 +81,15 @@ def finetune_classification(
             "`dataloader_drop_last=True` would drop validation texts too: set it to False. Training texts beyond the "
             "last full batch are dropped anyway."
         )
+    method_args = method_args or MethodArguments()
+    if max(method_args.tp_size, method_args.ep_size, method_args.fsdp_size) > 1:
+        raise ValueError(
+            "Classifiers are whole in every process: leave out `tp_size`, `ep_size` and `fsdp_size`, and use a "
+            "configuration of accelerate."
+        )
     check_length(training_args)
     with lock_run(training_args):
-        return _finetune(
-            model_name_or_path, data, training_args, method_args or MethodArguments(), text_name, callbacks
-        )
+        return _finetune(model_name_or_path, data, training_args, method_args, text_name, callbacks)
 
 
 def finetune_and_evaluate(

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from mot_hf.modeling import MoTConfig, MoTForCausalLM, MoTForMaskedLM
 from mot_hf.storage.checkpoints import find_checkpoint
 from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArguments
 from mot_hf.training.lora import add_lora
+from mot_hf.training.parallelism import check_layout, make_layout, resumable, save_shards, spread_model
 from mot_hf.training.plan import check_length
 from mot_hf.training.resuming import (
     TRANSITION_FIELDS,
@@ -145,9 +147,12 @@ def _train(
     masked: bool,
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
+    layout = make_layout(method_args, training_args)
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
     config = make_config(model_args, corpus_args.block_length)
+    if layout:
+        check_layout(layout, config, training_args)
     tokenizer = find_tokenizer(model_args, corpus_args, config, checkpoint, masked)
     head = MoTForMaskedLM if masked else MoTForCausalLM
     if checkpoint and tokenizer:
@@ -158,25 +163,29 @@ def _train(
         check_arguments(training_args, checkpoint)
     with explain_failures(training_args), training_args.main_process_first(desc="reading the text"):
         data = _load_data(corpus_args, tokenizer, config.group_size, training_args.seed)
-    _fit_evaluation(training_args, corpus_args, len(data.validation))
-    model = _make_model(head, model_args, config, data.tokenizer)
+    _fit_evaluation(training_args, corpus_args, len(data.validation), training_args.world_size // method_args.tp_size)
+    make = partial(_make_model, head, model_args, config, data.tokenizer)
+    model = spread_model(head, make, layout, training_args, checkpoint) if layout else make()
     if method_args.lora_rank:
         task_type = None if masked else "CAUSAL_LM"
         model = add_lora(model, rank=method_args.lora_rank, alpha=method_args.lora_alpha, task_type=task_type)
     metrics = _make_metrics(data.tokenizer, masked)
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        data_collator=DataCollatorForLanguageModeling(
-            data.tokenizer, mlm=masked, mlm_probability=corpus_args.mlm_probability
-        ),
-        processing_class=data.tokenizer,
-        compute_metrics=metrics.compute_metrics,
-        preprocess_logits_for_metrics=metrics.preprocess_logits,
-        callbacks=[*callbacks, CheckpointDescription(model.config, head.__name__, data.tokenizer)],
-    )
+    with resumable(training_args, layout):
+        trainer = Trainer(
+            model=model,
+            args=training_args,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            data_collator=DataCollatorForLanguageModeling(
+                data.tokenizer, mlm=masked, mlm_probability=corpus_args.mlm_probability
+            ),
+            processing_class=data.tokenizer,
+            compute_metrics=metrics.compute_metrics,
+            preprocess_logits_for_metrics=metrics.preprocess_logits,
+            callbacks=[*callbacks, CheckpointDescription(model.config, head.__name__, data.tokenizer)],
+        )
+    if layout:
+        save_shards(trainer)
     add_callbacks(trainer, method_args, num_columns=corpus_args.block_length)
     run_training(trainer, checkpoint, corpus_args.text_name(), corpus_args.text())
     return trainer
@@ -253,9 +262,9 @@ def _make_metrics(tokenizer: PreTrainedTokenizerBase, masked: bool) -> LanguageM
         return LanguageModelMetrics(masked=masked)
 
 
-def _fit_evaluation(args: TrainingArguments, corpus_args: CorpusArguments, num_rows: int) -> None:
+def _fit_evaluation(args: TrainingArguments, corpus_args: CorpusArguments, num_rows: int, num_processes: int) -> None:
     """Evaluate in smaller batches if there is no full one: the `Trainer` would drop the only batch and log no loss."""
-    batch_size = args.eval_batch_size * args.world_size
+    batch_size = args.eval_batch_size * num_processes
     if args.eval_strategy == IntervalStrategy.NO or not args.dataloader_drop_last or num_rows >= batch_size:
         return
     num_devices = batch_size // args.per_device_eval_batch_size

@@ -36,13 +36,15 @@ class RunPlan(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         train_dataloader: Any = None,
+        model: Any = None,
         **kwargs: Any,
     ) -> None:
         """Describe the run. As a warning: lower levels are not shown by default."""
         self._first, self._start, self._is_told = state.global_step, None, False
         if not state.is_world_process_zero or state.global_step >= state.max_steps:
             return
-        num_rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        num_batches = args.world_size // (getattr(model, "_tp_size", None) or 1)  # tensor parallelism shares them
+        num_rows = args.train_batch_size * num_batches * args.gradient_accumulation_steps
         logger.warning(
             "Training %s%d steps of %d rows; %s.",
             _describe_rows(getattr(train_dataloader, "dataset", None), self.num_columns, num_rows * state.max_steps),

@@ -1,7 +1,7 @@
 """One process of a distributed training run on CPUs: `train_language_model` with the arguments of the command line.
 
-accelerate has FSDP and DeepSpeed only for processes with a GPU or the like. What it decides that by is set here; what
-follows is theirs.
+accelerate has FSDP, DeepSpeed and tensor parallelism only for processes with a GPU or the like. What it decides that
+by is set here; what follows is theirs.
 """
 
 import os
@@ -44,7 +44,7 @@ def main() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     PartialState(cpu=True)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or "--tp_size" in sys.argv:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
     main()
     end_processes()

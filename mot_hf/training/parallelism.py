@@ -1,0 +1,186 @@
+"""Runs of models that transformers spreads over processes as it loads them."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+from mot_hf.modeling import MoTConfig, MoTPreTrainedModel
+from mot_hf.modeling.parallel_mot import check_sharding
+from mot_hf.storage.checkpoints import SCHEDULER_NAME
+from mot_hf.training.arguments import MethodArguments
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=MoTPreTrainedModel)
+
+# What processes load their parts of a new model from. The `Trainer` does not upload such names.
+_START = "_start"
+_OPTIMIZER = "optimizer_sharded"
+
+
+def make_layout(args: MethodArguments, training_args: TrainingArguments) -> DistributedConfig | None:
+    """Makes transformers' description of how a model is spread over processes.
+
+    Args:
+        args ([`MethodArguments`]): The sizes.
+        training_args (`TrainingArguments`): Arguments of the `Trainer`.
+
+    Returns:
+        `DistributedConfig` or `None`: The description; `None` if all sizes are 1.
+
+    Raises:
+        ValueError: The sizes do not fit the number of processes or each other, or something else was asked for that
+            does not work with them.
+        OSError: This version of transformers has no expert parallelism that MoT layers can use.
+    """
+    sizes = {name: getattr(args, name) for name in ("tp_size", "ep_size", "fsdp_size")}
+    if all(size == 1 for size in sizes.values()):
+        return None
+    if "ep_size" not in DistributedConfig.__dataclass_fields__:
+        raise OSError(f"{_describe(sizes)} needs a newer transformers: `pip install --upgrade transformers`.")
+    num_processes = args.tp_size * args.fsdp_size
+    if num_processes != training_args.world_size:
+        raise ValueError(
+            f"tp_size * fsdp_size = {args.tp_size} * {args.fsdp_size} = {num_processes}, but there are "
+            f"{training_args.world_size} processes: start as many (`torchrun --nproc_per_node`), or change the sizes. "
+            "`ep_size` divides the experts among these processes, and needs no others."
+        )
+    unfit = {
+        "lora_rank": args.lora_rank > 0,
+        "load_best_model_at_end": training_args.load_best_model_at_end,
+        "fsdp": bool(training_args.fsdp),
+        "deepspeed": training_args.deepspeed is not None,
+        "torch_compile": training_args.torch_compile,
+    }
+    if wrong := [name for name, is_asked in unfit.items() if is_asked]:
+        raise ValueError(f"{_describe(sizes)} does not work together with `{'`, `'.join(wrong)}`: leave one out.")
+    options = {}
+    if args.ep_size > 1:
+        # Imported here: earlier versions of transformers have no such exchanges.
+        from mot_hf.training.exchange import EXCHANGE_NAME
+
+        options["ep_implementation"] = EXCHANGE_NAME
+    return DistributedConfig(**sizes, **options)
+
+
+def check_layout(layout: DistributedConfig, config: MoTConfig, training_args: TrainingArguments) -> None:
+    """Refuses to spread a model over processes that it does not fit, before any work is done.
+
+    Args:
+        layout (`DistributedConfig`): How it would be spread.
+        config ([`MoTConfig`]): Its configuration.
+        training_args (`TrainingArguments`): Arguments of the `Trainer`.
+
+    Raises:
+        ValueError: `ep_size` does not divide the experts or `tp_size` the key/value heads, or a micro-batch has fewer
+            rows than a group.
+    """
+    check_sharding(config, layout)
+    num_rows = training_args.per_device_train_batch_size
+    if config.mixing == "cross_example" and num_rows < config.group_size:
+        raise ValueError(
+            f"`per_device_train_batch_size={num_rows}` is less than `group_size` ({config.group_size}). The rows of a "
+            "group are in one process (or, with tensor parallelism, in all that share a batch): set it to a multiple "
+            f"of {config.group_size}, and let tp_size or ep_size make room for it."
+        )
+
+
+def spread_model(
+    head: type[Model],
+    make: Callable[[], Model],
+    layout: DistributedConfig,
+    args: TrainingArguments,
+    checkpoint: str | None,
+) -> Model:
+    """Makes a model in one process, and loads every process's part of it.
+
+    Args:
+        head (`type`): Class of the model.
+        make (`Callable`): Makes the whole model; called in the first process only.
+        layout (`DistributedConfig`): How to spread it.
+        args (`TrainingArguments`): Arguments of the `Trainer`. All processes must see `output_dir`.
+        checkpoint (`str`, *optional*): Checkpoint to load instead, because the run is resumed from it.
+
+    Returns:
+        `MoTPreTrainedModel`: This process's part of the model.
+    """
+    folder = Path(checkpoint or Path(args.output_dir) / _START)
+    with args.main_process_first(local=False, desc="making the model"):
+        if args.process_index == 0 and checkpoint is None:
+            model = make()
+            name = model.config.name_or_path
+            model.save_pretrained(folder)
+            (folder / "name").write_text(name)
+            del model
+    model = head.from_pretrained(folder, distributed_config=layout)
+    if checkpoint is None:
+        model.config.name_or_path = (folder / "name").read_text()
+        torch.distributed.barrier()
+        if args.process_index == 0:
+            shutil.rmtree(folder)
+    return model
+
+
+@contextmanager
+def resumable(args: TrainingArguments, layout: DistributedConfig | None) -> Iterator[None]:
+    """Lets the `Trainer` be made with a model whose optimizer it cannot save, see [`save_shards`].
+
+    Args:
+        args (`TrainingArguments`): Arguments of the `Trainer`.
+        layout (`DistributedConfig`, *optional*): How the model is spread.
+    """
+    save_only_model = args.save_only_model
+    args.save_only_model = save_only_model or layout is not None
+    try:
+        yield
+    finally:
+        args.save_only_model = save_only_model
+
+
+def save_shards(trainer: Trainer) -> None:
+    """Makes a trainer save and load the optimizer of a spread model, every process its own part.
+
+    The parts are written by `torch.distributed.checkpoint`, so that another number of processes can load them. The
+    model itself was loaded from the checkpoint already.
+
+    Args:
+        trainer (`Trainer`): The trainer.
+    """
+    # Imported here: earlier versions of transformers do not have them.
+    from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
+
+    def save(output_dir: str) -> None:
+        folder = os.path.join(output_dir, _OPTIMIZER)
+        save_optimizer_distributed(trainer.model, _unwrap(trainer.optimizer), folder)
+        if trainer.args.should_save:
+            torch.save(cast(Any, trainer.lr_scheduler).state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def load(checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        load_optimizer_distributed(trainer.model, _unwrap(trainer.optimizer), os.path.join(checkpoint, _OPTIMIZER))
+        state = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
+        cast(Any, trainer.lr_scheduler).load_state_dict(state)
+
+    trainer._save_optimizer_and_scheduler = save
+    trainer._load_optimizer_and_scheduler = load
+    trainer._load_from_checkpoint = lambda *args, **kwargs: None
+
+
+def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+
+
+def _describe(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+
+
+__all__ = ["check_layout", "make_layout", "resumable", "save_shards", "spread_model"]

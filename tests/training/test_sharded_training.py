@@ -1,0 +1,119 @@
+"""Training by the stock `Trainer` with a model that is spread over two real processes, against one process."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from mot_hf.conversion.export import export_qwen3_moe
+from mot_hf.storage.checkpoints import find_damage
+from mot_hf.training import CorpusArguments, MethodArguments, ModelArguments, parse_arguments, train_language_model
+from tests.processes import launch
+from tests.scripts.running import write_texts
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+LAYOUTS = {
+    "tp": ("--tp_size", "2"),
+    "fsdp": ("--fsdp_size", "2"),
+    "ep": ("--fsdp_size", "2", "--ep_size", "2"),
+}
+
+
+def command_line(folder: Path, per_device_rows: int, **changes: Any) -> list[str]:
+    """Arguments of a small run with groups of 4 rows: 20 steps of 16 rows, saved and evaluated every 10."""
+    arguments: dict[str, Any] = {
+        "output_dir": folder,
+        "source": folder.parent / "texts",
+        "vocab_size": 300,
+        "block_length": 16,
+        "max_eval_rows": 32,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "group_size": 4,
+        "num_experts": 8,
+        "per_device_train_batch_size": per_device_rows,
+        "per_device_eval_batch_size": 8,
+        "train_sampling_strategy": "sequential",
+        "dataloader_drop_last": True,
+        "dataloader_pin_memory": False,
+        "max_steps": 20,
+        "save_steps": 10,
+        "eval_strategy": "steps",
+        "eval_steps": 10,
+        "logging_steps": 1,
+        "learning_rate": 0.003,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return [word for name, value in (arguments | changes).items() for word in (f"--{name}", str(value))]
+
+
+def train_by_two(run: Path, layout: str, *arguments: str) -> None:
+    """Run two processes on the same steps; with tensor parallelism both have every row."""
+    arguments = (*LAYOUTS[layout], "--accelerator_config", '{"use_configured_state": true}', *arguments)
+    launch(WORKER, 2, *command_line(run, 16 if layout == "tp" else 8), *arguments)
+
+
+def values_of(folder: Path) -> dict[str, list[float]]:
+    """Losses and what the monitor logged, by name."""
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    log = [entry for entry in log if "train_runtime" not in entry]
+    names = {name for entry in log for name in entry if "loss" in name or name.startswith("mixing/")}
+    return {name: [entry[name] for entry in log if name in entry] for name in sorted(names)}
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def assert_same_weights(folder: Path, other: Path, atol: float) -> None:
+    expected, weights = weights_of(folder), weights_of(other)
+    assert weights.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-2, atol=atol, msg=lambda text, name=name: name + text)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with texts, and a run of one process on batches as large as those of two processes together."""
+    folder = tmp_path_factory.mktemp("sharded")
+    write_texts(folder / "texts", num_words=200)
+    classes = (ModelArguments, CorpusArguments, TrainingArguments, MethodArguments)
+    train_language_model(*parse_arguments(classes, command_line(folder / "one", 16)), masked=False)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_processes_train_as_one(folder: Path, layout: str) -> None:
+    run = folder / layout
+    train_by_two(run, layout)
+    one, two = values_of(folder / "one"), values_of(run)
+    assert one.keys() == two.keys()
+    assert len(one["loss"]) == 20
+    assert len(one["eval_token_loss"]) == 2
+    for name, expected in one.items():
+        assert two[name] == pytest.approx(expected, rel=1e-3), name
+    assert_same_weights(folder / "one", run, atol=2e-3)
+    assert not list(run.glob("_*"))
+    first, second = (torch.load(run / f"statistics-10-{rank}.pt") for rank in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+    # One process loads and exports what two have trained.
+    export_qwen3_moe(run, folder / f"{layout}-exported", allow_untuned=True)
+
+    # A run that lost its last checkpoint goes on identically.
+    assert find_damage(run / "checkpoint-20") is None
+    shutil.copytree(run / "checkpoint-20", folder / f"{layout}-whole")
+    shutil.rmtree(run / "checkpoint-20")
+    train_by_two(run, layout, "--resume_from_checkpoint", "true")
+    for name, expected in two.items():
+        assert values_of(run)[name] == pytest.approx(expected, rel=1e-6), name
+    assert_same_weights(folder / f"{layout}-whole", run / "checkpoint-20", atol=1e-6)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,13 @@ LAYOUTS = {
     "ep_fsdp": {"fsdp_size": 2, "ep_size": 2},
     "fsdp": {"fsdp_size": 2},
     "pp": {"pp_size": 2},
+}
+
+# Conditions of a pass, and its mode.
+CONDITIONS = {
+    "checkpointed": "cross_example",
+    "checkpointed per_sequence": "per_sequence",
+    "autocast": "cross_example",
 }
 
 
@@ -58,15 +66,21 @@ def run_modes(
 ) -> dict[str, Any]:
     """Logits and gradients of a pass in every mode, and logits of evaluation."""
     results: dict[str, Any] = {}
-    for mode in MODES:
-        model.train()
+    for name in (*MODES, *CONDITIONS):
+        mode = CONDITIONS.get(name, name)
+        # Rounded statistics would not be those of one process.
+        model.train(name != "autocast")
         model.zero_grad()
-        logits = model(**batch, mixing=mode).logits
+        if name.startswith("checkpointed"):
+            model.gradient_checkpointing_enable()
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast"):
+            logits = model(**batch, mixing=mode).logits
         mask = batch["attention_mask"][..., None]
-        (scale * (logits * weights * mask).sum()).backward()
+        (scale * (logits.float() * weights * mask).sum()).backward()
+        model.gradient_checkpointing_disable()
         end_pass(model)
         grads = {name: whole(value.grad) for name, value in model.named_parameters()}
-        results[mode] = {"logits": whole(logits) * mask, "grads": grads}
+        results[name] = {"logits": whole(logits) * mask, "grads": grads}
     results["eval"] = run_eval(model, batch)
     return results
 
@@ -110,19 +124,14 @@ class Traffic(TorchDispatchMode):
 
 def measure_traffic(model: Any, num_rows: int) -> dict[str, int]:
     """What a pass with gradients in mode cross_example sends, without padding."""
-    model.train()
-    plain = torch.Tensor.tolist
-    with Traffic() as traffic:
+    traffic, plain = Traffic(), torch.Tensor.tolist
 
-        def look(value: Tensor) -> Any:
-            traffic.counts["looks"] += 1
-            return plain(value)
+    def look(value: Tensor) -> Any:
+        traffic.counts["looks"] += 1
+        return plain(value)
 
-        torch.Tensor.tolist = look
-        try:
-            model(random_ids(num_rows, 7), mixing="cross_example").logits.sum().backward()
-        finally:
-            torch.Tensor.tolist = plain
+    with traffic, patch.object(torch.Tensor, "tolist", look):
+        model.train()(random_ids(num_rows, 7), mixing="cross_example").logits.sum().backward()
     return traffic.counts
 
 
@@ -156,8 +165,9 @@ def run_layout(folder: Path, layout: str, head: str, options: dict[str, Any]) ->
         name: tuple(value.to_local().shape) for name, value in model.named_parameters() if isinstance(value, DTensor)
     }
     if fsdp_size > 1:
+        for name in (*MODES, *CONDITIONS):
+            results[name]["logits"] = gather_rows(results[name]["logits"])
         for mode in MODES:
-            results[mode]["logits"] = gather_rows(results[mode]["logits"])
             results["eval"][mode] = gather_rows(results["eval"][mode])
     results["companions"] = companions_of(model)
     if head == "causal" and fsdp_size == 1:

@@ -74,6 +74,24 @@ def test_two_processes_are_one(folder: Path, one_process: dict[Any, Any], run: s
     assert all(value.abs().max() > 1e-3 for name, value in expected["cross_example"]["grads"].items())
 
 
+@pytest.mark.parametrize("name", ["checkpointed", "checkpointed per_sequence"])
+@pytest.mark.parametrize("run", RUNS)
+def test_layers_may_be_computed_again(folder: Path, one_process: dict[Any, Any], run: str, name: str) -> None:
+    results, key = load(folder, run)
+    assert_same(results[name]["grads"], one_process[key][name]["grads"])
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_autocast_rounds_as_in_one_process(folder: Path, one_process: dict[Any, Any], run: str) -> None:
+    results, key = load(folder, run)
+    expected, plain = one_process[key]["autocast"], one_process[key]["cross_example"]
+    error = (results["autocast"]["logits"].float() - expected["logits"].float()).norm()
+    assert 0 < expected["logits"].float().norm() * 0.02 > error
+    for name, value in expected["grads"].items():
+        rounding = (value - plain["grads"][name]).norm()
+        assert (results["autocast"]["grads"][name] - value).norm() <= rounding + 0.02 * value.norm(), name
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_statistics_are_those_of_one_process(folder: Path, one_process: dict[Any, Any], run: str) -> None:
     results, key = load(folder, run)

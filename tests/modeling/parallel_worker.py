@@ -30,6 +30,11 @@ LAYOUTS = {
     "fsdp": {"fsdp_size": 2},
     "pp": {"pp_size": 2},
 }
+LAYOUTS_OF_FOUR = {
+    "tp_fsdp": {"tp_size": 2, "fsdp_size": 2},
+    "tp_ep_fsdp": {"tp_size": 2, "fsdp_size": 2, "ep_size": 4},
+    "ep_efsdp": {"fsdp_size": 4, "ep_size": 2},
+}
 
 # Conditions of a pass, and its mode.
 CONDITIONS = {
@@ -40,7 +45,7 @@ CONDITIONS = {
 
 
 def make_batch(num_rows: int) -> dict[str, Tensor]:
-    """Rows with padding on both sides, the same in the rows 4 to 7 as in the rows 0 to 3."""
+    """Rows with padding on both sides, the same in every four rows."""
     mask = torch.ones(num_rows, 7, dtype=torch.long)
     mask[1::4, :2] = 0
     mask[2::4, -3:] = 0
@@ -99,10 +104,10 @@ def synchronize(model: nn.Module) -> None:
     average_companions(companions_in(model))
 
 
-def gather_rows(value: Tensor) -> Tensor:
+def gather_rows(value: Tensor, tp_size: int) -> Tensor:
     parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, value.contiguous())
-    return torch.cat(parts)
+    return torch.cat(parts[::tp_size])
 
 
 class Traffic(TorchDispatchMode):
@@ -152,8 +157,8 @@ def run_unequal(model: Any) -> dict[str, Tensor]:
 def run_layout(folder: Path, layout: str, head: str, options: dict[str, Any]) -> dict[str, Any]:
     config = DistributedConfig(**options)
     model = HEADS[head].from_pretrained(folder / head, distributed_config=config)
-    fsdp_size = config.fsdp_size or 1
-    num_rows, rank = (8, dist.get_rank()) if fsdp_size > 1 else (6, 0)
+    fsdp_size, tp_size = config.fsdp_size or 1, config.tp_size or 1
+    num_rows, rank = (4 * fsdp_size, dist.get_rank() // tp_size) if fsdp_size > 1 else (6, 0)
     share = num_rows // fsdp_size
     rows = slice(rank * share, (rank + 1) * share)
     batch = {name: value[rows] for name, value in make_batch(num_rows).items()}
@@ -166,16 +171,16 @@ def run_layout(folder: Path, layout: str, head: str, options: dict[str, Any]) ->
     }
     if fsdp_size > 1:
         for name in (*MODES, *CONDITIONS):
-            results[name]["logits"] = gather_rows(results[name]["logits"])
+            results[name]["logits"] = gather_rows(results[name]["logits"], tp_size)
         for mode in MODES:
-            results["eval"][mode] = gather_rows(results["eval"][mode])
+            results["eval"][mode] = gather_rows(results["eval"][mode], tp_size)
     results["companions"] = companions_of(model)
     if head == "causal" and fsdp_size == 1:
         results["tokens"] = model.eval().generate(random_ids(2, 5), max_new_tokens=6, do_sample=False)
     # Differs from process to process, until it is saved.
     companions_in(model)[0].mean_input.add_(dist.get_rank() * (fsdp_size > 1))
     model.save_pretrained(folder / f"{layout}-{head}-saved")
-    if "ep_fsdp" in layout:
+    if layout.startswith("ep_fsdp"):
         results["traffic"] = measure_traffic(model, num_rows=4)
         results["unequal"] = run_unequal(model)
     return results
@@ -184,7 +189,9 @@ def run_layout(folder: Path, layout: str, head: str, options: dict[str, Any]) ->
 def main(folder: Path) -> None:
     """Run all layouts."""
     torch.set_num_threads(1)
-    for layout, options in LAYOUTS.items():
+    dist.init_process_group("gloo")
+    layouts = LAYOUTS if dist.get_world_size() == 2 else LAYOUTS_OF_FOUR
+    for layout, options in layouts.items():
         exchanges = ("all_to_all", "mot_all_to_all") if "ep_size" in options else (None,)
         for exchange in exchanges:
             named = {} if exchange is None else {"ep_implementation": exchange}

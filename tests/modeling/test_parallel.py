@@ -1,4 +1,4 @@
-"""Models that are spread over two real processes, against one process."""
+"""Models that are spread over two and four real processes, against one process."""
 
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,27 @@ RUNS = (
     "ep_fsdp-mot_all_to_all-masked",
     "fsdp-None-causal",
 )
+RUNS_OF_FOUR = (
+    "tp_fsdp-None-causal",
+    "tp_ep_fsdp-all_to_all-causal",
+    "tp_ep_fsdp-mot_all_to_all-causal",
+    "ep_efsdp-all_to_all-causal",
+    "ep_efsdp-mot_all_to_all-causal",
+)
+ALL_RUNS = [*RUNS, *RUNS_OF_FOUR]
+# Rows of a batch: in the runs of two processes without batches of their own, with them, and in one with four.
+NUM_ROWS = (6, 8, 16)
 EXPERTS = "model.layers.3.mlp.experts"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with models, and what two processes made of them in every layout."""
+    """A folder with models, and what two and four processes made of them in every layout."""
     folder = tmp_path_factory.mktemp("parallel")
     for head, cls in HEADS.items():
         trained(cls(tiny_config(moe_intermediate_size=24))).save_pretrained(folder / head)
-    launch(Path(__file__).with_name("parallel_worker.py"), 2, folder)
+    for num_processes in (2, 4):
+        launch(Path(__file__).with_name("parallel_worker.py"), num_processes, folder, timeout=600)
     return folder
 
 
@@ -43,7 +54,7 @@ def one_process(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """The same by one process, by head and number of rows."""
     results = {}
     for head, cls in HEADS.items():
-        for num_rows in (6, 8):
+        for num_rows in NUM_ROWS:
             model = cls.from_pretrained(folder / head)
             results[head, num_rows] = run_modes(model, make_batch(num_rows), probe(num_rows), scale=1)
             results[head, num_rows]["companions"] = companions_of(model)
@@ -54,18 +65,21 @@ def one_process(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def load(folder: Path, run: str) -> tuple[dict[str, Any], tuple[str, int]]:
-    return torch.load(folder / f"{run}.pt"), (run.rsplit("-", 1)[1], 8 if "fsdp" in run else 6)
+    num_rows = NUM_ROWS[2 if "efsdp" in run else 1 if "fsdp" in run else 0]
+    return torch.load(folder / f"{run}.pt"), (run.rsplit("-", 1)[1], num_rows)
 
 
-def assert_same(values: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-5) -> None:
+def assert_same(values: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Compare to 1e-5, or that share of a tensor's largest value if it is above 1: gradients are up to 12."""
     assert values.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(values[name], value, rtol=1e-4, atol=atol, msg=lambda text, name=name: name + text)
+        atol = 1e-5 * max(1.0, float(value.abs().max()))
+        torch.testing.assert_close(values[name], value, rtol=0, atol=atol, msg=lambda text, name=name: name + text)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("run", RUNS)
-def test_two_processes_are_one(folder: Path, one_process: dict[Any, Any], run: str, mode: str) -> None:
+@pytest.mark.parametrize("run", ALL_RUNS)
+def test_processes_are_one(folder: Path, one_process: dict[Any, Any], run: str, mode: str) -> None:
     results, key = load(folder, run)
     expected = one_process[key]
     torch.testing.assert_close(results[mode]["logits"], expected[mode]["logits"], rtol=0, atol=1e-5)
@@ -75,13 +89,13 @@ def test_two_processes_are_one(folder: Path, one_process: dict[Any, Any], run: s
 
 
 @pytest.mark.parametrize("name", ["checkpointed", "checkpointed per_sequence"])
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", ALL_RUNS)
 def test_layers_may_be_computed_again(folder: Path, one_process: dict[Any, Any], run: str, name: str) -> None:
     results, key = load(folder, run)
     assert_same(results[name]["grads"], one_process[key][name]["grads"])
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", ALL_RUNS)
 def test_autocast_rounds_as_in_one_process(folder: Path, one_process: dict[Any, Any], run: str) -> None:
     results, key = load(folder, run)
     expected, plain = one_process[key]["autocast"], one_process[key]["cross_example"]
@@ -92,7 +106,7 @@ def test_autocast_rounds_as_in_one_process(folder: Path, one_process: dict[Any, 
         assert (results["autocast"]["grads"][name] - value).norm() <= rounding + 0.02 * value.norm(), name
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", ALL_RUNS)
 def test_statistics_are_those_of_one_process(folder: Path, one_process: dict[Any, Any], run: str) -> None:
     results, key = load(folder, run)
     assert_same(results["companions"], one_process[key]["companions"])
@@ -104,13 +118,14 @@ def test_generation_is_that_of_one_process(folder: Path, one_process: dict[Any, 
     assert torch.equal(results["tokens"], one_process[key]["tokens"])
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", ALL_RUNS)
 def test_a_save_has_every_weight_and_the_mean_of_all_processes_statistics(folder: Path, run: str) -> None:
     results, (head, _) = load(folder, run)
     saved = load_file(folder / f"{run.rsplit('-', 1)[0]}-{head}-saved" / "model.safetensors")
     expected = load_file(folder / head / "model.safetensors") | results["companions"]
     first = min(name for name in expected if name.endswith("companions.mean_input"))
-    expected[first] = expected[first] + (0.5 if "fsdp" in run else 0)
+    num_processes = 4 if run in RUNS_OF_FOUR else 2
+    expected[first] = expected[first] + ((num_processes - 1) / 2 if "fsdp" in run else 0)
     assert_same(saved, expected)
 
 

@@ -27,7 +27,7 @@ from mot_hf.modeling import MoTConfig, MoTForCausalLM, MoTForMaskedLM
 from mot_hf.storage.checkpoints import find_checkpoint
 from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArguments
 from mot_hf.training.lora import add_lora
-from mot_hf.training.parallelism import check_layout, make_layout, resumable, save_shards, spread_model
+from mot_hf.training.parallelism import check_layout, keep_shards, make_layout, resumable, spread_model
 from mot_hf.training.plan import check_length
 from mot_hf.training.resuming import (
     TRANSITION_FIELDS,
@@ -184,8 +184,7 @@ def _train(
             preprocess_logits_for_metrics=metrics.preprocess_logits,
             callbacks=[*callbacks, CheckpointDescription(model.config, head.__name__, data.tokenizer)],
         )
-    if layout:
-        save_shards(trainer)
+    keep_shards(trainer, layout, checkpoint)
     add_callbacks(trainer, method_args, num_columns=corpus_args.block_length)
     run_training(trainer, checkpoint, corpus_args.text_name(), corpus_args.text())
     return trainer

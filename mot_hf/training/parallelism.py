@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -111,7 +112,15 @@ def spread_model(
 
     Returns:
         `MoTPreTrainedModel`: This process's part of the model.
+
+    Raises:
+        ValueError: The checkpoint has the optimizer's state in whole.
     """
+    if checkpoint and not has_shards(checkpoint):
+        raise ValueError(
+            f"The checkpoint {checkpoint!r} is of a run whose model was whole in every process: resume it without "
+            "`tp_size`, `ep_size` and `fsdp_size`, or train its model further by `model_name_or_path`."
+        )
     folder = Path(checkpoint or Path(args.output_dir) / _START)
     with args.main_process_first(local=False, desc="making the model"):
         if args.process_index == 0 and checkpoint is None:
@@ -131,7 +140,7 @@ def spread_model(
 
 @contextmanager
 def resumable(args: TrainingArguments, layout: DistributedConfig | None) -> Iterator[None]:
-    """Lets the `Trainer` be made with a model whose optimizer it cannot save, see [`save_shards`].
+    """Lets the `Trainer` be made with a model whose optimizer it cannot save, see [`keep_shards`].
 
     Args:
         args (`TrainingArguments`): Arguments of the `Trainer`.
@@ -145,34 +154,55 @@ def resumable(args: TrainingArguments, layout: DistributedConfig | None) -> Iter
         args.save_only_model = save_only_model
 
 
-def save_shards(trainer: Trainer) -> None:
-    """Makes a trainer save and load the optimizer of a spread model, every process its own part.
+def keep_shards(trainer: Trainer, layout: DistributedConfig | None, checkpoint: str | None) -> None:
+    """Makes a trainer save the optimizer of a spread model in parts, and resume from such parts.
 
-    The parts are written by `torch.distributed.checkpoint`, so that another number of processes can load them. The
-    model itself was loaded from the checkpoint already.
+    Every process writes its part by `torch.distributed.checkpoint`, so that any number of processes can load them.
 
     Args:
         trainer (`Trainer`): The trainer.
+        layout (`DistributedConfig`, *optional*): How the model is spread. [`spread_model`] has loaded its weights.
+        checkpoint (`str`, *optional*): Checkpoint to resume from.
     """
-    # Imported here: earlier versions of transformers do not have them.
-    from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
+    if layout is not None:
+        trainer._save_optimizer_and_scheduler = partial(_save_optimizer, trainer)
+        trainer._load_from_checkpoint = lambda *args, **kwargs: None
+    if layout is not None or has_shards(checkpoint):
+        trainer._load_optimizer_and_scheduler = partial(_load_optimizer, trainer)
 
-    def save(output_dir: str) -> None:
-        folder = os.path.join(output_dir, _OPTIMIZER)
-        save_optimizer_distributed(trainer.model, _unwrap(trainer.optimizer), folder)
-        if trainer.args.should_save:
-            torch.save(cast(Any, trainer.lr_scheduler).state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
-    def load(checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        load_optimizer_distributed(trainer.model, _unwrap(trainer.optimizer), os.path.join(checkpoint, _OPTIMIZER))
-        state = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
-        cast(Any, trainer.lr_scheduler).load_state_dict(state)
+def has_shards(checkpoint: str | None) -> bool:
+    """Checks whether a checkpoint has its optimizer in parts.
 
-    trainer._save_optimizer_and_scheduler = save
-    trainer._load_optimizer_and_scheduler = load
-    trainer._load_from_checkpoint = lambda *args, **kwargs: None
+    Args:
+        checkpoint (`str`, *optional*): Folder of the checkpoint.
+
+    Returns:
+        `bool`: Whether it has.
+    """
+    return checkpoint is not None and (Path(checkpoint) / _OPTIMIZER).is_dir()
+
+
+def _save_optimizer(trainer: Trainer, output_dir: str) -> None:
+    # Imported here: earlier versions of transformers do not have it.
+    from transformers.distributed.checkpoint import save_optimizer_distributed
+
+    save_optimizer_distributed(trainer.model, _unwrap(trainer.optimizer), os.path.join(output_dir, _OPTIMIZER))
+    if trainer.args.should_save:
+        torch.save(cast(Any, trainer.lr_scheduler).state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+
+def _load_optimizer(trainer: Trainer, checkpoint: str | None) -> None:
+    if checkpoint is None:
+        return
+    from transformers.distributed.checkpoint import load_optimizer_distributed
+
+    load_optimizer_distributed(trainer.model, _unwrap(trainer.optimizer), os.path.join(checkpoint, _OPTIMIZER))
+    state = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
+    # The `Trainer` groups parameters by the processes that they are spread over, too, and all have one learning rate.
+    num_groups = len(cast(Any, trainer.optimizer).param_groups)
+    fitted = {name: value[:1] * num_groups if isinstance(value, list) else value for name, value in state.items()}
+    cast(Any, trainer.lr_scheduler).load_state_dict(fitted)
 
 
 def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
@@ -183,4 +213,4 @@ def _describe(sizes: dict[str, int]) -> str:
     return ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
 
 
-__all__ = ["check_layout", "make_layout", "resumable", "save_shards", "spread_model"]
+__all__ = ["check_layout", "has_shards", "keep_shards", "make_layout", "resumable", "spread_model"]

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+pytest.importorskip("transformers.distributed.expert_parallel")
+
 from tests.modeling.parallel_worker import HEADS, make_batch, probe, run_eval, run_modes
 from tests.models import MODES, companions_of, random_ids, tiny_config, trained
 from tests.processes import launch

@@ -2,18 +2,28 @@
 
 import json
 import shutil
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.distributed import DistributedConfig
 
+from mot_hf import MoTForCausalLM
 from mot_hf.conversion.export import export_qwen3_moe
 from mot_hf.storage.checkpoints import find_damage
 from mot_hf.training import CorpusArguments, MethodArguments, ModelArguments, parse_arguments, train_language_model
+from mot_hf.training.parallelism import spread_model
 from tests.processes import launch
 from tests.scripts.running import write_texts
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("transformers.distributed.expert_parallel") is None, reason="older transformers"),
+]
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 LAYOUTS = {
@@ -55,6 +65,12 @@ def command_line(folder: Path, per_device_rows: int, **changes: Any) -> list[str
     return [word for name, value in (arguments | changes).items() for word in (f"--{name}", str(value))]
 
 
+def train_by_one(run: Path, *arguments: str) -> None:
+    """Run this process on batches as large as those of two processes together."""
+    classes = (ModelArguments, CorpusArguments, TrainingArguments, MethodArguments)
+    train_language_model(*parse_arguments(classes, [*command_line(run, 16), *arguments]), masked=False)
+
+
 def train_by_two(run: Path, layout: str, *arguments: str) -> None:
     """Run two processes on the same steps; with tensor parallelism both have every row."""
     arguments = (*LAYOUTS[layout], "--accelerator_config", '{"use_configured_state": true}', *arguments)
@@ -82,15 +98,13 @@ def assert_same_weights(folder: Path, other: Path, atol: float) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with texts, and a run of one process on batches as large as those of two processes together."""
+    """A folder with texts, and a run of one process."""
     folder = tmp_path_factory.mktemp("sharded")
     write_texts(folder / "texts", num_words=200)
-    classes = (ModelArguments, CorpusArguments, TrainingArguments, MethodArguments)
-    train_language_model(*parse_arguments(classes, command_line(folder / "one", 16)), masked=False)
+    train_by_one(folder / "one")
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_train_as_one(folder: Path, layout: str) -> None:
     run = folder / layout
@@ -117,3 +131,25 @@ def test_two_processes_train_as_one(folder: Path, layout: str) -> None:
     for name, expected in two.items():
         assert values_of(run)[name] == pytest.approx(expected, rel=1e-6), name
     assert_same_weights(folder / f"{layout}-whole", run / "checkpoint-20", atol=1e-6)
+
+
+def test_a_run_goes_on_in_another_number_of_processes(folder: Path) -> None:
+    run, one = folder / "moved", values_of(folder / "one")
+    train_by_two(run, "ep")
+    for go_on in (partial(train_by_two, run, "tp"), partial(train_by_one, run)):
+        shutil.rmtree(run / "checkpoint-20")
+        go_on("--resume_from_checkpoint", "true")
+        for name, expected in one.items():
+            assert values_of(run)[name] == pytest.approx(expected, rel=1e-3), name
+        assert_same_weights(folder / "one", run, atol=2e-3)
+
+
+def test_a_whole_optimizer_is_not_taken_for_parts(folder: Path) -> None:
+    with pytest.raises(ValueError, match="whose model was whole in every process: resume it without `tp_size`"):
+        spread_model(
+            MoTForCausalLM,
+            cast(Any, None),
+            DistributedConfig(),
+            cast(Any, None),
+            str(folder / "one" / "checkpoint-10"),
+        )

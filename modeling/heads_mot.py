@@ -47,7 +47,7 @@ class MoTLanguageModel(MoTPreTrainedModel):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # pyright: ignore[reportAssignmentType]  # as in transformers
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MoTConfig) -> None:

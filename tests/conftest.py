@@ -1,5 +1,6 @@
 """Every test is offline, quiet, single-threaded and seeded, and leaves nothing in the user's caches."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -33,6 +34,12 @@ settings.load_profile("mot_hf")
 
 LIBRARIES = ("transformers", "torch", "accelerate", "datasets", "huggingface_hub", "lm_eval", "peft", "torchao", "trl")
 VERSIONS = ", ".join(f"{name} {version(name)}" for name in LIBRARIES if find_spec(name))
+
+
+def pytest_collection_finish() -> None:
+    """Leave the libraries out of garbage collection: each run of a `Trainer` looks through all that is in memory."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> str:

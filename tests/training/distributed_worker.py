@@ -1,15 +1,17 @@
-"""One process of a distributed training run on CPUs: `train_language_model` with the arguments of the command line.
+"""One process of distributed training runs on CPUs: `train_language_model` with each list of arguments of a JSON list.
 
 accelerate has FSDP, DeepSpeed and tensor parallelism only for processes with a GPU or the like. What it decides that
 by is set here; what follows is theirs.
 """
 
+import json
 import os
 import sys
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -34,17 +36,19 @@ class KeepStatistics(TrainerCallback):
         torch.save(companions_of(model), f"{args.output_dir}/statistics-{state.global_step}-{args.process_index}.pt")
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Train, and say by what the processes were joined."""
     classes = (ModelArguments, CorpusArguments, TrainingArguments, MethodArguments)
-    trainer = train_language_model(*parse_arguments(classes), masked=False, callbacks=[KeepStatistics()])
+    trainer = train_language_model(*parse_arguments(classes, arguments), masked=False, callbacks=[KeepStatistics()])
     sys.stdout.write(f"distributed by {trainer.accelerator.distributed_type.value}\n")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     PartialState(cpu=True)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or "--tp_size" in sys.argv:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-    main()
+    for run in json.loads(sys.argv[1]):
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" or "--tp_size" in run:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+        main(run)
+        AcceleratorState._reset_state()  # as a process of its own begins: a run changes how FSDP saves
     end_processes()

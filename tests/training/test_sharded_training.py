@@ -74,7 +74,7 @@ def train_by_one(run: Path, *arguments: str) -> None:
 def train_by_two(run: Path, layout: str, *arguments: str) -> None:
     """Run two processes on the same steps; with tensor parallelism both have every row."""
     arguments = (*LAYOUTS[layout], "--accelerator_config", '{"use_configured_state": true}', *arguments)
-    launch(WORKER, 2, *command_line(run, 16 if layout == "tp" else 8), *arguments)
+    launch(WORKER, 2, json.dumps([[*command_line(run, 16 if layout == "tp" else 8), *arguments]]))
 
 
 def values_of(folder: Path) -> dict[str, list[float]]:

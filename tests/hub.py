@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 import huggingface_hub.constants
 import huggingface_hub.hf_api
 import pytest
+import transformers.utils.hub
 
 TOKEN = "hf_test"
 LARGE = (".safetensors", ".pt", ".pth", ".bin", ".png")
@@ -126,6 +127,7 @@ class HubServer:
             patch.setattr(constants, "HF_HUB_OFFLINE", False)
             patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
             patch.setattr(huggingface_hub.hf_api.api, "endpoint", self.url)  # that of functions such as create_repo
+            patch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # the one that it keeps
             patch.setenv("HF_TOKEN", TOKEN)
             yield
 

@@ -2,8 +2,8 @@
 
 `load SOURCE HEAD ...` loads checkpoints of the heads from SOURCE/HEAD, or SOURCE-HEAD of a Hub, compares their outputs
 with `expected.safetensors` of the folder it runs in, takes a training step with each, and saves them in `out/HEAD`.
-`push SOURCE` trains SOURCE-AutoModelForCausalLM of a Hub a step further and pushes it to SOURCE-trained, and a
-classifier to its branch `classifier`; `pushed.safetensors` gets their outputs.
+`load_and_push SOURCE HEAD ...` also trains SOURCE-AutoModelForCausalLM of a Hub a step further and pushes it to
+SOURCE-trained, and a classifier to its branch `classifier`; `pushed.safetensors` gets their outputs.
 """
 
 import json
@@ -119,6 +119,8 @@ if __name__ == "__main__":
         import mot_hf  # noqa: F401
     except ModuleNotFoundError:
         torch.set_num_threads(1)
-        {"load": load_and_train, "push": push}[sys.argv[1]](*sys.argv[2:])
+        load_and_train(*sys.argv[2:])
+        if sys.argv[1] == "load_and_push":
+            push(sys.argv[2])
     else:
         raise SystemExit("mot_hf is installed here")

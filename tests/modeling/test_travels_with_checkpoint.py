@@ -1,12 +1,15 @@
 """`modeling/` is copied beside a checkpoint: it must stand on its own."""
 
 import ast
-import subprocess
+import importlib.metadata
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
@@ -17,6 +20,7 @@ from mot_hf.registration import AUTO_CLASSES
 from tests import stranger
 from tests.elsewhere import run_elsewhere
 from tests.models import tiny_config, trained
+from tests.scripts.running import run_forked
 
 FILES = sorted(Path(mot_hf.modeling.__file__).parent.glob("*.py"))
 REQUIRED = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
@@ -47,21 +51,26 @@ def test_transformers_finds_all_files_from_each_that_a_checkpoint_names(module: 
     assert found | {"__init__.py"} == {path.name for path in FILES}
 
 
+def import_configuration(package: str, installed: str) -> None:
+    """Run the file that looks at versions, as if this one were installed."""
+    version: Callable[[str], str] = importlib.metadata.version
+    importlib.metadata.version = lambda name: installed if name == package else version(name)
+    runpy.run_path(str(FILES[0].with_name("configuration_mot.py")))
+
+
 @pytest.mark.parametrize(
     ("installed", "is_newer"),
     [("5.24.0", False), ("5.24.3", False), ("5.25.0.dev0", True), ("5.25.0", True), ("6.0.0", True)],
 )
-def test_versions_that_were_not_tested_are_named_once(installed: str, is_newer: bool) -> None:
-    code = f"""
-import importlib.metadata, runpy, transformers
-version = importlib.metadata.version
-importlib.metadata.version = lambda name: {installed!r} if name == "transformers" else version(name)
-for _ in range(2):
-    runpy.run_path({str(FILES[0].with_name("configuration_mot.py"))!r})
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+def test_versions_that_were_not_tested_are_named_once(installed: str, is_newer: bool, tmp_path: Path) -> None:
+    def import_twice() -> None:
+        for _ in range(2):
+            import_configuration("transformers", installed)
+
+    status, written = run_forked(tmp_path, import_twice)
+    assert status == 0, written
     warning = f"tested with transformers up to {NEWEST_TESTED}, and runs on {installed}."
-    assert done.stderr.count(warning) == is_newer
+    assert written.count(warning) == is_newer
 
 
 def test_setup_admits_the_versions_that_were_tested() -> None:
@@ -73,16 +82,14 @@ def test_setup_admits_the_versions_that_were_tested() -> None:
 
 @pytest.mark.parametrize(("package", "version"), [("transformers", "5.16.1"), ("torch", "2.10.0+cu130")])
 def test_old_versions_are_named(package: str, version: str, tmp_path: Path) -> None:
-    # As old versions are: without the names that the code needs.
-    code = f"""
-import importlib.metadata, runpy, transformers.configuration_utils, transformers.modeling_rope_utils
-del transformers.configuration_utils.PreTrainedConfig, transformers.modeling_rope_utils.RopeParameters
-version = importlib.metadata.version
-importlib.metadata.version = lambda name: {version!r} if name == {package!r} else version(name)
-runpy.run_path({str(FILES[0].with_name("configuration_mot.py"))!r})
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    error = done.stderr.strip().splitlines()[-2:]
+    def import_without_what_it_needs() -> None:
+        # As old versions are: without the names that the code needs.
+        del transformers.configuration_utils.PreTrainedConfig, transformers.modeling_rope_utils.RopeParameters
+        import_configuration(package, version)
+
+    status, written = run_forked(tmp_path, import_without_what_it_needs)
+    assert status == 1
+    error = written.strip().splitlines()[-2:]
     assert error[0].startswith(f"ImportError: {package}>=")
     assert f"found {package}=={version}" in error[0]
     assert error[1] == f"MoT models need it: `pip install --upgrade {package}`."

@@ -1,12 +1,17 @@
 """Running a script here or Python in a process of its own, without a network."""
 
 import io
+import logging
 import os
 import runpy
 import subprocess
 import sys
+import tempfile
+import traceback
+from collections.abc import Callable
 from contextlib import chdir, redirect_stdout
 from pathlib import Path
+from typing import NoReturn
 from unittest.mock import patch
 
 REPOSITORY = Path(__file__).parents[2]
@@ -47,6 +52,44 @@ def run_python(folder: Path, *arguments: str | Path, environment: dict[str, str]
     )
     assert completed.returncode == 0, f"{arguments}\n{completed.stderr}"
     return completed.stdout
+
+
+def run_forked(folder: Path, work: Callable[[], object]) -> tuple[int, str]:
+    """Run work in a folder and a process of its own, a copy of this one with the libraries in its memory.
+
+    Returns its exit status, negative for a signal, and what it wrote to both of its streams.
+    """
+    with tempfile.TemporaryFile() as written:
+        process = os.fork()
+        if process == 0:
+            _work_and_exit(folder, work, written.fileno())
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        written.seek(0)
+        return status, written.read().decode()
+
+
+def _work_and_exit(folder: Path, work: Callable[[], object], output: int) -> NoReturn:
+    status = 1
+    try:
+        os.chdir(folder)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+        logging.lastResort = logging.StreamHandler()
+        logging.getLogger().handlers.clear()  # pytest's write to the same streams
+        for handler in logging.getLogger("transformers").handlers:  # pytest has the stream that they write to
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(sys.stderr)
+        work()
+        status = 0
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:  # noqa: BLE001, the status tells, and the parent goes on
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def run_script(folder: Path, name: str, *arguments: str | Path) -> str:

@@ -1,18 +1,21 @@
-"""Training that is killed, or whose text can no longer be read, in processes of their own."""
+"""Training that is killed, or whose text can no longer be read."""
 
 import json
+import re
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import datasets.config
+import fsspec.config
+import huggingface_hub.constants
 import pytest
 
 from mot_hf.training import find_last_checkpoint
-from tests.scripts.running import REPOSITORY, environment_of, run_script, write_texts
+from tests.scripts.kill_training import die_at
+from tests.scripts.running import REPOSITORY, run_forked, run_script, write_texts
 
 RECIPE = str(REPOSITORY / "mot_hf" / "recipes" / "small_clm.yaml")
 TINY = ["--hidden_size", "32", "--num_attention_heads", "2", "--intermediate_size", "64", "--num_hidden_layers", "2"]
@@ -53,11 +56,13 @@ def losses(run: Path) -> list[float]:
 )
 def test_a_run_that_was_killed_goes_on_identically(folder: Path, where: str, streaming: str, last: str) -> None:
     name = f"killed_{where.replace(':', '_')}_{streaming}"
-    script = REPOSITORY / "scripts" / "train_clm.py"
-    worker = Path(__file__).with_name("kill_training.py")
-    command = [sys.executable, worker, where, script, *arguments(name, streaming)]
-    killed = subprocess.run(command, cwd=folder, env=environment_of(folder), capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+    def train_and_die() -> None:
+        die_at(where)
+        run_script(folder, "train_clm.py", *arguments(name, streaming))
+
+    status, written = run_forked(folder, train_and_die)
+    assert status == -signal.SIGKILL, written
     assert find_last_checkpoint(folder / name) == str(folder / name / last)
     run_script(folder, "train_clm.py", *arguments(name, streaming), "--resume_from_checkpoint", "true")
     whole = folder / f"whole_{streaming}"
@@ -108,21 +113,23 @@ def url() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
-def test_an_interrupted_download_is_explained(folder: Path, url: str, streaming: str) -> None:
+def test_an_interrupted_download_is_explained(
+    folder: Path, url: str, streaming: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without streaming nothing has begun; in a stream, training has: its checkpoints stay good."""
-    CutServer.cut = 1_000_000 if streaming == "true" else 100_000
-    script = REPOSITORY / "scripts" / "train_clm.py"
-    # datasets tries again for 100 seconds; here, not so long.
-    patch = "import datasets, runpy, sys; datasets.config.STREAMING_READ_RETRY_INTERVAL = 0; sys.argv = sys.argv[1:]; "
-    command = [sys.executable, "-c", patch + "runpy.run_path(sys.argv[0], run_name='__main__')", script]
-    command += arguments(f"download_{streaming}", streaming, ("--tokenizer", "whole_true"))
+    CutServer.cut = 700_000 if streaming == "true" else 100_000
+    # datasets tries again for 100 seconds; here, not so long. Offline, it would refuse this address too.
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    # Else it would fetch the whole file as one block.
+    monkeypatch.setitem(fsspec.config.conf, "http", {"block_size": 65536})
+    command = arguments(f"download_{streaming}", streaming, ("--tokenizer", "whole_true"))
     command += ["--source", url, "--max_steps", "4000", "--save_total_limit", "2", "--buffer_size", "100"]
     command += ["--per_device_train_batch_size", "256", "--save_steps", "5"]
-    # Offline, datasets would refuse this address too; and it would fetch the whole file as one block.
-    environment = environment_of(folder) | {"HF_HUB_OFFLINE": "0", "FSSPEC_HTTP": '{"block_size": 65536}'}
-    broken = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert broken.returncode == 1
-    last_line = [line for line in broken.stderr.splitlines() if line.startswith("error: ")][-1]
+    with pytest.raises(SystemExit, match="1"):
+        run_script(folder, "train_clm.py", *command)
+    last_line = re.findall("error: .*", capsys.readouterr().err)[-1]  # behind a progress bar
     if streaming == "false":
         assert last_line.startswith(f"error: The download of `source='{url}'` was interrupted: check the network")
     else:

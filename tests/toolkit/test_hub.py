@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-import subprocess
+import signal
 import sys
 from collections.abc import Iterator
 from itertools import count
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from mot_cli import app
+from mot_cli import app, run
 from mot_hf import MoTConfig, MoTForCausalLM
 from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.hub import push_model
@@ -30,7 +30,7 @@ from tests import stranger
 from tests.elsewhere import run_elsewhere
 from tests.hub import HubServer
 from tests.models import CODE, tiny_config, trained
-from tests.scripts.running import REPOSITORY, environment_of, run_python, write_texts
+from tests.scripts.running import REPOSITORY, run_forked, run_script, write_texts
 
 MODEL = CODE | {"config.json", "generation_config.json", "README.md"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -365,24 +365,26 @@ def test_an_upload_whose_process_is_killed_goes_on_where_it_stopped(hub: HubServ
     model = MoTForCausalLM.from_pretrained(model_dir)
     (model_dir / "model.safetensors").unlink()
     model.save_pretrained(model_dir, max_shard_size="50KB")
-    environment = environment_of(model_dir.parent) | hub.environment()
-    command = [sys.executable, "-m", "mot_cli", "push", str(model_dir), "tester/small"]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+
+    def push() -> None:
+        (model_dir.parent / "process").write_text(str(os.getpid()))
+        sys.argv = ["mot", "push", str(model_dir), "tester/small"]
+        run()
 
     def kill(method: str, path: str) -> int | None:
         if method == "PUT" and hub.objects:
-            process.kill()
+            os.kill(int((model_dir.parent / "process").read_text()), signal.SIGKILL)
             return 500
         return None
 
     hub.fault = kill
-    process.communicate()
-    assert process.returncode == -9
+    status, written = run_forked(model_dir.parent, push)
+    assert status == -signal.SIGKILL, written
     assert hub.files["tester/small"] == {}
     (arrived,) = hub.objects
     hub.fault = lambda method, path: None
     hub.requests.clear()
-    run_python(model_dir.parent, *command[1:], environment=environment)
+    assert run_forked(model_dir.parent, push)[0] == 0
     assert arrived not in hub.uploads()
     assert {path.name for path in model_dir.glob("model-*")} < hub.files["tester/small"].keys()
 
@@ -405,8 +407,7 @@ def test_every_head_goes_round(hub: HubServer, tmp_path: Path, tokenizer: PreTra
         tokenizer.push_to_hub(f"tester/small-{name}")
         files = hub.files[f"tester/small-{name}"]
         assert CODE | TOKENIZER | {"config.json", "model.safetensors", "README.md"} <= files.keys()
-    run_elsewhere(tmp_path, stranger.__file__, "load", "tester/small", *heads, environment=hub.environment())
-    run_elsewhere(tmp_path, stranger.__file__, "push", "tester/small", environment=hub.environment())
+    run_elsewhere(tmp_path, stranger.__file__, "load_and_push", "tester/small", *heads, environment=hub.environment())
     for revision in ("main", "classifier"):
         assert hub.files_of("tester/small-trained", revision).keys() >= CODE
 
@@ -421,19 +422,16 @@ def test_every_head_goes_round(hub: HubServer, tmp_path: Path, tokenizer: PreTra
 
 
 @pytest.mark.slow
-def test_a_training_script_pushes_the_code_with_the_first_weights_and_our_card_last(tmp_path: Path) -> None:
+def test_a_training_script_pushes_the_code_with_the_first_weights_and_our_card_last(
+    hub: HubServer, tmp_path: Path
+) -> None:
     write_texts(tmp_path / "texts", num_words=100)
     tiny = "--hidden_size 32 --num_attention_heads 2 --intermediate_size 64 --num_hidden_layers 2 --group_size 4"
     tiny += " --num_experts 8 --vocab_size 300 --source texts --block_length 16 --max_eval_rows 16 --max_steps 4"
     tiny += " --warmup_steps 0 --per_device_train_batch_size 8 --report_to none --eval_strategy no --save_steps 2"
     tiny += " --push_to_hub true --hub_strategy every_save --hub_model_id tester/clm --hub_always_push true"
     recipe = REPOSITORY / "mot_hf" / "recipes" / "small_clm.yaml"
-    hub = HubServer()
-    try:
-        command = [REPOSITORY / "scripts" / "train_clm.py", recipe, "--output_dir", "out", *tiny.split()]
-        run_python(tmp_path, *command, environment=environment_of(tmp_path) | hub.environment())
-    finally:
-        hub.close()
+    run_script(tmp_path, "train_clm.py", recipe, "--output_dir", "out", *tiny.split())
     with_weights = [changed for _, changed in hub.commits if "model.safetensors" in changed]
     assert set(with_weights[0]) > CODE
     files = hub.files["tester/clm"]

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mot_hf.training import find_last_checkpoint
 from tests.hub import HubServer
-from tests.scripts.running import REPOSITORY, environment_of, run_python, write_texts
+from tests.scripts.running import REPOSITORY, write_texts
 
 HUB_STRATEGIES = {
     "train_clm": "every_save",
@@ -123,21 +123,15 @@ class TestFeatures:
         assert sum(value.numel() for name, value in saved.items() if "lora" in name) < 20_000
         assert len(losses(tuned)) == 4
 
-    def test_compiled(self, folder: Path, script: str) -> None:
-        plain = run(folder, script, f"{script}_eager", "--seed", "1")
-        flags = ["--seed", "1", "--torch_compile", "true", "--torch_compile_backend", "aot_eager"]
-        compiled = run(folder, script, f"{script}_compiled", *flags)
-        assert losses(compiled) == pytest.approx(losses(plain), rel=1e-3)
-
     def test_push_to_hub(self, folder: Path, script: str) -> None:
         hub, strategy = HubServer(), HUB_STRATEGIES[script]
         output = f"{script}_{strategy}"
         flags = ["--push_to_hub", "true", "--hub_strategy", strategy, "--hub_model_id", f"tester/{output}"]
         flags += ["--hub_always_push", "true"]  # else the Trainer leaves out what it saves while it still pushes
         flags += ["--save_strategy", "steps", "--save_steps", "2", "--save_only_model", "false"]
-        command = [str(REPOSITORY / "scripts" / f"{script}.py"), *command_line(folder, script, output), *flags]
         try:
-            run_python(folder, *command, environment=environment_of(folder) | hub.environment())
+            with hub.in_this_process():
+                run(folder, script, output, *flags)
         finally:
             hub.close()
         files = hub.files[f"tester/{output}"]
@@ -153,6 +147,23 @@ class TestFeatures:
         expected = {"all_checkpoints": {"checkpoint-2", "checkpoint-4"}, "checkpoint": {"last-checkpoint"}}
         assert checkpoints == expected.get(strategy, set())
         assert find_last_checkpoint(folder / output) == str(folder / output / "checkpoint-4")
+
+
+# Graphs of the modes and heads have tests of their own (tests/modeling/test_compilation.py).
+@pytest.mark.parametrize("script", ["train_clm", "finetune_classification"])
+def test_compiled(folder: Path, script: str) -> None:
+    flags = ["--seed", "1", "--logging_steps", "2", "--monitor_mixing", "true"]
+    plain = run(folder, script, f"{script}_eager", *flags)
+    compiled = run(
+        folder, script, f"{script}_compiled", *flags, "--torch_compile", "true", "--torch_compile_backend", "aot_eager"
+    )
+    assert len(losses(plain)) == 2
+    for ours, theirs in zip(history(compiled), history(plain), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            if name == "loss" or name.startswith("mixing/"):
+                assert value == pytest.approx(theirs[name], rel=1e-3), name
+    assert any(name.startswith("mixing/entropy") for entry in history(compiled) for name in entry)
 
 
 def test_adapters_are_loaded_with_their_statistics(folder: Path) -> None:

@@ -206,14 +206,3 @@ class TestRuns:
             assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         assert losses[0] == losses[1]
         assert len(losses[0]) == 3
-
-    @pytest.mark.slow
-    def test_compiled(self, tmp_path: Path) -> None:
-        settings = {"num_layers": 2, "max_steps": 4, "logging_steps": 2}  # compiling takes time for each layer
-        plain = run(tmp_path / "plain", **settings)
-        compiled = run(tmp_path / "compiled", **settings, torch_compile=True, torch_compile_backend="aot_eager")
-        assert [set(entry) for entry in compiled] == [set(entry) for entry in plain]
-        for ours, theirs in zip(compiled, plain, strict=True):
-            for key, value in ours.items():
-                if key.startswith("mixing/"):
-                    assert value == pytest.approx(theirs[key], rel=1e-3)

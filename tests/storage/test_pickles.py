@@ -198,19 +198,24 @@ def test_a_checkpoint_is_not_resumed_where_a_file_that_is_read_holds_code(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", IGNORED)
-def test_a_file_that_no_resumed_run_needs_is_not_loaded(
-    name: str, finished: Path, tmp_path: Path, trace: Path
+@pytest.mark.parametrize("planter", [as_pickle, as_torch_file])
+def test_files_that_no_resumed_run_needs_are_not_loaded(
+    planter: Callable[[Path, Path], None], finished: Path, tmp_path: Path
 ) -> None:
-    for planter in (as_pickle, as_torch_file):
-        folder = shutil.copytree(finished, tmp_path / planter.__name__)
-        plant(folder, name, planter, trace)
+    traces = {name: tmp_path / f"trace of {name}" for name in IGNORED}
+    whole = shutil.copytree(finished, tmp_path / "whole")
+    for name, trace in traces.items():
+        folder = shutil.copytree(finished, tmp_path / "alone", dirs_exist_ok=True)
+        for planted in (folder, whole):
+            plant(planted, name, planter, trace)
         resume = TrainingArguments(str(folder), resume_from_checkpoint="true")
-        assert find_checkpoint(resume) == str(folder / "checkpoint-4")
-        run_from(folder, str(folder / "checkpoint-4"), max_steps=5)
-        assert (folder / "checkpoint-5").is_dir()
+        assert find_checkpoint(resume) == str(folder / "checkpoint-4"), name
         with contextlib.suppress(OSError, ValueError, Exception):  # a tokenizer of bytes that are none
             AutoTokenizer.from_pretrained(folder / "checkpoint-4")
+        shutil.rmtree(folder)
+    run_from(whole, str(whole / "checkpoint-4"), max_steps=5)
+    assert (whole / "checkpoint-5").is_dir()
+    assert [name for name, trace in traces.items() if trace.exists()] == []
 
 
 def save_shards(folder: Path, state: dict[str, Any]) -> Path:

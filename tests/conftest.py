@@ -36,12 +36,6 @@ LIBRARIES = ("transformers", "torch", "accelerate", "datasets", "huggingface_hub
 VERSIONS = ", ".join(f"{name} {version(name)}" for name in LIBRARIES if find_spec(name))
 
 
-def pytest_collection_finish() -> None:
-    """Leave the libraries out of garbage collection: each run of a `Trainer` looks through all that is in memory."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_report_header() -> str:
     """Say which versions are tested."""
     return VERSIONS
@@ -51,6 +45,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say with which versions tests failed, where it is read."""
     if terminalreporter.stats.keys() & {"failed", "error"}:
         terminalreporter.write_line(f"Failed with {VERSIONS}.")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def freeze_libraries() -> None:
+    """Leave what is loaded out of garbage collection: each run of a `Trainer` looks through all that is not."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

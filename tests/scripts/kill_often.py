@@ -5,6 +5,7 @@ one, which has the libraries in memory. Prints a line of JSON for each kill: wha
 the next command ended.
 """
 
+import gc
 import hashlib
 import json
 import logging
@@ -154,4 +155,5 @@ def main(folder: Path, number: int, seed: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # each run of a `Trainer` looks through all that is in memory
     main(Path(sys.argv[1]).resolve(), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,31 +1,39 @@
 """Two processes never write to one folder at a time."""
 
-import subprocess
-import sys
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from mot_hf.storage.locking import LOCK_NAME, lock_folder
 
-HOLD = """
-import sys
-from mot_hf.storage.locking import lock_folder
-with lock_folder(sys.argv[1]):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+
+def hold(folder: Path) -> int:
+    """Start a process that locks a folder until it is killed."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            with lock_folder(folder):
+                os.write(writing, b"held")
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as channel:
+        assert channel.read(4) == b"held"
+    return process
 
 
 def test_a_folder_that_another_process_writes_to_is_refused(tmp_path: Path) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout
-        assert other.stdout.readline() == "held\n"
+    other = hold(tmp_path)
+    try:
         with pytest.raises(OSError, match="in use: another run"), lock_folder(tmp_path):
             pass
-        other.kill()
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
     with lock_folder(tmp_path):  # what the killed process left locks nothing
         assert (tmp_path / LOCK_NAME).is_file()
     assert not any(tmp_path.iterdir())

@@ -4,6 +4,7 @@ For each file of a checkpoint a run finds room for the files before it and for n
 the file's name, the error that ends the run and what is left.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -87,4 +88,5 @@ def fill(disk: Path, pages: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # each run of a `Trainer` looks through all that is in memory
     main(Path(sys.argv[1]))

@@ -27,6 +27,9 @@ llama-cpp: $(LLAMA_CPP)/.built  ## build llama.cpp for its tests; some minutes
 demo: $(VENV)/.demo  ## train, compare and generate on a small scale (ARGS="...")
 	$(VENV)/bin/python scripts/demo.py $(ARGS)
 
+# A worker keeps to its half of the tests, so that what a file shares is made once, until it takes from the other's.
+XDIST = -n $(WORKERS) --dist worksteal
+
 # One thread a worker: torch would start as many as there are cores, in each of them.
 test test-fast test-oldest test-newest: export OMP_NUM_THREADS := 1
 # Without it, or before `make llama-cpp`, the tests with llama.cpp are skipped.
@@ -34,13 +37,13 @@ test: export LLAMA_CPP_SOURCE ?= $(abspath $(LLAMA_CPP)/vendor/llama.cpp)
 
 # A part of the tests covers a part of the lines, so only all of them are held to the floor.
 test: $(VENV)/.dev  ## run all tests and measure their coverage, or some without (ARGS="-k layer")
-	$(VENV)/bin/python -m pytest -n $(WORKERS) $(if $(ARGS),$(ARGS),--cov)
+	$(VENV)/bin/python -m pytest $(XDIST) $(if $(ARGS),$(ARGS),--cov)
 
 test-fast: $(VENV)/.dev  ## run the tests that are not marked slow
-	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+	$(VENV)/bin/python -m pytest $(XDIST) -m "not slow" $(ARGS)
 
 test-oldest: $(OLDEST)/.dev  ## run the tests with the oldest supported transformers
-	$(OLDEST)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+	$(OLDEST)/bin/python -m pytest $(XDIST) $(ARGS)
 
 # Also past the ceiling of setup.py: this is how to learn what the next version breaks. A bare torch is several
 # gigabytes, so torch stays at its pin.
@@ -49,7 +52,7 @@ test-newest: newest  ## run the fast tests of models and ecosystem with the newe
 	@if $(FREEZE_NEWEST) | cmp -s - $(NEWEST)/pinned.txt; then \
 		echo "Nothing was released since constraints.txt, and \`make test\` tests that."; \
 	else \
-		$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" tests/modeling tests/ecosystem $(ARGS); \
+		$(NEWEST)/bin/python -m pytest $(XDIST) -m "not slow" tests/modeling tests/ecosystem $(ARGS); \
 	fi
 
 newest:

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from mot_hf import MoTForCausalLM
+from tests.compiling import fresh_compiler
 from tests.models import EOS, PAD, random_ids, tiny_config, trained
 
 INDEPENDENT_MODES = ["per_sequence", "moe"]
@@ -285,10 +286,9 @@ def test_continuous_batching_refuses_cross_example_and_unknown_modes(
 def test_a_compiled_forward_generates_the_same(model: MoTForCausalLM, mode: str) -> None:
     ids = random_ids(2, 5)
     expected = alone(model, list(ids), mixing=mode)
-    torch.compiler.reset()
-    model.forward = torch.compile(model.forward, backend="aot_eager")
-    compiled = generate(model, ids, mixing=mode, cache_implementation="static")
-    torch.compiler.reset()
+    with fresh_compiler():
+        model.forward = torch.compile(model.forward, backend="aot_eager")
+        compiled = generate(model, ids, mixing=mode, cache_implementation="static")
     assert_same(compiled, expected)
 
 

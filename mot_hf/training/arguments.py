@@ -103,7 +103,7 @@ class ModelArguments(GivenArguments):
         default=None, metadata={"help": "whether a token's weights sum to 1 in modes per_sequence and cross_example"}
     )
     live_companions: bool | None = field(
-        default=None, metadata={"help": "whether mode per_sequence updates the running statistics; true by default"}
+        default=None, metadata={"help": "whether mode per_sequence updates the running statistics; false by default"}
     )
     attention_dropout: float | None = field(
         default=None, metadata={"help": "dropout of the attention weights in training; 0 by default"}

@@ -121,19 +121,6 @@ def test_a_model_answers_in_the_mode_that_goes_with_its_training(
     assert (both.mixing, both.inference_mixing) == (mixing, "cross_example")
 
 
-@pytest.mark.parametrize(("mixing", "is_live"), [("per_sequence", False), ("cross_example", True)])
-def test_what_was_trained_with_fixed_statistics_goes_on_so(mixing: str, is_live: bool, tmp_path: Path) -> None:
-    MoTConfig(mixing=mixing).save_pretrained(tmp_path)
-    assert MoTConfig.from_pretrained(tmp_path).live_companions
-    path = tmp_path / "config.json"
-    saved = json.loads(path.read_text())
-    del saved["live_companions"]  # as it was saved before this field existed
-    path.write_text(json.dumps(saved))
-    assert MoTConfig.from_pretrained(tmp_path).live_companions is is_live
-    assert MoTConfig.from_pretrained(tmp_path, live_companions=True).live_companions
-    assert MoTConfig.from_pretrained(tmp_path, mixing="per_sequence").live_companions is is_live
-
-
 def test_a_name_that_is_nearly_a_field_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="transformers"):
         MoTConfig(num_expert=8, num_local_experts=8, problem_type="regression", finetuning_task="x", num_labels=3)

@@ -71,18 +71,18 @@ class Method:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-_ZERO = {"live_companions": False}
+_LIVE = {"live_companions": True}
 _NORMALISED = {"norm_mixing_weights": True}
 METHODS = {
     "cross_example": Method(),
     "cross_example, normalised": Method(config=_NORMALISED),
     "25 % cross_example, then moe": Method(0.25, "moe"),
-    "25 % cross_example, then per_sequence": Method(0.25, "per_sequence"),
-    "25 % cross_example, then per_sequence, normalised": Method(0.25, "per_sequence", _NORMALISED),
-    "per_sequence, statistics 0": Method(0.0, "per_sequence", _ZERO),
+    "25 % cross_example, then per_sequence, live": Method(0.25, "per_sequence", _LIVE),
+    "25 % cross_example, then per_sequence, live, normalised": Method(0.25, "per_sequence", _LIVE | _NORMALISED),
     "per_sequence": Method(0.0, "per_sequence"),
-    "per_sequence, statistics 0, normalised": Method(0.0, "per_sequence", _ZERO | _NORMALISED),
+    "per_sequence, live": Method(0.0, "per_sequence", _LIVE),
     "per_sequence, normalised": Method(0.0, "per_sequence", _NORMALISED),
+    "per_sequence, live, normalised": Method(0.0, "per_sequence", _LIVE | _NORMALISED),
     "moe": Method(0.0, "moe"),
     "moe, normalised": Method(0.0, "moe", {"norm_topk_prob": True}),
 }

@@ -197,7 +197,8 @@ class _MixAndRunSelected(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        grad, tensors, saved = grads[0], ctx.saved_tensors[:-3], ctx.saved_tensors[-3:]
+        values = ctx.saved_tensors  # once: under checkpointing, a second look raises
+        grad, tensors, saved = grads[0], values[:-3], values[-3:]
         needed = ctx.needs_input_grad[:_NUM_DIFFERENTIABLE]
         if is_tracing(grad):
             results = torch.ops.mot.mix_and_run_selected_backward(grad, list(tensors), list(saved), list(needed))

@@ -97,7 +97,7 @@ def has_pair_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-if _HAS_TRITON:
+if is_triton_available():
     import triton  # pyright: ignore[reportMissingImports]
     import triton.language as tl  # pyright: ignore[reportMissingImports]
 

@@ -101,7 +101,8 @@ def test_statistics_stay_float32_in_a_bfloat16_graph() -> None:
     graph = program.module()
     for inputs in padded_batches():
         actual, expected = graph(**inputs).logits, model(**inputs).logits
-        torch.testing.assert_close(on_tokens(actual, inputs), on_tokens(expected, inputs), atol=1e-2, rtol=0)
+        # A graph's experts round at other places: by the tolerance that torch has for bfloat16.
+        torch.testing.assert_close(on_tokens(actual, inputs), on_tokens(expected, inputs), atol=1e-2, rtol=1.6e-2)
 
 
 def export_to_onnx(model_dir: Path, head: type[MoTPreTrainedModel] = MoTForCausalLM) -> Path:

@@ -134,7 +134,9 @@ def test_only_training_gathers() -> None:
 
 @pytest.mark.parametrize("num_rows", [1, 3, 8])
 def test_both_modes_gather_the_same_of_rows_that_are_the_same(num_rows: int) -> None:
-    model = trained(MoTForCausalLM(tiny_config(mlp_layer_types=["dense", "dense", "dense", "sparse"])))
+    model = trained(
+        MoTForCausalLM(tiny_config(live_companions=True, mlp_layer_types=["dense", "dense", "dense", "sparse"]))
+    )
     ids, mask = random_ids(num_rows, 6), torch.ones(num_rows, 6, dtype=torch.long)
     mask[0, :2] = 0
     gathered = {}
@@ -152,7 +154,7 @@ def test_both_modes_gather_the_same_of_rows_that_are_the_same(num_rows: int) -> 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_recomputation_in_the_backward_pass_gathers_nothing(use_reentrant: bool) -> None:
     ids = random_ids(4, 6)
-    plain = trained(MoTForCausalLM(tiny_config(mixing="per_sequence"))).train()
+    plain = trained(MoTForCausalLM(tiny_config(mixing="per_sequence", live_companions=True))).train()
     checkpointed = copy.deepcopy(plain)
     checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     for model in (plain, checkpointed):
@@ -166,7 +168,8 @@ def test_recomputation_in_the_backward_pass_gathers_nothing(use_reentrant: bool)
 
 @pytest.mark.parametrize("normalised", [False, True])
 def test_a_row_is_trained_alone_though_its_batch_is_gathered(normalised: bool) -> None:
-    model = trained(MoTForCausalLM(tiny_config(mixing="per_sequence", norm_mixing_weights=normalised))).train()
+    config = tiny_config(mixing="per_sequence", norm_mixing_weights=normalised, live_companions=True)
+    model = trained(MoTForCausalLM(config)).train()
     ids = random_ids(5, 6)
     together, alone = copy.deepcopy(model), copy.deepcopy(model)
     outputs = together(ids).logits[2:3], alone(ids[2:3]).logits

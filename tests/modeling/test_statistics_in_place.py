@@ -215,7 +215,9 @@ def test_statistics_are_few_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {num_layers: count_kernels(num_layers, num_rows=8) for num_layers in (4, 12)}
     mix = modeling_mot.mix_across_examples
     monkeypatch.setattr(companions_mot, "_count_tokens", lambda *_: (torch.empty(1), torch.empty(1)))
-    monkeypatch.setattr(modeling_mot, "mix_across_examples", lambda *args, gathers: mix(*args, gathers=False))
+    monkeypatch.setattr(
+        modeling_mot, "mix_across_examples", lambda *args, **options: mix(*args, **options | {"gathers": False})
+    )
     monkeypatch.setattr(modeling_mot.MoTModel, "_update_companions", lambda *_: None)
     without = {num_layers: count_kernels(num_layers, num_rows=8) for num_layers in (4, 12)}
     kernels = {num_layers: whole[num_layers] - without[num_layers] for num_layers in whole}

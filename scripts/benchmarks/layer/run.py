@@ -130,9 +130,10 @@ class MoTLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map tokens `[B, T, D]` to outputs of the same shape."""
-        context = MixingContext(self.mode, self.buckets)
+        gathers = self.mode == "cross_example"
+        context = MixingContext(self.mode, self.buckets, sums={} if gathers else None)
         output = self.block(hidden_states, context)
-        if self.mode == "cross_example":  # kept, or compiled code would leave them out
+        if gathers:  # kept, or compiled code would leave them out
             self.statistics = context.average(self.block.layer_idx, self.block.config.group_size)
         return output
 

@@ -119,8 +119,9 @@ def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *
     `config.live_companions=False`, whose weights have got used to its statistics. Compare the loss on other text
     before and after.
 
-    The statistics are those that training gathers: of a model that is trained in mode `per_sequence`, those of the
-    groups that its rows would form; of all others, those of mode `cross_example`.
+    The statistics are those that training gathers: of a model that is trained in mode `per_sequence` with
+    `config.live_companions`, those of the groups that its rows would form; of all others, those of mode
+    `cross_example`.
 
     Every group counts by its number of tokens. As in training, a batch whose statistics are not finite (an overflow)
     is left out. With several processes, call this in each one with its share of the batches: all end with the same

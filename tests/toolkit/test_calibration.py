@@ -55,7 +55,7 @@ def test_statistics_are_the_means_over_all_full_groups(head: type[MoTForCausalLM
 
 
 def test_a_model_trained_in_per_sequence_gets_the_statistics_that_training_gathers() -> None:
-    config = tiny_config(mixing="per_sequence", companion_momentum=1.0)
+    config = tiny_config(mixing="per_sequence", live_companions=True, companion_momentum=1.0)
     model = trained(MoTForCausalLM(config))
     ids = random_ids(8, 6, seed=1)
     by_training = copy.deepcopy(model).train()
@@ -69,7 +69,7 @@ def test_a_model_trained_in_per_sequence_gets_the_statistics_that_training_gathe
 
 
 def test_fixed_statistics_are_replaced_by_those_of_mixing() -> None:
-    model = trained(MoTForCausalLM(tiny_config(mixing="per_sequence", live_companions=False)))
+    model = trained(MoTForCausalLM(tiny_config(mixing="per_sequence")))
     (batch,) = make_batches(8)
     expected = statistics_of_one_pass(model, batch["input_ids"])
     calibrate(model, [batch], show_progress=False)

@@ -368,7 +368,8 @@ def test_a_token_outside_the_vocabulary_is_warned_of_and_does_no_harm(
     assert getattr(loaded.config, name) == getattr(config, name)
     ids = random_ids(2, 5)
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, plain(ids).logits)
+        # Loaded weights lie elsewhere in memory, by which products on a CPU round differently.
+        torch.testing.assert_close(loaded(ids).logits, plain(ids).logits)
     if name == "pad_token_id":
         # torch takes -1 for the last row, which would then never be trained.
         model.train()(torch.full((4, 3), 96), labels=torch.full((4, 3), 96)).loss.backward()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_triton_available
 
+from .mixing_kernels_mot import on_device_of
+
 _BLOCK = 1024
 # Not asked for in a graph, where the search for a package would break it.
 _HAS_TRITON = is_triton_available()
@@ -145,8 +147,7 @@ if is_triton_available():
         tl.store(dots + pair, tl.sum(total, axis=0))
 
     def _launch(kernel, grid: tuple[int, int], first: Tensor, *others: Tensor | int) -> None:  # noqa: ANN001
-        # Triton launches on the current device. A CPU, on which its interpreter runs, has index None.
-        with torch.cuda.device(-1 if first.device.index is None else first.device.index):
+        with on_device_of(first):
             kernel[grid](first, *others, block=_find_block(first.shape[1]))
 
 

@@ -93,7 +93,7 @@ def test_a_finished_model_is_tuned_from_the_first_step_on(tmp_path: Path) -> Non
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_run_goes_on_in_mode_per_sequence(share: float, tmp_path: Path) -> None:
     seen = ModesSeen()
-    model = MoTForCausalLM(tiny_config())
+    model = MoTForCausalLM(tiny_config(live_companions=True))
     trainer = make_trainer(model, tmp_path, [seen], max_steps=4, save_strategy="steps", save_steps=4)
     trainer.add_callback(TransitionTuning(trainer, share, "per_sequence"))
     trainer.train()

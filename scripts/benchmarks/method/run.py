@@ -24,7 +24,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -196,6 +195,19 @@ def finish_run(name: str, seed: int) -> dict[str, Any]:
     return _grid[0].make_run(name, seed).finish()
 
 
+def finish_runs(grid: Grid, plan: list[tuple[str, int]], num_jobs: int) -> Iterator[dict[str, Any]]:
+    """Do all runs, several of them in processes of their own, and give each when it is done."""
+    if num_jobs == 1:
+        yield from (grid.make_run(name, seed).finish() for name, seed in plan)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        grid.text.save_to_disk(folder)
+        shared = (grid.comparison, grid.training_args, folder, grid.digest)
+        with ProcessPoolExecutor(num_jobs, get_context("spawn"), prepare_process, shared) as pool:
+            for done in as_completed([pool.submit(finish_run, name, seed) for name, seed in plan]):
+                yield done.result()
+
+
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The runs of each method together."""
     methods = []
@@ -278,17 +290,10 @@ def main(args: Arguments, comparison: ComparisonArguments, training_args: Traini
     for name, seed in plan:
         grid.make_run(name, seed).check()
     runs: list[dict[str, Any]] = []
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        text.save_to_disk(folder)
-        shared = (comparison, training_args, folder, digest)
-        pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), prepare_process, shared)
-        stack.enter_context(pool)
-        for done in as_completed([pool.submit(finish_run, name, seed) for name, seed in plan]):
-            runs.append(done.result())
-            last = runs[-1]
-            print(f"{last['method']}, seed {last['seed']}: {last['losses'][-1]:.4f}", flush=True)
-            write(runs, comparison, training_args)
+    for run in finish_runs(grid, plan, args.jobs):
+        runs.append(run)
+        print(f"{run['method']}, seed {run['seed']}: {run['losses'][-1]:.4f}", flush=True)
+        write(runs, comparison, training_args)
     print(write(runs, comparison, training_args))
 
 

@@ -311,7 +311,7 @@ def test_a_dry_run_leaves_curves_and_ratios_and_no_times_of_this_machine(tmp_pat
     assert outcomes["layer"] <= {"measured", "left out"}
     assert outcomes["model"] == outcomes["training"] == {"measured"}
     first = {result["candidate"]: result for result in records["layer"]["cases"][0]["results"]}
-    assert list(first) == ["dense", "cross_example", "einsum", "per_sequence", "moe", "qwen3_moe"]
+    assert list(first) == ["dense", "cross_example", "einsum", "qwen3_moe", "per_sequence", "moe"]
     assert len(records["layer"]["cases"]) == 16
     assert [case["name"].split(",")[0] for case in records["model"]["cases"]] == [
         "training step", "generation", "generation", "training step", "generation",

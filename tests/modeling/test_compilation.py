@@ -60,6 +60,13 @@ def make_batches(padded: bool, num_rows: int = 6) -> list[dict[str, Tensor]]:
     return batches
 
 
+@pytest.mark.parametrize("mode", ["cross_example", "per_sequence"])
+def test_another_activation_is_not_taken_for_silu(mode: str) -> None:
+    """The operators that a graph may hold know one activation."""
+    model = trained(MoTForCausalLM(tiny_config(hidden_act="gelu", moe_intermediate_size=16, **ONE_LAYER))).train()
+    assert_compiles(model, "eager", make_batches(padded=False)[:1], mixing=mode)
+
+
 @pytest.mark.parametrize(
     ("head", "padded", "num_layers"),
     [(MoTForCausalLM, False, 2), (MoTForCausalLM, True, 4), (MoTForMaskedLM, True, 2)],

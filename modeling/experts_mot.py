@@ -11,6 +11,7 @@ if tokens are absent from any group, H = G + 1: the last row then stands for all
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -80,15 +81,11 @@ def mix_and_run(
     Returns:
         `Mixed`: The output of the tokens, and the sums.
     """
-    device_type = x.device.type
-    # Autocast reaches neither products with `out=` nor a backward pass. It has no state on the meta device: asking for
-    # it raises.
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    if dtype := find_autocast_dtype(x):
         x, weights, gate_up_proj, down_proj = (value.to(dtype) for value in (x, weights, gate_up_proj, down_proj))
     mean_input = None if mean_input is None else mean_input.detach().to(x.dtype)
     differentiable = (x, weights, gate_up_proj, down_proj)
-    with maybe_autocast(device_type="cpu" if device_type == "meta" else device_type, enabled=False):
+    with without_autocast(x):
         if _needs_plain(*differentiable, activation):
             return _run_plain(*differentiable, mean_input, counts, activation)
         num_groups = x.shape[0]
@@ -103,6 +100,19 @@ def mix_and_run(
     return Mixed(output, *sums)
 
 
+def find_autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Autocast's dtype where it is enabled: it reaches neither products with `out=` nor a backward pass by itself."""
+    device_type = x.device.type
+    # Autocast has no state on the meta device: asking for it raises.
+    is_enabled = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if is_enabled else None
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context for products on the device of `x` in the dtypes that they are given in."""
+    return maybe_autocast(device_type="cpu" if x.is_meta else x.device.type, enabled=False)
+
+
 def _join_row_groups(values: Tensor) -> Tensor:
     """Values `[A, H, T, ...]` as those of one group of longer rows `[1, H, N, ...]`."""
     return values.transpose(0, 1).flatten(1, 2)[None]
@@ -110,12 +120,15 @@ def _join_row_groups(values: Tensor) -> Tensor:
 
 def _needs_plain(x: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: Activation) -> bool:
     """Whether only torch's own operations will do."""
-    if is_transformed(x, weights, gate_up_proj, down_proj):
-        return True
-    if x.device.type == "meta" or (isinstance(activation, nn.Module) and any(activation.parameters())):
-        return True
+    return x.is_meta or not has_own_derivative(x, weights, gate_up_proj, down_proj, activation=activation)
+
+
+def has_own_derivative(x: Tensor, *others: Tensor, activation: Activation) -> bool:
+    """Whether operations of this package, whose backward passes are written out, may compute with these tensors."""
+    if is_transformed(x, *others) or (isinstance(activation, nn.Module) and any(activation.parameters())):
+        return False
     # An export must load where this package's operators are not registered, and they know one activation.
-    return is_tracing(x) and not (is_compiling() and is_silu(activation))
+    return not is_tracing(x) or (is_compiling() and is_silu(activation))
 
 
 def _run_plain(
@@ -168,7 +181,7 @@ def mix_and_call(
     output = output.unflatten(0, (num_row_groups, num_columns)).transpose(1, 2)  # [A, G, T, D]
     if counts is None:
         return Mixed(output, None, None)
-    with maybe_autocast(device_type="cpu" if x.device.type == "meta" else x.device.type, enabled=False):
+    with without_autocast(x):
         sums = [
             multiply_in_float32(counts.expand(len(rows), -1, -1), value.detach(), num_tokens)
             for value in (rows, outputs)
@@ -222,11 +235,12 @@ class _MixAndRun(torch.autograd.Function):
             return (None,) * 8
         if is_tracing(grad):
             results = torch.ops.mot.mix_and_run_backward(grad, *tensors, mean_input, gates, outputs, list(needed))
-        # What is written with `out=` has no derivative, and `once_differentiable` does not guard against
-        # `torch.autograd.grad(inputs=...)`: second derivatives would silently lack the path through this pass.
-        # Nor can batched gradients (`is_grads_batched=True` makes legacy batches) be written to plain memory.
-        elif torch.is_grad_enabled() or is_transformed(grad) or is_legacy_batchedtensor(grad):
-            results = _run_plain_backward(grad, tensors, mean_input, ctx.activation, needed)
+        elif needs_plain_backward(grad):
+
+            def run(*inputs: Tensor) -> Tensor:
+                return _run_plain(*inputs, mean_input, None, ctx.activation).output
+
+            results = run_plain_backward(run, tensors, grad, needed)
         else:
             results = _run_backward_in_parts(grad, *tensors, mean_input, gates, outputs, needed, ctx.activation)
         return *(value if wanted else None for value, wanted in zip(results, needed, strict=True)), *(None,) * 4
@@ -239,21 +253,34 @@ def is_transformed(*values: Tensor) -> bool:
     return any(forward_ad.unpack_dual(value).tangent is not None for value in values)
 
 
-def _run_plain_backward(
-    grad: Tensor,
-    tensors: list[Tensor],
-    mean_input: Tensor | None,
-    activation: Activation,
-    needed: Sequence[bool],
+def needs_plain_backward(grad: Tensor) -> bool:
+    """Whether a backward pass must consist of torch's own operations."""
+    # What is written with `out=` has no derivative, and `once_differentiable` does not guard against
+    # `torch.autograd.grad(inputs=...)`: second derivatives would silently lack the path through this pass.
+    # Nor can batched gradients (`is_grads_batched=True` makes legacy batches) be written to plain memory.
+    return torch.is_grad_enabled() or is_transformed(grad) or is_legacy_batchedtensor(grad)
+
+
+def run_plain_backward(
+    run: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients by autograd; they are differentiable themselves if a graph of them is asked for."""
+    """The gradients by autograd; they are differentiable themselves if a graph of them is asked for.
+
+    Args:
+        run (`Callable`): The forward pass by torch's own operations: what was saved has no graph that leads back.
+        inputs (`Sequence[torch.Tensor]`): Its inputs.
+        grad (`torch.Tensor`): Gradient of its output.
+        needed (`Sequence[bool]`): Which inputs need gradients.
+
+    Returns:
+        `list[torch.Tensor]`: The gradients, `None` for inputs that need none.
+    """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views: if one tensor was computed from another, its gradient must not flow into that one here.
-        inputs = [value.view_as(value) for value in tensors]
-        # Forward once more: what was saved has no graph that leads back to the inputs.
-        output = _run_plain(*inputs, mean_input, None, activation).output
-    grads = iter(torch.autograd.grad(output, list(compress(inputs, needed)), grad, create_graph=create_graph))
+        leaves = [value.view_as(value) for value in inputs]
+        output = run(*leaves)
+    grads = iter(torch.autograd.grad(output, list(compress(leaves, needed)), grad, create_graph=create_graph))
     return [next(grads) if wanted else None for wanted in needed]
 
 
@@ -442,4 +469,15 @@ def _(
     return _new_gradients(x, weights, gate_up_proj, down_proj, needed)
 
 
-__all__ = ["Mixed", "is_transformed", "mix_and_call", "mix_and_run", "run_rows"]
+__all__ = [
+    "Mixed",
+    "find_autocast_dtype",
+    "has_own_derivative",
+    "is_transformed",
+    "mix_and_call",
+    "mix_and_run",
+    "needs_plain_backward",
+    "run_plain_backward",
+    "run_rows",
+    "without_autocast",
+]

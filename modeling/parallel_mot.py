@@ -17,7 +17,7 @@ from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, MoeExp
 
 from .companions_mot import MoTCompanions
 from .configuration_mot import EXPERTS_STYLE, MoTConfig
-from .experts_mot import Mixed, mix_and_call
+from .experts_mot import Mixed, find_autocast_dtype, mix_and_call
 
 
 class MoTExpertsParallel(MoeExpertsParallel):
@@ -73,9 +73,7 @@ def call_experts(experts: nn.Module) -> Callable[..., Mixed]:
     def mix(
         x: Tensor, *, mixing_weights: Tensor, mean_input: Tensor | None = None, counts: Tensor | None = None
     ) -> Mixed:
-        device_type = x.device.type
-        if device_type != "meta" and torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
+        if dtype := find_autocast_dtype(x):
             x, mixing_weights = x.to(dtype), mixing_weights.to(dtype)
         mean_input = None if mean_input is None else mean_input.detach().to(x.dtype)
         return mix_and_call(x, mixing_weights, run, mean_input, counts)

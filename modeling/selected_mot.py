@@ -9,21 +9,24 @@ Axes: S tokens, E experts, K experts per token, M = S * K pairs of a token and a
 model width, F expert width, P position buckets.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import compress, pairwise
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import is_legacy_batchedtensor
-from transformers.utils.generic import maybe_autocast
 from transformers.utils.import_utils import is_tracing
 
-from .companions_mot import is_compiling
-from .experts_mot import is_transformed
-from .gates_mot import Activation, is_silu, run_gates, run_gates_forward, run_weighted_gates_backward
+from .experts_mot import (
+    find_autocast_dtype,
+    has_own_derivative,
+    needs_plain_backward,
+    run_plain_backward,
+    without_autocast,
+)
+from .gates_mot import Activation, run_gates, run_gates_forward, run_weighted_gates_backward
 from .pairs_mot import Mixing, Pairs, dot_pairs, has_pair_kernels, mix_pairs, sort_pairs, sum_pairs
 
 # Vectors `[D]` that mode per_sequence passes to transformers' experts interface at once on a CPU.
@@ -142,8 +145,7 @@ def mix_and_run_selected(
     Returns:
         `torch.Tensor` of shape `[S, D]`: Weighted sums of the experts' outputs.
     """
-    # Autocast reaches neither products with `out=` nor a backward pass.
-    dtype = _find_dtype(tokens)
+    dtype = find_autocast_dtype(tokens) or tokens.dtype
     tokens, gate_up_proj, down_proj = (value.to(dtype) for value in (tokens, gate_up_proj, down_proj))
     means = (own.mean_input.detach(), own.input_shift.detach())
     # A view, because a compiler refuses one tensor in two places, and both weights may be the same.
@@ -151,7 +153,7 @@ def mix_and_run_selected(
     inputs = _Inputs(tokens, weights, gate_up_proj, down_proj, own.weights, index, own.buckets, *means)
     # Asked here: inside an autograd function gradients are always off.
     needs_grad = torch.is_grad_enabled() and any(value.requires_grad for value in inputs[:_NUM_DIFFERENTIABLE])
-    with maybe_autocast(device_type=tokens.device.type, enabled=False):
+    with without_autocast(tokens):
         return _MixAndRunSelected.apply(*inputs, activation, needs_grad)
 
 
@@ -159,25 +161,12 @@ def can_run_selected(
     tokens: Tensor, own: OwnMixtures, weights: Tensor, *parameters: Tensor, activation: Activation
 ) -> bool:
     """Whether [`mix_and_run_selected`] computes these; else torch's own operations must, see [`copy_and_run`]."""
-    dtype = _find_dtype(tokens)
+    dtype = find_autocast_dtype(tokens) or tokens.dtype
     if tokens.device.type != "cpu" and not has_pair_kernels(tokens.device, dtype):
         return False
     if dtype == tokens.dtype and any(value.dtype != dtype for value in parameters):
         return False
-    if is_transformed(tokens, own.weights, weights, *parameters):
-        return False
-    if isinstance(activation, nn.Module) and any(activation.parameters()):
-        return False
-    # An export must load where this package's operators are not registered, and they know one activation.
-    return not is_tracing(tokens) or (is_compiling() and is_silu(activation))
-
-
-def _find_dtype(tokens: Tensor) -> torch.dtype:
-    """The dtype of products: autocast's, or that of the tokens."""
-    device_type = tokens.device.type
-    # Autocast has no state on the meta device: asking for it raises.
-    is_cast = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if is_cast else tokens.dtype
+    return has_own_derivative(tokens, own.weights, weights, *parameters, activation=activation)
 
 
 class _MixAndRunSelected(torch.autograd.Function):
@@ -202,9 +191,13 @@ class _MixAndRunSelected(torch.autograd.Function):
         needed = ctx.needs_input_grad[:_NUM_DIFFERENTIABLE]
         if is_tracing(grad):
             results = torch.ops.mot.mix_and_run_selected_backward(grad, list(tensors), list(saved), list(needed))
-        # What is written with `out=` has no derivative, nor can batched gradients be written to plain memory.
-        elif torch.is_grad_enabled() or is_transformed(grad) or is_legacy_batchedtensor(grad):
-            results = _run_plain_backward(grad, _Inputs(*tensors), Pairs(*saved[1:]), ctx.activation, needed)
+        elif needs_plain_backward(grad):
+
+            def run(*leaves: Tensor) -> Tensor:
+                inputs = _Inputs(*leaves, *tensors[_NUM_DIFFERENTIABLE:])
+                return _run_plain(inputs, Pairs(*saved[1:]), ctx.activation)
+
+            results = run_plain_backward(run, tensors[:_NUM_DIFFERENTIABLE], grad, needed)
         else:
             results = _run_backward(grad, _Inputs(*tensors), *saved, ctx.activation, needed)
         own = [value if wanted else None for value, wanted in zip(results, needed, strict=True)]
@@ -350,19 +343,6 @@ def _restore_order(values: Tensor, like: Tensor, order: Tensor) -> Tensor:
     result = torch.empty_like(like, memory_format=torch.contiguous_format)
     result.view(-1)[order] = values
     return result
-
-
-def _run_plain_backward(
-    grad: Tensor, inputs: _Inputs, pairs: Pairs, activation: Activation, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients by autograd; they are differentiable themselves if a graph of them is asked for."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views: if one tensor was computed from another, its gradient must not flow into that one here.
-        leaves = [value.view_as(value) for value in inputs[:_NUM_DIFFERENTIABLE]]
-        output = _run_plain(_Inputs(*leaves, *inputs[_NUM_DIFFERENTIABLE:]), pairs, activation)
-    grads = iter(torch.autograd.grad(output, list(compress(leaves, needed)), grad, create_graph=create_graph))
-    return [next(grads) if wanted else None for wanted in needed]
 
 
 def _run_plain(inputs: _Inputs, pairs: Pairs, activation: Activation) -> Tensor:

@@ -90,17 +90,18 @@ def estimate(context: typer.Context) -> None:
     from transformers import TrainingArguments
 
     from mot_hf.training import CorpusArguments, MethodArguments, ModelArguments, parse_arguments
-    from mot_hf.training.estimate import EstimateArguments, estimate_run
+    from mot_hf.training.estimate import EstimateArguments, check_layout_is_given, estimate_run
 
     words = [word for word in context.args if word != "--json"]
     _check_given(context.info_name, words)
-    model, corpus, devices, _, training = parse_arguments(
+    model, corpus, devices, method, training = parse_arguments(
         [ModelArguments, CorpusArguments, EstimateArguments, MethodArguments, TrainingArguments],
         # Nothing is written, and the devices need not be here.
         [*words, "--output_dir", ".", "--use_cpu", "true"],
         prog="mot estimate",
         description=_describe(context),
     )
+    check_layout_is_given(devices, method)
     print_result(estimate_run(model, corpus, devices, training), as_json=len(words) < len(context.args))
 
 

@@ -43,14 +43,21 @@ def count_parameters(model: MoTPreTrainedModel) -> ModelSize:
     """
     config = model.config
     total = sum(parameter.numel() for parameter in model.parameters())
-    in_experts = sum(
-        parameter.numel()
-        for module in model.modules()
-        if isinstance(module, MoTExperts)
-        for parameter in module.parameters()
-    )
-    idle = in_experts * (config.num_experts - cast(int, config.num_experts_per_tok)) // config.num_experts
+    idle = count_in_experts(model) * (config.num_experts - cast(int, config.num_experts_per_tok)) // config.num_experts
     return ModelSize(total, total - idle)
+
+
+def count_in_experts(model: MoTPreTrainedModel) -> int:
+    """Counts the parameters of all experts.
+
+    Args:
+        model ([`MoTPreTrainedModel`]): The model, on any device, including the meta device.
+
+    Returns:
+        `int`: Their number.
+    """
+    experts = (module for module in model.modules() if isinstance(module, MoTExperts))
+    return sum(parameter.numel() for module in experts for parameter in module.parameters())
 
 
 @torch.no_grad()

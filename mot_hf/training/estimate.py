@@ -17,8 +17,8 @@ from mot_hf.devices import find_device
 from mot_hf.modeling import MoTConfig, MoTForCausalLM, MoTForMaskedLM, experts_mot
 from mot_hf.modeling.mixing_mot import MIXING_MODES
 from mot_hf.modeling.modeling_mot import MoTDecoderLayer, MoTExperts
-from mot_hf.sizes import count_flops, count_parameters
-from mot_hf.training.arguments import CorpusArguments, ModelArguments
+from mot_hf.sizes import count_flops, count_in_experts, count_parameters
+from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArguments
 from mot_hf.training.language_modeling import find_masked, make_config
 
 Head = MoTForCausalLM | MoTForMaskedLM
@@ -128,23 +128,41 @@ def estimate_run(
         )
     with torch.device("meta"):
         model = head(config)
+    num_columns = corpus_args.block_length
+    flops = {mode: count_flops(model, num_columns, mode) for mode in MIXING_MODES}
     return [
-        *_describe_model(model, corpus_args.block_length),
-        *_describe_memory(model, corpus_args.block_length, estimate_args, training_args),
-        *_describe_step(model, corpus_args.block_length, estimate_args, training_args),
+        *_describe_model(model, flops),
+        *_describe_memory(model, num_columns, estimate_args, training_args),
+        *_describe_step(model, num_columns, flops[config.mixing], estimate_args, training_args),
     ]
+
+
+def check_layout_is_given(estimate_args: EstimateArguments, method_args: MethodArguments) -> None:
+    """Refuses to take a run that is spread over processes for one on a single device.
+
+    Args:
+        estimate_args ([`EstimateArguments`]): The devices.
+        method_args ([`MethodArguments`]): The run's `tp_size`, `ep_size` and `fsdp_size`.
+
+    Raises:
+        ValueError: A size is greater than 1, and `devices` is not.
+    """
+    sizes = {name: getattr(method_args, name) for name in ("tp_size", "ep_size", "fsdp_size")}
+    if estimate_args.devices == 1 and (spread := {name: size for name, size in sizes.items() if size > 1}):
+        given = ", ".join(f"`{name}={size}`" for name, size in spread.items())
+        raise ValueError(f"{given} cannot be estimated as they are: say --devices, and --sharding fsdp or ep.")
 
 
 def _row(quantity: str, value: float | None, unit: str) -> dict[str, Any]:
     return {"quantity": quantity, "value": value, "unit": unit}
 
 
-def _describe_model(model: Head, num_columns: int) -> Iterator[dict[str, Any]]:
+def _describe_model(model: Head, flops: dict[str, float]) -> Iterator[dict[str, Any]]:
     size = count_parameters(model)
     yield _row("parameters", size.total / 1e6, "million")
     yield _row("parameters that a token uses", size.active / 1e6, "million")
-    for mode in MIXING_MODES:
-        yield _row(f"forward pass in mode {mode}", count_flops(model, num_columns, mode) / 1e6, "MFLOPs a token")
+    for mode, of_token in flops.items():
+        yield _row(f"forward pass in mode {mode}", of_token / 1e6, "MFLOPs a token")
 
 
 def _describe_memory(
@@ -159,15 +177,14 @@ def _describe_memory(
 
 
 def _describe_step(
-    model: Head, num_columns: int, estimate_args: EstimateArguments, args: TrainingArguments
+    model: Head, num_columns: int, flops_of_token: float, estimate_args: EstimateArguments, args: TrainingArguments
 ) -> Iterator[dict[str, Any]]:
     num_tokens = args.per_device_train_batch_size * num_columns * args.gradient_accumulation_steps
     yield _row("tokens of a step", num_tokens * estimate_args.devices, "")
     if estimate_args.devices > 1:
         yield _row("sent by a device in a step", count_traffic(model, num_columns, estimate_args, args) / _GIGA, "GB")
     tflops = estimate_args.tflops or measure_tflops(torch.bfloat16 if args.bf16 else torch.float32)
-    flops = 3 * count_flops(model, num_columns, model.config.mixing) * num_tokens
-    seconds = flops / (tflops * 1e12)
+    seconds = 3 * flops_of_token * num_tokens / (tflops * 1e12)
     yield _row("speed of a device's products", tflops, "TFLOP/s")
     yield _row("products of a step, at least", seconds, "s")
     if args.max_steps > 0:
@@ -206,14 +223,10 @@ def _count(module: torch.nn.Module) -> int:
 
 def _count_held(model: Head, args: EstimateArguments) -> float:
     """Parameters that one device holds."""
-    total, in_experts = _count(model), _count_in_experts(model)
+    total, in_experts = _count(model), count_in_experts(model)
     if args.sharding == "fsdp":
         return total / args.devices
     return total - in_experts + in_experts / args.devices if args.sharding == "ep" else total
-
-
-def _count_in_experts(model: Head) -> int:
-    return sum(_count(module) for module in model.modules() if isinstance(module, MoTExperts))
 
 
 def _track_activations(
@@ -280,7 +293,7 @@ def count_traffic(model: Head, num_columns: int, estimate_args: EstimateArgument
         num_layers = sum(isinstance(module, MoTExperts) for module in model.modules())
         vectors = num_layers * num_tokens * config.num_experts / config.group_size
         exchanged = _EXCHANGES * vectors * config.hidden_size * (2 if args.bf16 else _FLOAT32)
-        num_bytes = exchanged + 2 * _FLOAT32 * (num_parameters - _count_in_experts(model))
+        num_bytes = exchanged + 2 * _FLOAT32 * (num_parameters - count_in_experts(model))
     return num_bytes * (estimate_args.devices - 1) / estimate_args.devices
 
 
@@ -300,4 +313,12 @@ def measure_tflops(dtype: torch.dtype) -> float:
     return 2 * size**3 / timer.blocked_autorange(min_run_time=0.5).median / 1e12
 
 
-__all__ = ["EstimateArguments", "Memory", "count_traffic", "estimate_memory", "estimate_run", "measure_tflops"]
+__all__ = [
+    "EstimateArguments",
+    "Memory",
+    "check_layout_is_given",
+    "count_traffic",
+    "estimate_memory",
+    "estimate_run",
+    "measure_tflops",
+]

@@ -9,8 +9,14 @@ import torch
 from transformers import TrainingArguments
 
 from mot_hf import MoTConfig, MoTForCausalLM
-from mot_hf.training import CorpusArguments, ModelArguments
-from mot_hf.training.estimate import EstimateArguments, count_traffic, estimate_memory, estimate_run
+from mot_hf.training import CorpusArguments, MethodArguments, ModelArguments
+from mot_hf.training.estimate import (
+    EstimateArguments,
+    check_layout_is_given,
+    count_traffic,
+    estimate_memory,
+    estimate_run,
+)
 from scripts.benchmarks.measuring import measure_peak_memory
 
 SIZES = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -128,3 +134,10 @@ def test_what_does_not_fit_is_refused(devices: dict[str, Any], model: dict[str, 
             EstimateArguments(**devices),
             make_args(),
         )
+
+
+def test_a_run_on_many_devices_is_not_taken_for_one_on_a_single_device() -> None:
+    check_layout_is_given(EstimateArguments(), MethodArguments())
+    check_layout_is_given(EstimateArguments(devices=8, sharding="ep"), MethodArguments(fsdp_size=8, ep_size=8))
+    with pytest.raises(ValueError, match="`ep_size=8`, `fsdp_size=8` cannot be estimated as they are: say --devices"):
+        check_layout_is_given(EstimateArguments(), MethodArguments(fsdp_size=8, ep_size=8))

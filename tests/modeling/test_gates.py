@@ -1,10 +1,5 @@
 """The experts' nonlinearity and its gradient, by torch and by kernels, against autograd."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +7,7 @@ from torch import Tensor, nn
 
 from mot_hf.modeling import gates_mot
 from mot_hf.modeling.gates_mot import Activation, run_gates, run_gates_backward, run_gates_forward
+from tests.interpreting import needs_triton, run_in_interpreter
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3}
 
@@ -47,13 +43,9 @@ def test_gradients_are_those_of_autograd(activation: Activation, dtype: torch.dt
         check(activation, dtype, num_features)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_kernels_compute_the_same() -> None:
-    """In Triton's interpreter, which must be chosen before the kernels are read."""
-    script = f"import {__name__} as tests; tests.check_kernels()"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_in_interpreter(__name__, "check_kernels")
 
 
 def check_kernels() -> None:

@@ -1,28 +1,19 @@
 """The kernels of mixing against plain einsums, in Triton's interpreter."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-
-import pytest
 import torch
 from torch import Tensor
 
 from mot_hf.modeling import mixing_kernels_mot as kernels
+from tests.interpreting import needs_triton, run_in_interpreter
 
 # Not bfloat16, whose products the interpreter computes on the bits.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-3}
 NUM_ROW_GROUPS, NUM_TOKENS, NUM_COLUMNS, NUM_EXPERTS, WIDTH = 2, 5, 3, 20, 24
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_kernels_equal_einsums() -> None:
-    """The interpreter must be chosen before the kernels are read."""
-    script = f"import {__name__} as tests; tests.check_kernels()"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_in_interpreter(__name__, "check_kernels")
 
 
 def check_kernels() -> None:

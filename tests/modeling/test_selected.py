@@ -1,9 +1,5 @@
 """Selected experts on mixtures of their own against a loop over pairs, values and derivatives, and who runs them."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,6 +12,7 @@ from mot_hf import MoTForCausalLM
 from mot_hf.modeling import modeling_mot
 from mot_hf.modeling.pairs_mot import Mixing, dot_pairs, mix_pairs, sort_pairs, sum_pairs
 from mot_hf.modeling.selected_mot import OwnMixtures, mix_and_run_selected
+from tests.interpreting import needs_triton, run_in_interpreter
 from tests.models import random_ids, tiny_config, trained
 
 NUM_EXPERTS, NUM_BUCKETS, WIDTH = 5, 3, 4
@@ -187,13 +184,9 @@ def test_other_implementations_are_taken_at_their_word(implementation: str, monk
     torch.testing.assert_close(model(ids, mixing="per_sequence").logits, expected)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_kernels_compute_the_same() -> None:
-    """In Triton's interpreter, which must be chosen before the kernels are read."""
-    script = f"import {__name__} as tests; tests.check_kernels()"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_in_interpreter(__name__, "check_kernels")
 
 
 def check_kernels() -> None:

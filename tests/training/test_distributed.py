@@ -33,7 +33,7 @@ KINDS = [
 pytestmark = pytest.mark.slow
 
 
-def command_line(folder: Path, per_device_rows: int) -> list[str]:
+def command_line(folder: Path, per_device_rows: int, **changes: Any) -> list[str]:
     """Arguments of a small run with groups of 4 rows: 6 steps, saved and evaluated every 3."""
     arguments: dict[str, Any] = {
         "output_dir": folder,
@@ -63,7 +63,7 @@ def command_line(folder: Path, per_device_rows: int) -> list[str]:
         "report_to": "none",
         "disable_tqdm": True,
     }
-    return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    return [word for name, value in (arguments | changes).items() for word in (f"--{name}", str(value))]
 
 
 def launch(kind: str, folder: Path, *runs: list[str]) -> str:

@@ -19,6 +19,7 @@ from mot_hf.training import CorpusArguments, MethodArguments, ModelArguments, pa
 from mot_hf.training.parallelism import spread_model
 from tests.processes import launch
 from tests.scripts.running import write_texts
+from tests.training.test_distributed import command_line as distributed_command_line
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,34 +36,8 @@ LAYOUTS = {
 
 def command_line(folder: Path, per_device_rows: int, **changes: Any) -> list[str]:
     """Arguments of a small run with groups of 4 rows: 20 steps of 16 rows, saved and evaluated every 10."""
-    arguments: dict[str, Any] = {
-        "output_dir": folder,
-        "source": folder.parent / "texts",
-        "vocab_size": 300,
-        "block_length": 16,
-        "max_eval_rows": 32,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "group_size": 4,
-        "num_experts": 8,
-        "per_device_train_batch_size": per_device_rows,
-        "per_device_eval_batch_size": 8,
-        "train_sampling_strategy": "sequential",
-        "dataloader_drop_last": True,
-        "dataloader_pin_memory": False,
-        "max_steps": 20,
-        "save_steps": 10,
-        "eval_strategy": "steps",
-        "eval_steps": 10,
-        "logging_steps": 1,
-        "learning_rate": 0.003,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return [word for name, value in (arguments | changes).items() for word in (f"--{name}", str(value))]
+    own = {"max_steps": 20, "save_steps": 10, "eval_steps": 10, "learning_rate": 0.003, "use_cpu": True}
+    return distributed_command_line(folder, per_device_rows, **own | changes)
 
 
 def train_by_one(run: Path, *arguments: str) -> None:

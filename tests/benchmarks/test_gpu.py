@@ -302,7 +302,8 @@ def test_a_dry_run_leaves_curves_and_ratios_and_no_times_of_this_machine(tmp_pat
     command = [sys.executable, "-m", "scripts.benchmarks.gpu.run", "--device", "cpu", "--scale", "0.005"]
     command += ["--parts", "layer", "model", "training"]
     # Only the layer may lack time here: a machine three times slower still measures the rest.
-    command += ["--seconds", "600", "--layer_seconds", "42", "--model_seconds", "300", "--output_dir", tmp_path / "out"]
+    command += ["--seconds", "600", "--layer_seconds", "42", "--model_seconds", "300"]
+    command += ["--output_dir", tmp_path / "out"]
     done = subprocess.run(
         [*map(str, command)], cwd=REPOSITORY, env=environment_of(tmp_path), capture_output=True, text=True
     )

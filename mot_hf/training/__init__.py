@@ -7,6 +7,7 @@ from mot_hf.training.group_check import GroupSizeCheck
 from mot_hf.training.language_modeling import train_language_model, tune_transition
 from mot_hf.training.lora import add_lora
 from mot_hf.training.monitor import MixingMonitor
+from mot_hf.training.optimizer_check import OptimizerCheck
 from mot_hf.training.parsing import find_recipe, list_recipes, parse_arguments
 from mot_hf.training.plan import RunPlan
 from mot_hf.training.resuming import ResumeCheck
@@ -25,6 +26,7 @@ __all__ = [
     "MethodArguments",
     "MixingMonitor",
     "ModelArguments",
+    "OptimizerCheck",
     "ResumeCheck",
     "RunPlan",
     "TransitionTuning",

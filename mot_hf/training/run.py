@@ -18,6 +18,7 @@ from mot_hf.training.continuation import continue_run, settle_run
 from mot_hf.training.final_save import record_start, remove_unfinished, save_run, save_whole
 from mot_hf.training.group_check import GroupSizeCheck
 from mot_hf.training.monitor import MixingMonitor
+from mot_hf.training.optimizer_check import OptimizerCheck
 from mot_hf.training.plan import RunPlan, describe_interruption
 from mot_hf.training.resuming import ResumeCheck
 from mot_hf.training.safety import DiskSpaceCheck, FiniteCheck, explain_failures
@@ -39,7 +40,7 @@ def add_callbacks(trainer: Trainer, args: MethodArguments | None = None, *, num_
     """
     args = args or MethodArguments()
     checks = (VocabularyCheck(), GroupSizeCheck(), FiniteCheck(), DiskSpaceCheck(), ResumeCheck())
-    for callback in (*checks, CompanionSynchronization(), RunPlan(num_columns)):
+    for callback in (*checks, OptimizerCheck(), CompanionSynchronization(), RunPlan(num_columns)):
         trainer.add_callback(callback)
     if args.monitor_mixing:
         trainer.add_callback(MixingMonitor(trainer))

@@ -33,6 +33,7 @@ def test_names() -> None:
         "MethodArguments",
         "MixingMonitor",
         "ModelArguments",
+        "OptimizerCheck",
         "ResumeCheck",
         "RunPlan",
         "TransitionTuning",

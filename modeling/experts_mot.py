@@ -11,19 +11,20 @@ if tokens are absent from any group, H = G + 1: the last row then stands for all
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import forward_ad
-from transformers.utils.generic import maybe_autocast
 from transformers.utils.import_utils import is_tracing
 
-from .companions_mot import is_compiling
-from .gates_mot import Activation, is_silu, run_gates, run_gates_backward, run_gates_forward
+from .autograd_mot import (
+    find_autocast_dtype,
+    has_own_derivative,
+    needs_plain_backward,
+    run_plain_backward,
+    without_autocast,
+)
+from .gates_mot import Activation, run_gates, run_gates_backward, run_gates_forward
 from .products_mot import dot, hand_back, mix, mix_backward, multiply_in_float32, multiply_into, new_rows
 
 # Elements that the mixtures of a part, and the gates and values of a chunk, may have. On a CPU a chunk is still in the
@@ -100,19 +101,6 @@ def mix_and_run(
     return Mixed(output, *sums)
 
 
-def find_autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Autocast's dtype where it is enabled: it reaches neither products with `out=` nor a backward pass by itself."""
-    device_type = x.device.type
-    # Autocast has no state on the meta device: asking for it raises.
-    is_enabled = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if is_enabled else None
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """A context for products on the device of `x` in the dtypes that they are given in."""
-    return maybe_autocast(device_type="cpu" if x.is_meta else x.device.type, enabled=False)
-
-
 def _join_row_groups(values: Tensor) -> Tensor:
     """Values `[A, H, T, ...]` as those of one group of longer rows `[1, H, N, ...]`."""
     return values.transpose(0, 1).flatten(1, 2)[None]
@@ -121,14 +109,6 @@ def _join_row_groups(values: Tensor) -> Tensor:
 def _needs_plain(x: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: Activation) -> bool:
     """Whether only torch's own operations will do."""
     return x.is_meta or not has_own_derivative(x, weights, gate_up_proj, down_proj, activation=activation)
-
-
-def has_own_derivative(x: Tensor, *others: Tensor, activation: Activation) -> bool:
-    """Whether operations of this package, whose backward passes are written out, may compute with these tensors."""
-    if is_transformed(x, *others) or (isinstance(activation, nn.Module) and any(activation.parameters())):
-        return False
-    # An export must load where this package's operators are not registered, and they know one activation.
-    return not is_tracing(x) or (is_compiling() and is_silu(activation))
 
 
 def _run_plain(
@@ -244,44 +224,6 @@ class _MixAndRun(torch.autograd.Function):
         else:
             results = _run_backward_in_parts(grad, *tensors, mean_input, gates, outputs, needed, ctx.activation)
         return *(value if wanted else None for value, wanted in zip(results, needed, strict=True)), *(None,) * 4
-
-
-def is_transformed(*values: Tensor) -> bool:
-    """Whether `torch.func` or forward-mode differentiation is active, which support only torch's own operations."""
-    if torch._C._are_functorch_transforms_active():  # torch has no public function for this
-        return True
-    return any(forward_ad.unpack_dual(value).tangent is not None for value in values)
-
-
-def needs_plain_backward(grad: Tensor) -> bool:
-    """Whether a backward pass must consist of torch's own operations."""
-    # What is written with `out=` has no derivative, and `once_differentiable` does not guard against
-    # `torch.autograd.grad(inputs=...)`: second derivatives would silently lack the path through this pass.
-    # Nor can batched gradients (`is_grads_batched=True` makes legacy batches) be written to plain memory.
-    return torch.is_grad_enabled() or is_transformed(grad) or is_legacy_batchedtensor(grad)
-
-
-def run_plain_backward(
-    run: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients by autograd; they are differentiable themselves if a graph of them is asked for.
-
-    Args:
-        run (`Callable`): The forward pass by torch's own operations: what was saved has no graph that leads back.
-        inputs (`Sequence[torch.Tensor]`): Its inputs.
-        grad (`torch.Tensor`): Gradient of its output.
-        needed (`Sequence[bool]`): Which inputs need gradients.
-
-    Returns:
-        `list[torch.Tensor]`: The gradients, `None` for inputs that need none.
-    """
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views: if one tensor was computed from another, its gradient must not flow into that one here.
-        leaves = [value.view_as(value) for value in inputs]
-        output = run(*leaves)
-    grads = iter(torch.autograd.grad(output, list(compress(leaves, needed)), grad, create_graph=create_graph))
-    return [next(grads) if wanted else None for wanted in needed]
 
 
 def _run_in_parts(
@@ -469,15 +411,4 @@ def _(
     return _new_gradients(x, weights, gate_up_proj, down_proj, needed)
 
 
-__all__ = [
-    "Mixed",
-    "find_autocast_dtype",
-    "has_own_derivative",
-    "is_transformed",
-    "mix_and_call",
-    "mix_and_run",
-    "needs_plain_backward",
-    "run_plain_backward",
-    "run_rows",
-    "without_autocast",
-]
+__all__ = ["Mixed", "mix_and_call", "mix_and_run", "run_rows"]

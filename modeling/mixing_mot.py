@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 from transformers.utils.import_utils import is_tracing
 
+from .autograd_mot import is_transformed
 from .companions_mot import (
     NUM_POSITION_BUCKETS,
     Groups,
@@ -30,7 +31,6 @@ from .companions_mot import (
     form_groups,
 )
 from .configuration_mot import MixingMode, MoTConfig
-from .experts_mot import is_transformed
 from .products_mot import has_wide_products
 from .selected_mot import OwnMixtures
 

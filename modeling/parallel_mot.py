@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, MoeExpertsParallel
 
+from .autograd_mot import find_autocast_dtype
 from .companions_mot import MoTCompanions
 from .configuration_mot import EXPERTS_STYLE, MoTConfig
-from .experts_mot import Mixed, find_autocast_dtype, mix_and_call
+from .experts_mot import Mixed, mix_and_call
 
 
 class MoTExpertsParallel(MoeExpertsParallel):

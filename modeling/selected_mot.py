@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils.import_utils import is_tracing
 
-from .experts_mot import (
+from .autograd_mot import (
     find_autocast_dtype,
     has_own_derivative,
     needs_plain_backward,

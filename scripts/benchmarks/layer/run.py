@@ -45,7 +45,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from mot_hf import MoTConfig
-from mot_hf.modeling.companions_mot import update_companions
+from mot_hf.modeling.companions_mot import form_groups, update_companions
 from mot_hf.modeling.mixing_mot import MixingContext, find_position_buckets
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 from scripts.benchmarks.measuring import (
@@ -122,16 +122,17 @@ class Arguments:
 
 
 class MoTLayer(nn.Module):
-    """A MoT layer in one mode, on tokens whose position buckets `[B, T]` are known."""
+    """A MoT layer in one mode, for position buckets `[B, T]` and groups that a model finds once for all layers."""
 
     def __init__(self, block: MoTSparseBlock, mode: str, buckets: Tensor) -> None:
         super().__init__()
         self.block, self.mode, self.buckets = block, mode, buckets
+        self.groups = form_groups(buckets, None, block.config.group_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map tokens `[B, T, D]` to outputs of the same shape."""
         gathers = self.mode == "cross_example"
-        context = MixingContext(self.mode, self.buckets, sums={} if gathers else None)
+        context = MixingContext(self.mode, self.buckets, groups=self.groups, sums={} if gathers else None)
         output = self.block(hidden_states, context)
         if gathers:  # kept, or compiled code would leave them out
             self.statistics = context.average(self.block.layer_idx, self.block.config.group_size)

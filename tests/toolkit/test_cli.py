@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config
 from typer.testing import CliRunner
 
+import mot_hf
 from mot_cli import EXTRAS, app, run
 from mot_hf import MoTForCausalLM, MoTForMaskedLM, MoTForTokenClassification
 from mot_hf.calibration import calibrate
@@ -345,3 +346,14 @@ def test_help_names_the_commands() -> None:
     assert result.exit_code == 0
     for name in ("calibrate", "report", "card", "push", "upcycle", "export", "serve"):
         assert f" {name} " in result.output
+
+
+def test_the_version_is_printed() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"{mot_hf.__version__}\n")
+
+
+@pytest.mark.slow
+def test_the_package_runs_as_a_command(tmp_path: Path) -> None:
+    assert run_python(tmp_path, "-m", "mot_hf", "--version") == f"{mot_hf.__version__}\n"
+    assert "small_clm" in run_python(tmp_path, "-m", "mot_hf", "recipes")

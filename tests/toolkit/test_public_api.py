@@ -6,6 +6,7 @@ import mot_hf
 import mot_hf.metrics
 import mot_hf.modeling
 import mot_hf.training
+from tests.scripts.running import REPOSITORY
 
 MODELS = [
     "MoTConfig",
@@ -57,5 +58,6 @@ def test_names() -> None:
         assert all(hasattr(module, name) for name in module.__all__)
 
 
-def test_version_is_that_of_the_distribution() -> None:
+def test_version_is_that_of_the_distribution_and_of_the_citation() -> None:
     assert mot_hf.__version__ == version("mot_hf")
+    assert f"\nversion: {mot_hf.__version__}\n" in (REPOSITORY / "CITATION.cff").read_text()

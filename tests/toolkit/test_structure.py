@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
+ENTRANCES = {REPOSITORY / "mot_hf" / name for name in ("__init__.py", "__main__.py")}
 FLOORS = [
     {"version", "terminal", "devices"},
     {"data", "storage", "calibration", "registration", "sizes"},
@@ -35,7 +36,7 @@ def rooms_below() -> dict[str, set[str]]:
     """The rooms that each room imports."""
     rooms: dict[str, set[str]] = {}
     for path in (REPOSITORY / "mot_hf").rglob("*.py"):
-        if path.parent.name == "modeling" or path == REPOSITORY / "mot_hf" / "__init__.py":
+        if path.parent.name == "modeling" or path in ENTRANCES:
             continue
         names = {name.split(".")[1] for name in imported_modules(path, "mot_hf") if "." in name}
         rooms.setdefault(room_of(path), set()).update(names - {"modeling", room_of(path)})

@@ -10,12 +10,13 @@ NEWEST := $(VENV)-newest
 FREEZE_NEWEST = $(NEWEST)/bin/python -m pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//'
 LLAMA_CPP_PYTHON := 0.3.36
 LLAMA_CPP := $(VENV)/llama_cpp_python-$(LLAMA_CPP_PYTHON)
+CHECKPOINT ?= runs/checkpoint
 RUFF := $(VENV)/bin/ruff
 ON_GPU := --device cuda --dtype bfloat16
 
 .DEFAULT_GOAL := help
-.PHONY: help venv llama-cpp demo test test-fast test-oldest test-newest newest constraints bench bench-gpu gpu-check \
-	quality fix build clean
+.PHONY: help venv llama-cpp demo checkpoint test test-fast test-oldest test-newest newest constraints bench bench-gpu \
+	gpu-check quality fix build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +27,15 @@ llama-cpp: $(LLAMA_CPP)/.built  ## build llama.cpp for its tests; some minutes
 
 demo: $(VENV)/.demo  ## train, compare and generate on a small scale (ARGS="...")
 	$(VENV)/bin/python scripts/demo.py $(ARGS)
+
+# Each command goes on where an earlier run of it was interrupted.
+checkpoint: $(VENV)/.demo  ## train a small model to share, with card, report and Qwen3-MoE twin; within an hour
+	$(VENV)/bin/mot train small_clm --output_dir $(CHECKPOINT)/mot --resume_from_checkpoint true $(ARGS)
+	$(VENV)/bin/mot evaluate $(CHECKPOINT)/mot
+	$(VENV)/bin/mot report $(CHECKPOINT)/mot
+	$(VENV)/bin/mot transition transition --model_name_or_path $(CHECKPOINT)/mot --output_dir $(CHECKPOINT)/moe
+	$(VENV)/bin/mot export $(CHECKPOINT)/moe $(CHECKPOINT)/qwen3_moe
+	@echo "Share it: $(VENV)/bin/mot push $(CHECKPOINT)/mot NAME"
 
 # A worker keeps to its half of the tests, so that what a file shares is made once, until it takes from the other's.
 XDIST = -n $(WORKERS) --dist worksteal
@@ -101,9 +111,10 @@ fix: $(VENV)/.dev  ## repair what ruff can repair
 	$(RUFF) check --fix --exit-zero .
 	$(RUFF) format .
 
-build: $(VENV)/.dev  ## make the sdist and the wheel in dist/
+build: $(VENV)/.dev  ## make the sdist and the wheel in dist/, and check what an index would show of them
 	rm -rf build dist
 	$(VENV)/bin/python -m build --no-isolation
+	$(VENV)/bin/python -m twine check --strict dist/*
 
 clean:  ## remove everything that make made
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) .typings build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -45,6 +45,7 @@ EXTRAS["dev"] = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.12",
+    "twine>=6.1",
 ]
 
 setup(

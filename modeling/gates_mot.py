@@ -18,6 +18,8 @@ from .mixing_kernels_mot import on_device_of
 Activation = Callable[[Tensor], Tensor]
 
 _BLOCK = 1024
+# Elements of rows whose dot products are computed at once, of which there are three copies in float32.
+_DOT_ELEMENTS = 2**24
 
 
 def run_gates(gates: Tensor, activation: Activation) -> Tensor:
@@ -83,9 +85,17 @@ def run_weighted_gates_backward(
         `[M]`.
     """
     hidden, grad_gates = run_gates_backward(gates, grad_hidden, activation)  # [M, F], [M, 2F]
-    wide = torch.promote_types(hidden.dtype, weights.dtype)
-    dots = torch.linalg.vecdot(grad_hidden.to(wide), hidden.to(wide))  # [M]
+    dots = _dot_rows(grad_hidden, hidden, torch.promote_types(hidden.dtype, weights.dtype))  # [M]
     return hidden.mul_(weights), grad_gates.mul_(weights), dots
+
+
+def _dot_rows(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dot products `[M]` of rows `[M, F]` in a wider dtype, part by part."""
+    result = first.new_empty(len(first), dtype=dtype)
+    length = max(1, _DOT_ELEMENTS // first.shape[1])
+    for one, other, own in zip(first.split(length), second.split(length), result.split(length), strict=True):
+        torch.linalg.vecdot(one.to(dtype), other.to(dtype), out=own)
+    return result
 
 
 def _run_silu_backward(gates: Tensor, grad_hidden: Tensor) -> tuple[Tensor, Tensor]:

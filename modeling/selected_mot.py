@@ -258,10 +258,14 @@ def _run_backward_in_groups(
     grad_hidden = F.grouped_mm(grad_outputs, down_proj, offs=offs)  # [M, F]
     weights = inputs.weights.flatten()[order, None]  # [M, 1]
     hidden, grad_gates, dots = run_weighted_gates_backward(gates, grad_hidden, weights, activation)
+    del grad_hidden  # here and below, what was used makes room: each is as large as what is kept for this pass
     grad_down = F.grouped_mm(grad_outputs.mT, hidden, offs=offs) if needed[3] else grad.new_empty(0)  # [E, D, F]
-    rows = mix_pairs(inputs.mixing, order) if needed[2] else grad_outputs  # [M, D]
-    grad_gate_up = F.grouped_mm(grad_gates.mT, rows, offs=offs) if needed[2] else grad.new_empty(0)  # [E, 2F, D]
+    del grad_outputs, hidden
+    grad_gate_up = grad.new_empty(0)
+    if needed[2]:
+        grad_gate_up = F.grouped_mm(grad_gates.mT, mix_pairs(inputs.mixing, order), offs=offs)  # [E, 2F, D]
     grad_rows = F.grouped_mm(grad_gates, gate_up_proj, offs=offs)  # [M, D]
+    del grad_gates
     grad_mixing = dot_pairs(grad_rows, inputs.mixing, order)  # [S, K]
     grad_x = sum_pairs(grad_rows, inputs.mixing_weights, order)  # [S, D]
     return [grad_x, _restore_order(dots, inputs.weights, order), grad_gate_up, grad_down, grad_mixing]

@@ -1,5 +1,6 @@
 """Selected experts on mixtures of their own against a loop over pairs, values and derivatives, and who runs them."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from mot_hf import MoTForCausalLM
-from mot_hf.modeling import modeling_mot
+from mot_hf.modeling import gates_mot, modeling_mot, selected_mot
 from mot_hf.modeling.pairs_mot import Mixing, dot_pairs, mix_pairs, sort_pairs, sum_pairs
 from mot_hf.modeling.selected_mot import OwnMixtures, mix_and_run_selected
+from scripts.benchmarks.measuring import measure_peak_memory
 from tests.interpreting import needs_triton, run_in_interpreter
 from tests.models import random_ids, tiny_config, trained
 
@@ -21,10 +23,18 @@ NUM_EXPERTS, NUM_BUCKETS, WIDTH = 5, 3, 4
 class Selected:
     """Tokens, output weights, experts' weights and mixing weights with gradients, and what has none."""
 
-    def __init__(self, num_tokens: int = 7, k: int = 2, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self,
+        num_tokens: int = 7,
+        k: int = 2,
+        dtype: torch.dtype = torch.float64,
+        width: int = WIDTH,
+        num_features: int = 3,
+    ) -> None:
         generator = torch.Generator().manual_seed(num_tokens)
-        shapes = [(num_tokens, WIDTH), (num_tokens, k), (NUM_EXPERTS, 6, WIDTH), (NUM_EXPERTS, WIDTH, 3)]
-        shapes += [(num_tokens, k), (NUM_EXPERTS, WIDTH), (NUM_BUCKETS, WIDTH)]
+        shapes = [(num_tokens, width), (num_tokens, k)]
+        shapes += [(NUM_EXPERTS, 2 * num_features, width), (NUM_EXPERTS, width, num_features)]
+        shapes += [(num_tokens, k), (NUM_EXPERTS, width), (NUM_BUCKETS, width)]
         values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
         self.statistics = [value.to(torch.promote_types(dtype, torch.float32)) for value in values[5:]]
         # A weight of the output is another than that in the mixture. The last expert is never selected.
@@ -134,6 +144,80 @@ def test_neither_mixtures_nor_outputs_are_kept() -> None:
     own = sum(kept.values()) - sum(value.untyped_storage().nbytes() for value in inputs)
     num_pairs = 50 * 4
     assert own == num_pairs * (6 + 1) * 8 + NUM_EXPERTS * 4  # gates, order and ends
+
+
+def find_means(mixing: Mixing, order: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens of pairs and what their experts expect beside them, both `[M, D]`, in float32."""
+    tokens = order // mixing.index.shape[1]  # [M]
+    means = mixing.mean_input[mixing.index.flatten()[order]] + mixing.input_shift[mixing.buckets[tokens]]
+    return mixing.x[tokens].float(), means
+
+
+def mix_plainly(mixing: Mixing, order: Tensor) -> Tensor:
+    tokens, means = find_means(mixing, order)
+    return means.lerp(tokens, mixing.weights.flatten()[order, None]).to(mixing.x.dtype)
+
+
+def sum_plainly(values: Tensor, weights: Tensor, order: Tensor) -> Tensor:
+    weighted = values.float() * weights.flatten()[order, None]  # [M, D]
+    sums = torch.zeros(len(weights), values.shape[1]).index_add(0, order // weights.shape[1], weighted)
+    return sums.to(values.dtype)
+
+
+def dot_plainly(grad_rows: Tensor, mixing: Mixing, order: Tensor) -> Tensor:
+    tokens, means = find_means(mixing, order)
+    dots = torch.empty_like(mixing.weights)
+    dots.view(-1)[order] = (grad_rows.float() * (tokens - means)).sum(dim=-1)
+    return dots
+
+
+@pytest.fixture
+def in_groups(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Run as on a GPU, with its kernels in torch's own operations."""
+    monkeypatch.setattr(selected_mot, "has_pair_kernels", lambda device, dtype: True)
+    for name, plain in [("mix_pairs", mix_plainly), ("sum_pairs", sum_plainly), ("dot_pairs", dot_plainly)]:
+        monkeypatch.setattr(selected_mot, name, plain)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("elements", [2**24, 10])  # all rows at once, and three
+def test_groups_of_pairs_give_the_values_and_gradients_of_the_loop(
+    elements: int, in_groups: pytest.MonkeyPatch
+) -> None:
+    in_groups.setattr(gates_mot, "_DOT_ELEMENTS", elements)
+    case = Selected(num_tokens=9, k=2, width=16, num_features=16, dtype=torch.float32)  # grouped_mm needs 16 bytes
+    outputs = case.run(*case.leaves), case.loop(*case.leaves)
+    gradients = (torch.autograd.grad(project(output), case.leaves) for output in outputs)
+    for actual, expected in zip((outputs[0], *next(gradients)), (outputs[1], *next(gradients)), strict=True):
+        assert (actual - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_the_backward_pass_of_groups_frees_what_it_has_used(in_groups: pytest.MonkeyPatch) -> None:
+    used: list[weakref.ref[Tensor]] = []
+
+    def run(*arguments: Any) -> tuple[Tensor, ...]:
+        hidden, grad_gates, dots = gates_mot.run_weighted_gates_backward(*arguments)
+        used.extend(map(weakref.ref, (arguments[1], hidden, grad_gates)))
+        return hidden, grad_gates, dots
+
+    def dot(*arguments: Any) -> Tensor:
+        assert [reference() for reference in used] == [None] * 3
+        return dot_plainly(*arguments)
+
+    in_groups.setattr(selected_mot, "run_weighted_gates_backward", run)
+    in_groups.setattr(selected_mot, "dot_pairs", dot)
+    case = Selected(num_tokens=9, k=2, width=16, num_features=16, dtype=torch.float32)
+    project(case.run(*case.leaves)).backward()
+    assert len(used) == 3
+
+
+def test_dot_products_of_rows_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates_mot, "_DOT_ELEMENTS", 64)
+    first, second = torch.randn(2, 1000, 16).bfloat16()
+    dots = []
+    peak = measure_peak_memory(lambda: dots.append(gates_mot._dot_rows(first, second, torch.float32)), "cpu")
+    torch.testing.assert_close(dots[0], (first.float() * second.float()).sum(dim=-1))
+    assert peak <= 4 * (len(first) + 3 * 64) + 64  # the result, and three copies of a part
 
 
 class Routed(nn.Module):

@@ -7,7 +7,7 @@ ARGS ?=
 
 OLDEST := $(VENV)-oldest
 NEWEST := $(VENV)-newest
-FREEZE_NEWEST = $(NEWEST)/bin/python -m pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//'
+INSTALLED_NEWEST = $(NEWEST)/bin/python -m pip list --exclude-editable --exclude pip --format freeze | cut -d = -f 1
 LLAMA_CPP_PYTHON := 0.3.36
 LLAMA_CPP := $(VENV)/llama_cpp_python-$(LLAMA_CPP_PYTHON)
 CHECKPOINT ?= runs/checkpoint
@@ -58,23 +58,28 @@ test-oldest: $(OLDEST)/.dev  ## run the tests with the oldest supported transfor
 # Also past the ceiling of setup.py: this is how to learn what the next version breaks. A bare torch is several
 # gigabytes, so torch stays at its pin.
 test-newest: newest  ## run the fast tests of models and ecosystem with the newest released versions, without pins
-	$(NEWEST)/bin/python -m pip install $(PIP_ARGS) -c $(NEWEST)/constraints.txt --upgrade transformers
-	@if $(FREEZE_NEWEST) | cmp -s - $(NEWEST)/pinned.txt; then \
-		echo "Nothing was released since constraints.txt, and \`make test\` tests that."; \
-	else \
+	$(NEWEST)/bin/python -m pip install $(PIP_ARGS) -c $(NEWEST)/torch.txt -e ".[dev]"
+	$(NEWEST)/bin/python -m pip install $(PIP_ARGS) -c $(NEWEST)/torch.txt --upgrade transformers
+	$(INSTALLED_NEWEST) | xargs $(NEWEST)/bin/python -m pip install --dry-run --no-deps -c constraints.txt \
+		> $(NEWEST)/differences.txt
+	@if grep -q "^Would install" $(NEWEST)/differences.txt; then \
 		$(NEWEST)/bin/python -m pytest $(XDIST) -m "not slow" tests/modeling tests/ecosystem $(ARGS); \
+	else \
+		echo "Nothing was released since constraints.txt, and \`make test\` tests that."; \
 	fi
 
 newest:
 	rm -rf $(NEWEST)
 	$(PYTHON) -m venv $(NEWEST)
-	grep '^torch==' constraints.txt > $(NEWEST)/constraints.txt
-	grep -v '^#' constraints.txt > $(NEWEST)/pinned.txt
-	$(NEWEST)/bin/python -m pip install $(PIP_ARGS) -c $(NEWEST)/constraints.txt -e ".[dev]"
+	grep '^torch==' constraints.txt > $(NEWEST)/torch.txt
 
-constraints: newest  ## pin the newest versions that setup.py admits
+# To pin another torch, change its line in constraints.txt first. Its CPU build has the same version as the others.
+constraints: newest  ## pin the newest versions that setup.py admits, for Python 3.11 to 3.13
+	$(NEWEST)/bin/python -m pip install $(PIP_ARGS) uv
 	grep '^#' constraints.txt > $(NEWEST)/header.txt
-	$(FREEZE_NEWEST) | cat $(NEWEST)/header.txt - > constraints.txt
+	$(NEWEST)/bin/uv pip compile setup.py --extra dev --universal --python-version 3.11 $(PIP_ARGS) \
+		--constraints $(NEWEST)/torch.txt --no-emit-package pip --no-annotate --no-header --quiet -o $(NEWEST)/pins.txt
+	sed 's/+cpu//' $(NEWEST)/pins.txt | cat $(NEWEST)/header.txt - > constraints.txt
 
 bench: $(VENV)/.dev  ## measure speed and memory on this CPU; an hour, close other programs
 	$(VENV)/bin/python -m scripts.benchmarks.layer.run --hidden_sizes 256 512 --num_rounds 5 \
@@ -130,7 +135,7 @@ $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch setup.py
 
 $(OLDEST)/.dev: setup.py constraints.txt constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	grep -vE '^(huggingface_hub|transformers)==' constraints.txt > $(OLDEST)/constraints.txt
+	grep -vE '^(huggingface-hub|transformers)==' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install $(PIP_ARGS) -c constraints-oldest.txt -c $(OLDEST)/constraints.txt -e ".[dev]"
 	touch $@
 

@@ -16,6 +16,13 @@ def version() -> str:
     return found.group(1)
 
 
+def long_description() -> str:
+    """README.md without the pictures and links that only lead somewhere beside the repository's files."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\s*", "", text)
+    return re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
 EXTRAS = {
     "train": ["accelerate>=1.1", "datasets>=4.4", "evaluate>=0.4.6", "tensorboard>=2.16"],
     "report": ["jinja2>=3.1", "matplotlib>=3.9", "rich>=13.7"],
@@ -52,7 +59,7 @@ setup(
     name="mot_hf",
     version=version(),
     description="Mixture of Tokens language models for Hugging Face transformers",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
     project_urls={"Paper": "https://arxiv.org/abs/2310.15961"},
     license_expression="Apache-2.0",

@@ -115,7 +115,7 @@ def calibrate(model: MoTPreTrainedModel, batches: Iterable[Mapping[str, Any]], *
     Mode `per_sequence` uses them in place of the other rows of a batch. Training gathers them as it goes. Calibrate a
     model that has none because it was converted rather than trained, that has another tokenizer, or whose weights were
     changed by hand. Do not calibrate a model for text of another domain, for which the statistics of training were
-    better in our measurements (see the README), nor one that was trained in mode `per_sequence` with
+    better where we tried (see docs/concepts/companions.md), nor one that was trained in mode `per_sequence` with
     `config.live_companions=False`, whose weights have got used to its statistics. Compare the loss on other text
     before and after.
 

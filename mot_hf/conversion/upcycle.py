@@ -47,7 +47,7 @@ def upcycle(
     width. Experts of the same width are copies of that layer, narrower ones are slices of it, and every neuron occurs
     `group_size` times. The controller is drawn so that each expert looks for tokens in a random direction. No
     initialization computes the dense function exactly; of those tried, this one gets closest to the dense loss in the
-    same number of steps (see the README). Attention, norms and embeddings are copied.
+    same number of steps (see docs/guides/convert.md). Attention, norms and embeddings are copied.
 
     Tensors are read, converted and written one by one; the calibration needs memory for one MoT model.
 

@@ -106,7 +106,7 @@ def test_statistics_stay_float32_in_a_bfloat16_graph() -> None:
 
 
 def export_to_onnx(model_dir: Path, head: type[MoTPreTrainedModel] = MoTForCausalLM) -> Path:
-    """The README's lines."""
+    """The lines of docs/guides/quantize.md."""
     model = head.from_pretrained(model_dir, use_cache=False, experts_implementation="batched_mm")
     inputs = {name: torch.ones(2, 8, dtype=torch.long) for name in ("input_ids", "attention_mask")}
     shapes = {name: {0: Dim("rows"), 1: Dim("columns")} for name in inputs}

@@ -1,4 +1,4 @@
-"""The demo, for a few steps, and the README's examples after it."""
+"""The demo, for a few steps, and the examples that go on with its model."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import pytest
 from mot_hf.data.default_corpus import default_corpus_files
 from tests.scripts.running import REPOSITORY, run_script
 
-README = (REPOSITORY / "README.md").read_text()
+PAGES = ("README.md", "docs/start/demo.md")
 
 pytestmark = pytest.mark.slow
 
@@ -48,10 +48,11 @@ def test_demo_prints_completions_the_table_and_where_things_are(folder: Path) ->
     assert "runs/demo/training_curve.png" in printed
 
 
-def test_readme_examples_run(folder: Path) -> None:
-    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(examples) >= 4
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_run_after_the_demo(folder: Path, page: str) -> None:
+    examples = re.findall(r"```python\n(.*?)```", (REPOSITORY / page).read_text(), re.DOTALL)
+    assert examples
     with chdir(folder):
         for example in examples:
             assert "mot_hf" in example  # which the Auto classes need, and this process has imported
-            exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
+            exec(compile(example, page, "exec"), {"__name__": "__main__"})

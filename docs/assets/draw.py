@@ -21,10 +21,10 @@ EXPERTS = ("#3d4650", "#7a8490", "#b3bac2")
 ROWS = (
     ("The", "cat", "sat", "on", "a", "mat"),
     ("Rain", "fell", "all", "day", "and", "night"),
-    ("We", "add", "two", "and", "two", "."),
+    ("Two", "and", "two", "are", "always", "four"),
     ("Birds", "sing", "at", "dawn", "in", "May"),
 )
-COLUMN = 2
+COLUMN = 5
 LOGITS = np.array([[2.2, 0.1, 0.4], [0.2, 1.9, -0.6], [1.0, 0.3, 1.9], [-0.4, 1.2, 0.9]])  # [G, E]
 HEIGHT, STEP = 0.52, 1.0  # of a cell, and from row to row
 
@@ -105,8 +105,8 @@ def draw_rows(axes: Axes, x: float, y: float, width: float = 0.86) -> list[float
 
 def draw_mixing() -> Figure:
     """One column of a group of four rows, mixed for three experts, and handed back."""
-    figure, axes = make_axes(19.6, 6.6)
-    weights, top = softmax(LOGITS), 4.75
+    figure, axes = make_axes(18.9, 6.2)
+    weights, top = softmax(LOGITS), 4.45
     rows = draw_rows(axes, 0.6, top)
     experts = [rows[0] - 0.15 - 1.35 * index for index in range(weights.shape[1])]
     bars, boxes, outputs = 8.6, 11.8, 16.3
@@ -119,41 +119,40 @@ def draw_mixing() -> Figure:
         cell(axes, boxes, y, 1.9, EXPERTS[expert], f"expert {expert + 1}", "white" if expert < 2 else TEXT)
     for row, height in enumerate(rows):
         bar(axes, outputs, height, 1.3, weights[row], EXPERTS)
-        write(axes, outputs + 2.35, height, ROWS[row][COLUMN], 9.5, color=TOKENS[row], fontweight="bold")
+        write(axes, outputs + 1.4, height, ROWS[row][COLUMN], 9.5, color=TOKENS[row], fontweight="bold", ha="left")
     for x, text in (
         (3.2, "four examples: a group\n(each attends to its own words only)"),
         (bars + 1.2, "each expert:\none mixture, weights sum to 1"),
         (boxes + 0.95, "one run\nper group"),
-        (outputs + 1.2, "handed back\nwith the same weights"),
+        (outputs + 0.9, "handed back\nwith the same weights"),
     ):
-        write(axes, x, 5.85, text)
-    # The last row has no column of its own in the picture's scale; what it means is said once.
-    write(axes, 9.8, 0.55, "the same at every column, in every MoT layer", 9.5, style="italic", color=LINE)
+        write(axes, x, 5.5, text)
+    write(axes, 9.45, 0.6, "the same at every column, in every MoT layer", 9.5, style="italic", color=LINE)
     return figure
 
 
 def draw_modes() -> Figure:
     """What one token is mixed with in each mode."""
-    figure, axes = make_axes(19.6, 5.9)
+    figure, axes = make_axes(19.6, 5.3)
     weights = softmax(LOGITS)
     for place, (name, note) in enumerate(
         (
             ("cross_example", "training: with the tokens of other rows;\nall experts run, once for each group"),
-            ("per_sequence", "inference: with averages of a typical group;\nthe K likeliest experts run"),
-            ("moe", "token choice: with nothing;\nthe K likeliest experts run"),
+            ("per_sequence", "inference: with averages of a typical group;\nK experts run, the others add a constant"),
+            ("moe", "token choice: with nothing;\nK experts run, the others add nothing"),
         )
     ):
         left = 0.6 + 6.45 * place
-        write(axes, left + 2.75, 5.35, name, 11, fontweight="bold", family="monospace")
-        write(axes, left + 2.75, 0.75, note)
+        write(axes, left + 2.75, 4.75, name, 11, fontweight="bold", family="monospace")
+        write(axes, left + 2.75, 0.7, note)
         for row in range(len(ROWS)):
-            y = 4.45 - 0.75 * row
+            y = 3.95 - 0.75 * row
             if name == "cross_example" or row == 0:
                 cell(axes, left, y, 1.1, TOKENS[row], ROWS[row][COLUMN], "white")
             elif name == "per_sequence":
                 cell(axes, left, y, 1.1, "#c8d0d8", "average")
         for expert in range(weights.shape[1]):
-            y, is_run = 4.2 - 0.95 * expert, name == "cross_example" or expert == 0
+            y, is_run = 3.75 - 0.95 * expert, name == "cross_example" or expert == 0
             own = 0.62 if expert == 0 else 0.2
             shares = {
                 "cross_example": weights[:, expert],

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -30,3 +32,13 @@ def test_a_published_description_has_no_links_into_the_repository() -> None:
     assert "![" not in description
     assert "https://arxiv.org/abs/2310.15961" in description
     assert "More about installing." in description  # the words of a link stay
+
+
+def test_the_script_draws_the_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    stored = {path.name for path in (ROOT / "docs" / "assets").glob("*.svg")}
+    script = runpy.run_path(str(ROOT / "docs" / "assets" / "draw.py"))
+    script["save"].__globals__["ASSETS"] = tmp_path
+    for name in sorted(path.removesuffix(".svg") for path in stored):
+        script["save"](script[f"draw_{name}"](), name)
+    assert {path.name for path in tmp_path.iterdir()} == stored

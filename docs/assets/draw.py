@@ -35,7 +35,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=0)
 
 
-def make_axes(width: float, height: float, unit: float = 0.62) -> tuple[Figure, Axes]:
+def make_axes(width: float, height: float, unit: float = 0.53) -> tuple[Figure, Axes]:
     """A page of `width` by `height` units, each `unit` inches long."""
     figure = Figure(figsize=(width * unit, height * unit))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height), aspect="equal")
@@ -105,7 +105,7 @@ def draw_rows(axes: Axes, x: float, y: float, width: float = 0.86) -> list[float
 
 def draw_mixing() -> Figure:
     """One column of a group of four rows, mixed for three experts, and handed back."""
-    figure, axes = make_axes(18.9, 6.2)
+    figure, axes = make_axes(19.2, 6.2)
     weights, top = softmax(LOGITS), 4.45
     rows = draw_rows(axes, 0.6, top)
     experts = [rows[0] - 0.15 - 1.35 * index for index in range(weights.shape[1])]
@@ -127,7 +127,7 @@ def draw_mixing() -> Figure:
         (outputs + 0.9, "handed back\nwith the same weights"),
     ):
         write(axes, x, 5.5, text)
-    write(axes, 9.45, 0.6, "the same at every column, in every MoT layer", 9.5, style="italic", color=LINE)
+    write(axes, 9.6, 0.6, "the same at every column, in every MoT layer", 9.5, style="italic", color=LINE)
     return figure
 
 

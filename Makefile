@@ -16,7 +16,7 @@ ON_GPU := --device cuda --dtype bfloat16
 
 .DEFAULT_GOAL := help
 .PHONY: help venv llama-cpp demo checkpoint test test-fast test-oldest test-newest newest constraints bench bench-gpu \
-	gpu-check quality fix build clean
+	gpu-check quality fix docs notebooks build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -107,9 +107,10 @@ gpu-check:  ## check and measure on one GPU in eight minutes (WHEELS=folder ARGS
 	$(PYTHON) -m scripts.benchmarks.gpu.run $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 quality: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
-quality: $(VENV)/.dev .typings/mot_hf/modeling  ## lint, check the format and the types
+quality: $(VENV)/.dev .typings/mot_hf/modeling  ## lint, check the format, the spelling and the types
 	$(RUFF) check .
 	$(RUFF) format --check .
+	$(VENV)/bin/codespell
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 fix: $(VENV)/.dev  ## repair what ruff can repair
@@ -117,12 +118,21 @@ fix: $(VENV)/.dev  ## repair what ruff can repair
 	$(RUFF) format .
 
 build: $(VENV)/.dev  ## make the sdist and the wheel in dist/, and check what an index would show of them
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.dev  ## build the documentation in site/; links and anchors that lead nowhere are errors
+	$(VENV)/bin/python -m mkdocs build --strict --quiet $(ARGS)
+
+notebooks: $(VENV)/.dev  ## run the notebooks and the report of the documentation again and store them; some minutes
+	$(VENV)/bin/python -m scripts.docs.run_notebooks
+	$(VENV)/bin/python -m scripts.docs.make_report
+
+build: $(VENV)/.dev  ## make the sdist and the wheel in dist/
 	rm -rf build dist
 	$(VENV)/bin/python -m build --no-isolation
 	$(VENV)/bin/python -m twine check --strict dist/*
 
 clean:  ## remove everything that make made
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) .typings build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) .typings build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -28,12 +28,14 @@ EXTRAS = {
     "report": ["jinja2>=3.1", "matplotlib>=3.9", "rich>=13.7"],
     "lora": ["peft>=0.18"],
     "serve": ["transformers[serving]>=5.17,<5.25"],
+    "docs": ["latex2mathml>=3.78", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
 }
 EXTRAS["demo"] = EXTRAS["train"] + EXTRAS["report"]
 EXTRAS["dev"] = [
     *EXTRAS["demo"],
     *EXTRAS["lora"],
     *EXTRAS["serve"],
+    *EXTRAS["docs"],
     # what the tests in tests/ecosystem work with
     "bitsandbytes>=0.50",
     "lm_eval>=0.4.13",
@@ -44,7 +46,10 @@ EXTRAS["dev"] = [
     "trl>=1.16",
     # and the checks
     "build>=1.2",
+    "codespell>=2.4",
     "hypothesis>=6.100",
+    "ipykernel>=7.0",
+    "nbclient>=0.10",
     "pre-commit>=4.0",
     "pyright[nodejs]>=1.1.400",
     "pytest>=8.3",

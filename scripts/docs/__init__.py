@@ -1,0 +1,1 @@
+"""What `make docs` builds the site with: pages and tables made of the sources and of stored results."""

@@ -1,16 +1,12 @@
-"""The demo, for a few steps, and the examples that go on with its model."""
+"""The demo, for a few steps."""
 
 import json
-import re
-from contextlib import chdir
 from pathlib import Path
 
 import pytest
 
 from mot_hf.data.default_corpus import default_corpus_files
-from tests.scripts.running import REPOSITORY, run_script
-
-PAGES = ("README.md", "docs/start/demo.md")
+from tests.scripts.running import run_script
 
 pytestmark = pytest.mark.slow
 
@@ -46,13 +42,3 @@ def test_demo_prints_completions_the_table_and_where_things_are(folder: Path) ->
         assert wanted in printed
     assert "runs/demo/model" in printed
     assert "runs/demo/training_curve.png" in printed
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_examples_run_after_the_demo(folder: Path, page: str) -> None:
-    examples = re.findall(r"```python\n(.*?)```", (REPOSITORY / page).read_text(), re.DOTALL)
-    assert examples
-    with chdir(folder):
-        for example in examples:
-            assert "mot_hf" in example  # which the Auto classes need, and this process has imported
-            exec(compile(example, page, "exec"), {"__name__": "__main__"})

@@ -10,9 +10,10 @@ from tempfile import TemporaryDirectory
 
 PAGE = Path(__file__).parents[2] / "docs" / "assets" / "report_example.html"
 # In its last part the run is in mode per_sequence, so that loads of experts are logged too.
-RUN = ["small_clm", "--max_steps", "800", "--transition_share", "0.7", "--transition_mode", "per_sequence"]
-RUN += ["--norm_mixing_weights", "true", "--logging_steps", "20", "--eval_steps", "80", "--num_experts", "64"]
-RUN += ["--max_eval_rows", "128", "--save_steps", "800"]
+RUN = ["small_clm", "--max_steps", "360", "--transition_share", "0.7", "--transition_mode", "per_sequence"]
+RUN += ["--norm_mixing_weights", "true", "--num_experts", "64", "--hidden_size", "64", "--intermediate_size", "256"]
+RUN += ["--vocab_size", "1024", "--logging_steps", "12", "--eval_steps", "60", "--max_eval_rows", "64"]
+RUN += ["--save_steps", "360", "--disable_tqdm", "true"]
 
 
 def main() -> None:

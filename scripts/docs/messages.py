@@ -74,10 +74,15 @@ def describe() -> str:
 
 
 def _list(messages: Sequence[Message]) -> str:
-    rows = [f"| {_escape(each.text)} | {each.kind} | `{each.path}` |" for each in messages]
-    return "\n".join(["| message | kind | raised in |", "|---|---|---|", *rows])
+    """Each message with its kinds and where it comes from."""
+    lines = []
+    for text in dict.fromkeys(each.text for each in messages):
+        kinds = dict.fromkeys(each.kind for each in messages if each.text == text)
+        paths = dict.fromkeys(f"`{each.path}`" for each in messages if each.text == text)
+        lines.append(f"- {_escape(text)}<br><small>{', '.join(kinds)} from {', '.join(paths)}</small>")
+    return "\n".join(lines)
 
 
 def _escape(text: str) -> str:
-    """A message in a cell of a table, as it is written."""
+    """A message as it is written, without marks of Markdown."""
     return "".join(f"&#{ord(sign)};" if sign in "\\`*_{}[]<>#|!$~^:/@&" else sign for sign in " ".join(text.split()))

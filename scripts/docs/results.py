@@ -93,12 +93,14 @@ def describe(topic: str) -> str:
     Returns:
         `str`: Markdown.
     """
-    parts = ["## What is measured, and how", docstring_of(topic), "## Stored results"]
+    question, _, method = docstring_of(topic).partition("\n\n")
+    parts = [re.sub(":$", ".", question), "## Stored results"]
     stored = find_stored(topic)
     for each in stored:
         parts += [f"### {each.name}"] if len(stored) > 1 else []
         parts += [f"![{topic}, {each.name}](pictures/{topic}/{each.name}.png)"] if each.picture else []
         parts += [each.table(), _describe_origin(each)]
+    parts += ["## How it is measured", method]
     return "\n\n".join(parts)
 
 

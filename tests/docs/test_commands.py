@@ -41,13 +41,13 @@ def test_command_lines_are_taken(block: Block) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "mot trian small_clm",
+        "mot trained small_clm",
         "mot train small_clm --num_expert 5",
         "mot train small_cml",
         "mot generate runs/clm",
         "mot calibrate runs/clm --sourse x",
         "make tests",
-        'pip install -e ".[trian]"',
+        'pip install -e ".[training]"',
         "python scripts/train_clm.py small_clm --outputdir x",
         "python scripts/train.py",
         "python -m scripts.benchmarks.layer.run --rounds 3",

@@ -33,6 +33,8 @@ SMALL_PICTURES = {
     "effective_tokens": "effective tokens",
     "mixture_similarity": "similarity of mixtures",
     "companion_drift": "drift of companions",
+    "busiest_expert": "load of the busiest expert",
+    "idle_experts": "experts without a token",
 }
 
 

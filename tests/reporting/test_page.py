@@ -56,6 +56,9 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         values = dict(attrs)
+        if values.get("rel") == "icon":
+            assert values["href"] == "data:,"  # a browser would look for one on the host
+            return
         self.addresses += [values[name] or "" for name in ("src", "href", "srcset", "action") if name in values]
         self.alts += [values["alt"] or ""] if tag == "img" else []
         if tag == "table":

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import typer
+from typer.core import TyperCommand
 
 
 def describe() -> str:
@@ -22,7 +23,7 @@ def describe() -> str:
     return "\n\n".join(parts)
 
 
-def _describe(name: str, command: typer.core.TyperCommand, context: typer.Context) -> str:
+def _describe(name: str, command: TyperCommand, context: typer.Context) -> str:
     usage = " ".join(["mot", name, *command.collect_usage_pieces(context)])
     parts = [f"## mot {name}", f"```text\n{usage}\n```", *_paragraphs(command.help or "")]
     rows = []

@@ -126,7 +126,7 @@ class _Reader:
                 return [t for call, where in calls for t in self._texts(call.args[place], where, depth + 1)][:_MANY]
         return self._of_all(values, scope, depth)[:_MANY] or [f"‹{name}›"]
 
-    def _calls(self, function: Scope) -> Iterator[tuple[ast.Call, Scope]]:
+    def _calls(self, function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[ast.Call, Scope]]:
         """Where a function is called in its own file, and in which function."""
         for scope, node in _walk(self.trees[function]) if function in self.trees else ():
             if isinstance(node, ast.Call) and _name(node.func) == function.name:

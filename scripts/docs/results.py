@@ -53,9 +53,9 @@ class Stored(NamedTuple):
 
     def origin(self) -> dict[str, str]:
         """Date, commit, machine, versions and command, as far as the record has them."""
-        machine = self.record.get("machine") or self.record.get("timing", {}).get("machine") or {}
+        machine: Any = self.record.get("machine") or self.record.get("timing", {}).get("machine") or {}
         machine = {"threads": machine} if isinstance(machine, str) else machine
-        versions = self.record.get("versions") or machine.get("versions") or {}
+        versions: dict[str, Any] = self.record.get("versions") or machine.get("versions") or {}
         command = _PATHS.sub("", self.record.get("command", ""))
         return {
             "date": self.record.get("date", ""),

@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import nbformat
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parents[2] / "docs" / "notebooks"
@@ -29,9 +28,8 @@ def run_notebook(path: Path, folder: Path) -> nbformat.NotebookNode:
         CellExecutionError: A cell failed.
     """
     notebook = nbformat.read(path, as_version=4)
-    # Not by TCP: the kernel would warn that others on the machine can read along.
-    kernels = AsyncKernelManager(transport="ipc", kernel_name="python3")
-    NotebookClient(notebook, km=kernels, timeout=900, resources={"metadata": {"path": str(folder)}}).execute()
+    limits = {"startup_timeout": 300, "timeout": 900}  # for a busy machine
+    NotebookClient(notebook, **limits, resources={"metadata": {"path": str(folder)}}).execute()
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":

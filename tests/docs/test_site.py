@@ -34,9 +34,8 @@ def test_every_topic_has_a_page_with_its_stored_tables_and_pictures(site: Path) 
 def test_what_a_record_lacks_is_said(tmp_path: Path) -> None:
     (stored,) = find_stored("settings")
     assert stored.origin()["date"] == ""
-    new = stored._replace(
-        record=stored.record | {"date": "2026-01-02", "commit": "abc", "command": "x --output_dir y -z"}
-    )
+    known = {"date": "2026-01-02", "commit": "abc", "command": "x --output_dir y -z"}
+    new = stored._replace(record={**stored.record, **known})
     assert new.origin() | {"machine": "", "versions": ""} == {
         "date": "2026-01-02", "commit": "abc", "machine": "", "versions": "", "command": "`x -z`"
     }  # fmt: skip
@@ -50,11 +49,11 @@ def test_every_topic_is_in_the_navigation(site: Path) -> None:
 
 def test_the_reference_has_defaults_types_and_sources(site: Path) -> None:
     page = (site / "reference" / "configuration" / "index.html").read_text()
-    text = re.sub(r"<[^>]+>", "", page)
+    text = re.sub(r"<[^>]+>", "", re.sub(r"<details.*?</details>", "", page, flags=re.DOTALL))
     assert "Width F of one expert" in text
     assert "defaults to 50257" in text
     assert "`int`" not in text
-    assert "class MoTConfig" in text
+    assert "class MoTConfig" in re.sub(r"<[^>]+>", "", page)
 
 
 def test_commands_and_recipes_are_described(site: Path) -> None:

@@ -44,5 +44,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Write equations as MathML."""
-    return equations.to_mathml(html)
+    """Write equations as MathML, and paths of sources as the repository has them."""
+    return sources.rename_package(equations.to_mathml(html))

@@ -2,13 +2,14 @@
 
 import base64
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from scripts.docs.generated import Generated
 
-Cell = Mapping[str, Any]
+_STYLE = re.compile("<style.*?</style>", re.DOTALL)
 
 
 def pages(folder: Path) -> list[Generated]:
@@ -51,6 +52,7 @@ def _show_output(output: Mapping[str, Any], stem: str, pictures: list[bytes]) ->
     if "text/markdown" in data:
         return "".join(data["text/markdown"])
     if "text/html" in data:
-        return f'<div class="output">{"".join(data["text/html"])}</div>'
+        html = _STYLE.sub("", "".join(data["text/html"]).replace(' border="1" class="dataframe"', ""))
+        return f'<div class="output">{" ".join(html.split())}</div>'
     text = "".join(output.get("text") or data.get("text/plain") or [])
     return f"```{{.text .output}}\n{text.rstrip()}\n```"

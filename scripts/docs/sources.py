@@ -24,6 +24,18 @@ def copy_package(root: Path) -> None:
     shutil.copytree(root / "modeling", root / PACKAGE / "modeling", ignore=only_python)
 
 
+def rename_package(html: str) -> str:
+    """Gives sources the paths that they have in the repository.
+
+    Args:
+        html (`str`): A page.
+
+    Returns:
+        `str`: The page without the folder of [`copy_package`].
+    """
+    return html.replace(f"{PACKAGE}/modeling/", "modeling/").replace(f"{PACKAGE}/", "mot_hf/")
+
+
 def linked_files(root: Path, docs: Path) -> list[Generated]:
     """Makes a page of each file or folder of the repository that a page of the site links to.
 

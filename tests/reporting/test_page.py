@@ -54,11 +54,11 @@ class Page(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
         values = dict(attrs)
         if values.get("rel") == "icon":
             assert values["href"] == "data:,"  # a browser would look for one on the host
             return
+        self.tags.append(tag)
         self.addresses += [values[name] or "" for name in ("src", "href", "srcset", "action") if name in values]
         self.alts += [values["alt"] or ""] if tag == "img" else []
         if tag == "table":
@@ -116,6 +116,14 @@ def make_page(
 
 def visible(text: str) -> str:
     return text.replace(" ", "·").replace("\n", "↵").replace("\t", "→")
+
+
+def test_loads_of_experts_are_drawn(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    loads = {"mixing/busiest_expert/layers_2": 1.5, "mixing/idle_experts/layers_2": 3.0}
+    history = [HISTORY[0] | loads, HISTORY[2] | loads]
+    page = make_page(tmp_path, make_model(), tokenizer, [], history)
+    assert "Load of the busiest expert over the training steps" in page.alts
+    assert "Experts without a token over the training steps" in page.alts
 
 
 def test_the_page_needs_nothing_else(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

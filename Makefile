@@ -120,7 +120,7 @@ fix: $(VENV)/.dev  ## repair what ruff can repair
 build: $(VENV)/.dev  ## make the sdist and the wheel in dist/, and check what an index would show of them
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(VENV)/.dev  ## build the documentation in site/; links and anchors that lead nowhere are errors
-	$(VENV)/bin/python -m mkdocs build --strict --quiet $(ARGS)
+	$(VENV)/bin/python -m mkdocs build --strict $(ARGS)
 
 notebooks: $(VENV)/.dev  ## run the notebooks and the report of the documentation again and store them; some minutes
 	$(VENV)/bin/python -m scripts.docs.run_notebooks

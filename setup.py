@@ -27,6 +27,7 @@ EXTRAS = {
     "train": ["accelerate>=1.1", "datasets>=4.4", "evaluate>=0.4.6", "tensorboard>=2.16"],
     "report": ["jinja2>=3.1", "matplotlib>=3.9", "rich>=13.7"],
     "lora": ["peft>=0.18"],
+    "sft": ["trl>=1.16"],
     "serve": ["transformers[serving]>=5.17,<5.25"],
     "docs": ["latex2mathml>=3.78", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
 }
@@ -34,6 +35,7 @@ EXTRAS["demo"] = EXTRAS["train"] + EXTRAS["report"]
 EXTRAS["dev"] = [
     *EXTRAS["demo"],
     *EXTRAS["lora"],
+    *EXTRAS["sft"],
     *EXTRAS["serve"],
     *EXTRAS["docs"],
     # what the tests in tests/ecosystem work with
@@ -43,7 +45,6 @@ EXTRAS["dev"] = [
     "onnxruntime>=1.32",
     "onnxscript>=0.7",
     "torchao>=0.18",
-    "trl>=1.16",
     # and the checks
     "build>=1.2",
     "codespell>=2.4",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 EXTRAS = {
     "train": ("accelerate", "datasets", "evaluate"),
     "report": ("jinja2", "matplotlib"),
+    "sft": ("trl",),
     "serve": ("fastapi", "uvicorn", "openai"),
 }
 

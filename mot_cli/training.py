@@ -50,14 +50,33 @@ def finetune(context: typer.Context) -> None:
     _train(context, [ClassificationArguments], MethodArguments, finetune_and_evaluate)
 
 
-def _train(context: typer.Context, own: Sequence[type], method: type, work: Callable[..., Any]) -> None:
+@command("train", "sft", **_PASSED_ON)
+def sft(context: typer.Context) -> None:
+    """Tune a language model on conversations: `mot sft sft --model_name_or_path RUN --source chats.jsonl`.
+
+    Needs the extras `train` and `sft`.
+    """
+    from mot_hf.data.instructions import InstructionArguments
+    from mot_hf.training import MethodArguments
+    from mot_hf.training.instructions import SFTArguments, tune_on_instructions
+
+    _train(context, [InstructionArguments], MethodArguments, tune_on_instructions, SFTArguments)
+
+
+def _train(
+    context: typer.Context,
+    own: Sequence[type],
+    method: type,
+    work: Callable[..., Any],
+    training: type | None = None,
+) -> None:
     _check_given(context.info_name, context.args)
     from transformers import TrainingArguments
 
     from mot_hf.training import end_processes, parse_arguments
 
     arguments = parse_arguments(
-        [*own, method, TrainingArguments],
+        [*own, method, training or TrainingArguments],
         context.args,
         prog=f"mot {context.info_name}",
         description=_describe(context),

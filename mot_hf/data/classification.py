@@ -4,20 +4,19 @@ import itertools
 import logging
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, LargeList, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from mot_hf.data.code_tasks import package_task, role_task
-from mot_hf.data.documents import describe_losses, find_threshold
+from mot_hf.data.documents import describe_losses
 from mot_hf.data.progress import hide_bars
-from mot_hf.data.rows import ROW_KINDS, check_columns, read_rows, row_kind
-from mot_hf.data.sources import SourceFile, count, find_files, find_place, is_data_set, load_data_set, name_source
+from mot_hf.data.rows import check_columns, read_rows
+from mot_hf.data.sources import SourceFile, count, name_source
+from mot_hf.data.splits import check_is_rows, hold_out, load_splits
 
 logger = logging.getLogger(__name__)
 
@@ -129,39 +128,19 @@ def _load_code_task(args: ClassificationArguments) -> DatasetDict:
 
 
 def _load_splits(args: ClassificationArguments) -> dict[str, Dataset]:
-    """Load the training split, and the validation split if the sources have one."""
-    held_out, paths = {}, []
-    if args.validation_source is not None:
-        held_out, paths = _read_source(args.validation_source, "validation_source", args)
-    splits, _ = _read_source(args.source, "source", args, leave_out=paths)
-    if "train" not in splits:
-        raise ValueError(f"`source` has the splits {list(splits)} but needs one called 'train': rename one of them.")
-    found = [named[name] for named in (held_out, splits) for name in ("validation", "test") if name in named]
-    found = [held_out["train"]] if held_out and list(held_out) == ["train"] else found
-    return {"train": splits["train"], **({"validation": found[0]} if found else {})}
+    return load_splits(
+        args.source,
+        args.validation_source,
+        args.config_name,
+        read_files=lambda files, argument: _read_files(files, argument, args),
+        convert=lambda split, argument: _choose_columns(split, args),
+    )
 
 
-def _read_source(
-    source: str, argument: str, args: ClassificationArguments, leave_out: Collection[str] = ()
-) -> tuple[dict[str, Dataset], list[str]]:
-    """Read the splits of a source; also returns the paths of its files."""
-    config_name = args.config_name if argument == "source" else None
-    if is_data_set(source, config_name) or _has_no_rows(source):
-        loaded = load_data_set(source, config_name, argument=argument)
-        splits: Any = {"train": loaded} if isinstance(loaded, Dataset) else loaded
-        for split in splits.values():
-            check_columns(args.columns(), split.column_names)
-            _check_features(split.features, args)
-        return {str(name): split.select_columns(list(args.columns().values())) for name, split in splits.items()}, []
-    files = find_files(source, argument, leave_out)
-    paths = [file.path for split in files.values() for file in split]
-    return {name: _read_files(split, argument, args) for name, split in files.items()}, paths
-
-
-def _has_no_rows(source: str) -> bool:
-    """Whether a folder has no file of rows: `datasets` can read more kinds of files."""
-    folder = Path(source).expanduser()
-    return folder.is_dir() and not any(row_kind(file.name) for file in folder.rglob("*"))
+def _choose_columns(split: Dataset, args: ClassificationArguments) -> Dataset:
+    check_columns(args.columns(), split.column_names)
+    _check_features(split.features, args)
+    return split.select_columns(list(args.columns().values()))
 
 
 def _check_features(features: Features, args: ClassificationArguments) -> None:
@@ -199,12 +178,7 @@ def _read_files(files: list[SourceFile], argument: str, args: ClassificationArgu
     rows: dict[str, list[Any]] = {column: [] for column in args.columns().values()}
     cells, num_bytes = set(), 0
     for file in files:
-        if file.kind is None:
-            raise ValueError(
-                f"`{argument}` contains {file.path!r}, a text without labels: give files of rows "
-                f"({', '.join(ROW_KINDS)}) or a glob of such files."
-            )
-        for row in read_rows(file.path, file.kind, args.columns()):
+        for row in read_rows(file.path, check_is_rows(file, argument, "labels"), args.columns()):
             where = f" in {file.path!r}, {row.place}"
             text, label = row.values[args.text_column], row.values[args.label_column]
             if file.kind in ("csv", "tsv"):
@@ -271,20 +245,8 @@ def _leave_out_words(words: list | None, labels: list | None, columns: list[str]
 
 
 def _split(splits: dict[str, Dataset], args: ClassificationArguments) -> DatasetDict:
-    if "validation" not in splits:
-        fraction = args.validation_fraction or _VALIDATION_FRACTION
-        texts = splits["train"]
-        places = np.array([find_place(str(text).encode()) for text in texts[args.text_column]])
-        threshold = find_threshold(places.tolist(), fraction)
-        held_out = places < (0 if threshold is None else threshold)
-        splits = {
-            name: texts.select(np.flatnonzero(side)) for name, side in (("train", ~held_out), ("validation", held_out))
-        }
-    for name, split in splits.items():
-        if not len(split):
-            advice = ", or name texts to hold out as `validation_source`" if name == "validation" else ""
-            raise ValueError(f"The {name} split of `source` has no text: give more texts{advice}.")
-    return DatasetDict(splits)
+    texts = map(str, splits["train"][args.text_column])
+    return hold_out(splits, texts, args.validation_fraction or _VALIDATION_FRACTION)
 
 
 def _find_classes(splits: DatasetDict, args: ClassificationArguments) -> list[str]:

@@ -58,11 +58,11 @@ def package_task(
     """
     examples = [
         {"text": text, "label": name.split("/")[0], "file": name}
-        for name, source in _read(files)
+        for name, source in read_sources(files)
         if "/" in name
-        for text in _function_texts(_parse(name, source), source)
+        for text in _function_texts(parse_source(name, source), source)
     ]
-    splits = _split_by_file(examples, validation_fraction)
+    splits = split_by_file(examples, validation_fraction)
     counts = [Counter(example["label"] for example in split) for split in splits.values()]
     packages = sorted(label for label in counts[0] if min(count[label] for count in counts) >= min_functions)
     if len(packages) < 2:
@@ -98,11 +98,11 @@ def role_task(files: Mapping[str, Path] | None = None, *, validation_fraction: f
     """
     examples = [
         {"text": text, "starts": starts, "ends": ends, "labels": roles, "file": name}
-        for name, source in _read(files)
-        for text, spans in _pieces(_parse(name, source), source)
+        for name, source in read_sources(files)
+        for text, spans in _pieces(parse_source(name, source), source)
         for starts, ends, roles in [zip(*spans, strict=True)]
     ]
-    splits = _split_by_file(examples, validation_fraction)
+    splits = split_by_file(examples, validation_fraction)
     if not all(splits.values()):
         raise ValueError(
             f"`validation_fraction={validation_fraction}` leaves a split without text: change it, or give more files."
@@ -111,20 +111,22 @@ def role_task(files: Mapping[str, Path] | None = None, *, validation_fraction: f
     return _as_data_set(splits, {"starts": positions, "ends": positions, "labels": List(ClassLabel(names=ROLES))})
 
 
-def _read(files: Mapping[str, Path] | None) -> Iterator[tuple[str, str]]:
+def read_sources(files: Mapping[str, Path] | None) -> Iterator[tuple[str, str]]:
+    """Yields the name and the text of Python files, by default those of the default corpus, in sorted order."""
     for name, path in sorted((default_corpus_files() if files is None else files).items()):
         yield name, path.read_text(encoding="utf-8-sig", errors="replace")
 
 
-def _parse(name: str, source: str) -> ast.Module:
+def parse_source(name: str, source: str) -> ast.Module:
+    """Parses a Python file; a `ValueError` names it if it is not one."""
     try:
         return ast.parse(source)
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"`files` contains {name!r}, which is not Python ({error}): remove it.") from error
 
 
-def _split_by_file(examples: Examples, validation_fraction: float) -> dict[str, Examples]:
-    """Split examples by a hash of their files, with only the first of identical texts."""
+def split_by_file(examples: Examples, validation_fraction: float) -> dict[str, Examples]:
+    """Splits examples by a hash of their files, with only the first of identical texts."""
     if not 0 < validation_fraction < 1:
         raise ValueError(f"`validation_fraction={validation_fraction}` must be between 0 and 1: 0.05 is usual.")
     distinct = {example["text"]: example for example in reversed(examples)}
@@ -140,18 +142,18 @@ def _as_data_set(splits: dict[str, Examples], labels: dict[str, Any]) -> Dataset
     return DatasetDict({name: Dataset.from_list(examples, features=features) for name, examples in splits.items()})
 
 
-def _definitions(node: ast.AST) -> Iterator[Definition]:
-    """Yield classes and functions in the order of the text, except those inside a function."""
+def find_definitions(node: ast.AST) -> Iterator[Definition]:
+    """Yields classes and functions in the order of the text, except those inside a function."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, Definition):
             yield child
         if not isinstance(child, FUNCTION_NODES):
-            yield from _definitions(child)
+            yield from find_definitions(child)
 
 
 def _function_texts(tree: ast.Module, source: str) -> Iterator[str]:
     lines = source.split("\n")
-    for node in _definitions(tree):
+    for node in find_definitions(tree):
         if isinstance(node, FUNCTION_NODES):
             yield textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
 
@@ -161,7 +163,7 @@ def _pieces(tree: ast.Module, source: str) -> Iterator[tuple[str, list[Span]]]:
     line_starts = _line_starts(source)
     spans = _role_spans(tree, source)
     first_lines = [
-        min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) for node in _definitions(tree)
+        min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) for node in find_definitions(tree)
     ]
     cuts = sorted({0, *(line_starts[line - 1] for line in first_lines), len(source)})
     for start, end in itertools.pairwise(cuts):

@@ -148,6 +148,31 @@ def _check_encodable(value: object, where: str) -> None:
                 ) from None
 
 
+def list_columns(path: str, kind: str) -> list[str]:
+    """Lists the columns of a file of rows; of JSON, those of its first row.
+
+    Args:
+        path (`str`): The file.
+        kind (`str`): Kind of its rows, see [`row_kind`].
+
+    Returns:
+        `list[str]`: Their names.
+
+    Raises:
+        ValueError: If the file is damaged.
+        OSError: If it cannot be read.
+    """
+    if kind == "parquet":
+        with _open(path) as file:
+            return pq.ParquetFile(io.BytesIO(file.read())).schema_arrow.names
+    if kind == "json":
+        _, first, _ = next(_read_values(path), ("", {}, 0))
+        return list(first) if isinstance(first, dict) else []
+    with _open_text(path, newline="") as file:
+        _, header = next(_read_cells(path, file, "\t" if kind == "tsv" else ","), (0, []))
+        return [_replace_bytes(name)[0] for name in header]
+
+
 def check_columns(columns: Mapping[str, str], names: Iterable[str], path: str | None = None) -> None:
     """Raises a `ValueError` unless a file or a data set has each of the columns."""
     names = list(names)

@@ -6,13 +6,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from mot_hf.data.chat import CHAT_TOKENS, add_chat_template
+
 PAD_TOKEN = "<|pad|>"
 END_TOKEN = "<|end|>"
 MASK_TOKEN = "<|mask|>"
 SPECIAL_TOKENS = [PAD_TOKEN, END_TOKEN, MASK_TOKEN]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = 4096, *, chat_template: bool = False
+) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer, which encodes any text and decodes it unchanged.
 
     Args:
@@ -20,6 +24,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
         vocab_size (`int`, *optional*, defaults to 4096):
             Number of tokens, including the 256 bytes and the special tokens `<|pad|>`, `<|end|>` (`eos_token`) and
             `<|mask|>`. A short text may yield fewer.
+        chat_template (`bool`, *optional*, defaults to `False`):
+            Whether the special tokens include those of chats, with the template that uses them; see
+            [`~mot_hf.data.chat.add_chat_template`].
 
     Returns:
         [`PreTrainedTokenizerFast`]: The tokenizer. The same texts always give the same tokenizer.
@@ -28,7 +35,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
         ValueError: If `vocab_size` is too small for the bytes and the special tokens.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(alphabet) + len(SPECIAL_TOKENS)
+    special_tokens = [*SPECIAL_TOKENS, *(CHAT_TOKENS if chat_template else [])]
+    smallest = len(alphabet) + len(special_tokens)
     if vocab_size < smallest:
         raise ValueError(
             f"`vocab_size={vocab_size}` is too small for the bytes and special tokens: use {smallest} or more."
@@ -37,16 +45,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD_TOKEN,
         eos_token=END_TOKEN,
         mask_token=MASK_TOKEN,
         clean_up_tokenization_spaces=False,
     )
+    if chat_template:
+        add_chat_template(tokenizer)
+    return tokenizer
 
 
 def token_byte_counts(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:

@@ -194,6 +194,13 @@ class CorpusArguments(GivenArguments):
         default=None,
         metadata={"help": "vocabulary size of the tokenizer that is trained on the text; 4096 by default"},
     )
+    chat_template: bool = field(
+        default=False,
+        metadata={
+            "help": "whether the tokenizer gets the tokens and the template of chats already now; `mot sft` adds them "
+            "otherwise"
+        },
+    )
     block_length: int = field(default=128, metadata={"help": "number T of tokens per row"})
     mlm_probability: float = field(default=0.15, metadata={"help": "fraction of tokens to mask (masked models only)"})
     max_eval_rows: int = field(

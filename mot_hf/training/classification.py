@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -26,6 +26,7 @@ from mot_hf.data.classification import IGNORED, ClassificationArguments, encode,
 from mot_hf.storage.checkpoints import find_checkpoint
 from mot_hf.training.arguments import MethodArguments
 from mot_hf.training.lora import add_lora
+from mot_hf.training.parallelism import check_is_whole
 from mot_hf.training.plan import check_length
 from mot_hf.training.resuming import (
     CheckpointDescription,
@@ -34,7 +35,7 @@ from mot_hf.training.resuming import (
     check_settings,
     load_checkpoint_tokenizer,
 )
-from mot_hf.training.run import add_callbacks, lock_run, run_training
+from mot_hf.training.run import add_callbacks, fill_batches, lock_run, run_training
 from mot_hf.training.vocabulary import check_meanings, enlarge_embeddings
 
 logger = logging.getLogger(__name__)
@@ -82,11 +83,7 @@ def finetune_classification(
             "last full batch are dropped anyway."
         )
     method_args = method_args or MethodArguments()
-    if max(method_args.tp_size, method_args.ep_size, method_args.fsdp_size) > 1:
-        raise ValueError(
-            "Classifiers are whole in every process: leave out `tp_size`, `ep_size` and `fsdp_size`, and use a "
-            "configuration of accelerate."
-        )
+    check_is_whole(method_args, "Classifiers")
     check_length(training_args)
     with lock_run(training_args):
         return _finetune(model_name_or_path, data, training_args, method_args, text_name, callbacks)
@@ -145,7 +142,7 @@ def _finetune(
     trainer = Trainer(
         model=model,
         args=training_args,
-        train_dataset=_fill_batches(encoded["train"], training_args),
+        train_dataset=fill_batches(encoded["train"], training_args),
         eval_dataset=encoded["validation"],
         data_collator=(DataCollatorForTokenClassification if of_tokens else DataCollatorWithPadding)(tokenizer),
         processing_class=tokenizer,
@@ -209,11 +206,6 @@ def _check_resumed(
     check_adapters(args.lora_rank, args.lora_alpha, checkpoint)
     if saved := load_checkpoint_tokenizer(checkpoint):
         check_meanings(tokenizer, saved, name="The model's tokenizer", own_name=f"the checkpoint {checkpoint!r}")
-
-
-def _fill_batches(rows: Dataset, args: TrainingArguments) -> Dataset:
-    num_full = len(rows) - len(rows) % (args.train_batch_size * args.world_size)
-    return rows.select(range(num_full or len(rows)))
 
 
 def _most_likely(logits: Tensor, labels: Tensor) -> Tensor:

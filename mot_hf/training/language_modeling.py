@@ -203,7 +203,7 @@ def _load_data(
     )
     if tokenizer is None:
         documents = (row["text"] for row in islice(corpus["train"], _MAX_TOKENIZER_DOCUMENTS))
-        tokenizer = train_tokenizer(documents, args.vocab_size or _VOCAB_SIZE)
+        tokenizer = train_tokenizer(documents, args.vocab_size or _VOCAB_SIZE, chat_template=args.chat_template)
     rows = make_blocks(
         corpus,
         tokenizer,

@@ -1,5 +1,6 @@
 """LoRA adapters for MoT and dense models, with PEFT."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -17,7 +18,12 @@ _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def add_lora(
-    model: PreTrainedModel, *, rank: int, alpha: int | float = 16, task_type: "TaskType | str | None" = None
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: int | float = 16,
+    task_type: "TaskType | str | None" = None,
+    new_tokens: Sequence[int] = (),
 ) -> "PeftModel":
     """Freezes a model and adds LoRA adapters to its attention, dense layers and experts.
 
@@ -32,6 +38,8 @@ def add_lora(
             Must be above 0.
         task_type (`str`, *optional*): PEFT's name for the kind of head: `"CAUSAL_LM"`, `"SEQ_CLS"` or `"TOKEN_CLS"`. A
             classification head is trained fully, without adapters.
+        new_tokens (`Sequence[int]`, *optional*): Ids of tokens that the model does not know yet: their embeddings are
+            trained fully, those of a causal language model's other tokens not at all.
 
     Returns:
         `PeftModel`: The model with adapters.
@@ -59,6 +67,7 @@ def add_lora(
         target_modules=_find_targets(model),
         target_parameters=[name for name in _EXPERTS if any(path.endswith(name) for path in parameters)] or None,
         modules_to_save=_find_whole(model, task_type) or None,
+        trainable_token_indices=_find_embeddings(model, new_tokens) or None,
     )
     return get_peft_model(model, config)
 
@@ -72,6 +81,17 @@ def _find_targets(model: PreTrainedModel) -> list[str]:
     if not names:
         raise ValueError(f"{type(model).__name__} has no linear layers for adapters: set `lora_rank=0`.")
     return names
+
+
+def _find_embeddings(model: PreTrainedModel, new_tokens: Sequence[int]) -> dict[str, list[int]]:
+    """The embeddings to train for new tokens, by the names of their modules."""
+    if not new_tokens:
+        return {}
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if model.config.get_text_config().tie_word_embeddings:  # PEFT ties the other one to it
+        tables = tables[:1]
+    names = [name for name, module in model.named_modules() if any(module is table for table in tables)]
+    return {name.rpartition(".")[2]: list(new_tokens) for name in names}
 
 
 def _find_whole(model: PreTrainedModel, task_type: "TaskType | str | None") -> list[str]:

@@ -27,6 +27,23 @@ _START = "_start"
 _OPTIMIZER = "optimizer_sharded"
 
 
+def check_is_whole(args: MethodArguments, models: str) -> None:
+    """Refuses to spread a model over processes where every process has all of it.
+
+    Args:
+        args ([`MethodArguments`]): The sizes.
+        models (`str`): What the models are, in the message.
+
+    Raises:
+        ValueError: A size is more than 1.
+    """
+    if max(args.tp_size, args.ep_size, args.fsdp_size) > 1:
+        raise ValueError(
+            f"{models} are whole in every process: leave out `tp_size`, `ep_size` and `fsdp_size`, and use a "
+            "configuration of accelerate."
+        )
+
+
 def make_layout(args: MethodArguments, training_args: TrainingArguments) -> DistributedConfig | None:
     """Makes transformers' description of how a model is spread over processes.
 

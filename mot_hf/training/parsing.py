@@ -87,7 +87,8 @@ def parse_arguments(
         path = find_recipe(arguments.pop(0))
         recipe, name = _read_recipe(path, parser.names()), path.stem
         parser.set_defaults(**recipe)
-    if TrainingArguments in dataclasses and "output_dir" not in recipe:
+    is_run = any(issubclass(each, TrainingArguments) for each in dataclasses)
+    if is_run and "output_dir" not in recipe:
         parser.set_defaults(output_dir=f"{_RUNS}/{name}")
     *parsed, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
@@ -95,7 +96,7 @@ def parse_arguments(
     if unknown:
         _refuse(unknown, parser.names())
     given = _names_given(dataclasses, arguments)
-    if TrainingArguments in dataclasses and "output_dir" not in {*recipe, *given}:
+    if is_run and "output_dir" not in {*recipe, *given}:
         logger.warning("`output_dir` is not given: everything is written to %s/%s.", _RUNS, name)
     for each in parsed:
         if isinstance(each, GivenArguments):

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from accelerate import PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
+from datasets import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from mot_hf.modeling import MoTPreTrainedModel
@@ -48,6 +49,22 @@ def add_callbacks(trainer: Trainer, args: MethodArguments | None = None, *, num_
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     if args.transition_share is not None:
         trainer.add_callback(TransitionTuning(trainer, args.transition_share, args.transition_mode))
+
+
+def fill_batches(rows: Dataset, args: TrainingArguments) -> Dataset:
+    """Leaves out the training rows beyond the last full batch of all processes, unless there is no full one.
+
+    `dataloader_drop_last` would drop evaluation rows too.
+
+    Args:
+        rows (`Dataset`): Training rows.
+        args (`TrainingArguments`): Arguments of the `Trainer`.
+
+    Returns:
+        `Dataset`: The rows of full batches.
+    """
+    num_full = len(rows) - len(rows) % (args.train_batch_size * args.world_size)
+    return rows.select(range(num_full or len(rows)))
 
 
 @contextmanager

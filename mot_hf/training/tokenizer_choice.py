@@ -4,6 +4,7 @@ import logging
 
 from transformers import PreTrainedTokenizerBase
 
+from mot_hf.data.chat import add_chat_template
 from mot_hf.modeling import MoTConfig
 from mot_hf.training.arguments import CorpusArguments, ModelArguments
 from mot_hf.training.resuming import load_checkpoint_tokenizer
@@ -49,6 +50,8 @@ def find_tokenizer(
     if args.tokenizer and model_args.model_name_or_path:
         _compare_with_model(tokenizer, args.tokenizer, model_args.model_name_or_path)
     tokenizer = complete_tokenizer(tokenizer, masked)
+    if args.chat_template and tokenizer.chat_template is None:
+        add_chat_template(tokenizer)
     num_tokens = count_tokens(tokenizer)
     known = {num_tokens, config.vocab_size} if model_args.model_name_or_path else {num_tokens}
     if args.is_meant("vocab_size") and args.vocab_size not in known:
@@ -63,6 +66,11 @@ def _resume_tokenizer(
     args: CorpusArguments, saved: PreTrainedTokenizerBase, checkpoint: str, masked: bool
 ) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Training one on a changed text would assign the ids to other tokens."""
+    if args.chat_template and saved.chat_template is None:
+        raise ValueError(
+            f"`chat_template=True` adds tokens, but the run of the checkpoint {checkpoint!r} goes on with its own: "
+            "remove chat_template, or start a new run in another folder."
+        )
     if args.tokenizer:
         asked = complete_tokenizer(_load_tokenizer(args.tokenizer), masked)
         check_meanings(asked, saved, name=f"`tokenizer={args.tokenizer!r}`", own_name=f"the checkpoint {checkpoint!r}")

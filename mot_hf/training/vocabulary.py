@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 # Special tokens that the `Trainer` copies to the configuration when training starts.
 _COPIED_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+_ROW_MULTIPLE = 64
 
 
 class VocabularyCheck(TrainerCallback):
@@ -112,7 +113,7 @@ def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, masked: bool = False)
     return tokenizer
 
 
-def enlarge_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def enlarge_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, padded: bool = False) -> None:
     """Enlarges the embeddings of a model to all tokens of a tokenizer, and logs it.
 
     New rows are sampled around the mean of the others. If the model has more rows than tokens, it keeps them.
@@ -120,15 +121,18 @@ def enlarge_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     Args:
         model (`PreTrainedModel`): The model, without adapters.
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        padded (`bool`, *optional*, defaults to `False`): Whether a number of rows that is a multiple of 64, as
+            matrix products and divided vocabularies like it, stays one; adapters are saved for the exact number.
     """
     num_tokens, num_rows = count_tokens(tokenizer), model.config.get_text_config().vocab_size
     if num_tokens > num_rows:
-        model.resize_token_embeddings(num_tokens)
+        multiple = _ROW_MULTIPLE if padded and num_rows % _ROW_MULTIPLE == 0 else None
+        embeddings = model.resize_token_embeddings(num_tokens, pad_to_multiple_of=multiple)
         logger.warning(
             "The tokenizer has %d tokens, but the model had embeddings for %d: added %d untrained ones.",
             num_tokens,
             num_rows,
-            num_tokens - num_rows,
+            len(embeddings.weight) - num_rows,
         )
 
 

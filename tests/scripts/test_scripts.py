@@ -76,6 +76,17 @@ def test_bench_generate_compares_all_models(folder: Path) -> None:
     assert all(result["relative_speed"] > 0 and "tokens_per_second" not in result for result in results)
 
 
+def test_conversations_about_code(folder: Path) -> None:
+    pytest.importorskip("trl")
+    arguments = ["--model_name_or_path", "clm", "--output_dir", "chat", "--max_steps", "2", "--eval_strategy", "no"]
+    run_script(folder, "sft.py", "sft", *arguments)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "chat")
+    model = AutoModelForCausalLM.from_pretrained(folder / "chat")
+    assert model.config.mixing == "per_sequence"  # batches of 8 rows do not fill its groups
+    assert model.generation_config.eos_token_id[0] == tokenizer.convert_tokens_to_ids("<|end_of_turn|>")
+    assert model.config.vocab_size == 576  # 512 and 4, padded
+
+
 def test_a_tokenizer_that_is_not_byte_level_serves_too(folder: Path) -> None:
     words = WordPieceTokenizer()
     words.train([str(REPOSITORY / "README.md")], vocab_size=400, show_progress=False)

@@ -255,6 +255,12 @@ def test_a_missing_extra_is_named_before_anything_is_done(
         'error: `mot report` needs datasets, matplotlib, not installed here: pip install "mot_hf[train,report]"\n'
     )
     assert 'matplotlib, not installed here: pip install "mot_hf[report]"' in fail(["card", "x"], monkeypatch, capsys)
+    monkeypatch.setattr("mot_cli.application.find_spec", lambda name: None if name == "trl" else name)
+    error = fail(["sft", "sft", "--model_name_or_path", "absent"], monkeypatch, capsys)
+    assert error == 'error: `mot sft` needs trl, not installed here: pip install "mot_hf[sft]"\n'
+    monkeypatch.setattr(
+        "mot_cli.application.find_spec", lambda name: None if name in ("matplotlib", "datasets") else name
+    )
     MoTForCausalLM(tiny_config()).save_pretrained(tmp_path / "untuned")
     error = fail(["export", str(tmp_path / "untuned"), str(tmp_path / "moe")], monkeypatch, capsys)
     assert "was not tuned in mode 'moe'" in error
@@ -312,6 +318,7 @@ def test_extras_are_those_of_the_distribution() -> None:
     assert set(EXTRAS["train"]) <= names["train"]
     assert set(EXTRAS["report"]) <= names["report"]
     assert names["serve"] == {"transformers"}
+    assert names["sft"] == set(EXTRAS["sft"])
 
 
 def test_the_precision_is_that_of_the_computation_only(source: Path, tmp_path: Path) -> None:

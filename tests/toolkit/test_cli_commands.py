@@ -78,6 +78,21 @@ def test_finetune_classifies_rows(model_dir: Path, tmp_path: Path) -> None:
     assert "eval_accuracy" in json.loads((tmp_path / "run" / "eval_results.json").read_text())
 
 
+def test_sft_tunes_on_conversations(model_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    rows = [{"question": text[:20], "answer": text[:9]} for text in TEXTS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--source", tmp_path / "rows.jsonl", "--prompt_column", "question", "--completion_column", "answer"]
+    arguments += ["--model_name_or_path", model_dir, "--output_dir", tmp_path / "run", "--max_steps", "1"]
+    arguments += ["--report_to", "none", "--use_cpu", "true"]
+    assert f"model saved in {tmp_path / 'run'}" in invoke("sft", "sft", *arguments)
+    model, tokenizer = open_model(tmp_path / "run")
+    assert isinstance(model, MoTForCausalLM)
+    assert tokenizer.chat_template is not None
+    result = CliRunner().invoke(app, ["sft", "sft", "--lerning_rate", "1"])
+    assert "no argument `--lerning_rate` (did you mean `--learning_rate`?)" in str(result.exception)
+
+
 def test_evaluate_measures_every_mode(model_dir: Path, tmp_path: Path) -> None:
     source = write_text(tmp_path / "text")
     rows = json.loads(

@@ -96,6 +96,15 @@ class TestEnlarging:
             assert 0 < new[280].norm() < 3 * old.norm(dim=1).mean()
         assert model(torch.tensor([[280, 3]])).logits.shape == (1, 2, 281)
 
+    @pytest.mark.parametrize(("size", "padded", "expected"), [(320, True, 384), (320, False, 321), (280, True, 281)])
+    def test_a_padded_vocabulary_stays_one(self, size: int, padded: bool, expected: int) -> None:
+        tokenizer = plain_tokenizer(size)
+        tokenizer.add_tokens([f"<{number}>" for number in range(size + 1 - len(tokenizer))])
+        model = MoTForCausalLM(tiny_config(vocab_size=size))
+        enlarge_embeddings(model, tokenizer, padded=padded)
+        assert model.config.vocab_size == len(model.get_input_embeddings().weight) == expected
+        assert len(model.get_output_embeddings().weight) == expected
+
 
 class TestScripts:
     @pytest.mark.parametrize("tied", [False, True])

@@ -243,14 +243,18 @@ def _make_trainer(
         config.router_aux_loss_coef = coefficient  # TRL writes 0 there, which later training in mode moe would take
     # TRL writes a card with every checkpoint, which would count as one that was written by hand.
     trainer.create_model_card = lambda *args, **kwargs: None
-    _count_cut(trainer, training_args)
+    _count_cut(trainer, training_args, config)
     if getattr(config, "mixing", None) == "cross_example":
         trainer.train_dataset = fill_batches(trainer.train_dataset, training_args)
     return trainer
 
 
+def _find_longest(config: PreTrainedConfig) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def _set_length(args: SFTConfig, config: PreTrainedConfig) -> None:
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = _find_longest(config)
     if args.max_length is None:
         args.max_length = longest
     elif longest is not None and args.max_length > longest:
@@ -262,16 +266,20 @@ def _set_length(args: SFTConfig, config: PreTrainedConfig) -> None:
         )
 
 
-def _count_cut(trainer: SFTTrainer, args: SFTConfig) -> None:
+def _count_cut(trainer: SFTTrainer, args: SFTConfig, config: PreTrainedConfig) -> None:
     """Say how many conversations do not fit into a row, as the model does not learn from the rest of them."""
     rows: Any = trainer.train_dataset
+    if not len(rows):  # TRL leaves out rows in which no answer begins
+        raise ValueError(f"No answer begins within `max_length={args.max_length}` tokens: set it higher.")
     if args.packing or args.max_length is None:
         return
     num_full = sum(len(ids) >= args.max_length for ids in rows["input_ids"])
     if num_full:
+        is_most = args.max_length >= (_find_longest(config) or args.max_length + 1)
         logger.warning(
-            "Of %s, %d fill or exceed `max_length=%d` tokens, and are cut there: longer rows need a model for them.",
+            "Of %s, %d fill or exceed `max_length=%d` tokens, and are cut there: %s.",
             count(len(rows), "conversation"),
             num_full,
             args.max_length,
+            "the model is meant for no more" if is_most else "set --max_length higher",
         )

@@ -112,6 +112,7 @@ def test_a_split_must_not_be_empty(files: dict[str, Path]) -> None:
         code_chats(files, validation_fraction=2)
 
 
+@pytest.mark.slow
 def test_the_default_corpus_gives_real_functions() -> None:
     data = code_chats()
     assert len(data["train"]) > 2000

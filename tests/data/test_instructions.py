@@ -134,6 +134,7 @@ def test_data_sets_and_texts_without_conversations_are_refused(tmp_path: Path) -
         load_instruction_data(args)
 
 
+@pytest.mark.slow
 def test_the_default_is_about_code() -> None:
     data = load_instruction_data(InstructionArguments("model"))
     assert data["train"].column_names == ["messages"]

@@ -1,6 +1,8 @@
 """From nothing to a chat: trained, tuned on conversations, asked through a pipeline and a server, exported, asked."""
 
 import json
+import re
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 from mot_cli import app
 from mot_hf.data.chat import END_OF_TURN_TOKEN
 from tests.ecosystem.test_serve import start_server
+from tests.scripts.running import REPOSITORY
 from tests.training.language_runs import SMALL, WORDS, write_text
 
 pytest.importorskip("trl")
@@ -97,3 +100,19 @@ def test_a_server_answers_in_turns(folder: Path, tmp_path: Path) -> None:
                 reply = server.client.chat.completions.create(messages=chat, **settings).choices[0]
                 assert (reply.message.content, reply.finish_reason) == (answer, "stop")
                 chat.append({"role": "assistant", "content": reply.message.content})
+
+
+def test_the_code_of_the_guide_runs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    guide = (REPOSITORY / "docs" / "guides" / "instruction_tuning.md").read_text()
+    first, preferences = re.findall(r"```python\n(.+?)```", guide, re.DOTALL)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "chat").symlink_to(folder / "tuned")
+    with chdir(tmp_path):
+        exec(first, {})
+        assert capsys.readouterr().out.strip()
+        for whole, part in (("[:400]", "[:8]"), ("max_steps=50", "max_steps=1")):
+            assert whole in preferences
+            preferences = preferences.replace(whole, part)
+        names: dict[str, Any] = {}
+        exec(preferences, names)
+    assert names["trainer"].state.log_history[0]["loss"] > 0

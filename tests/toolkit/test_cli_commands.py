@@ -89,7 +89,7 @@ def test_sft_tunes_on_conversations(model_dir: Path, tmp_path: Path) -> None:
     model, tokenizer = open_model(tmp_path / "run")
     assert isinstance(model, MoTForCausalLM)
     assert tokenizer.chat_template is not None
-    result = CliRunner().invoke(app, ["sft", "sft", "--lerning_rate", "1"])
+    result = CliRunner().invoke(app, ["sft", "sft", "--model_name_or_path", "x", "--lerning_rate", "1"])
     assert "no argument `--lerning_rate` (did you mean `--learning_rate`?)" in str(result.exception)
 
 

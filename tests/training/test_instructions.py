@@ -232,9 +232,11 @@ def test_conversations_that_do_not_fit_are_counted(
         tune(tmp_path, prepared, source, max_length=9, max_steps=1)
         tune(tmp_path, prepared, source, max_length=80, max_steps=1)
     (cut,) = [record.getMessage() for record in caplog.records if "are cut there" in record.getMessage()]
-    assert "fill or exceed `max_length=9` tokens" in cut
+    assert "fill or exceed `max_length=9` tokens, and are cut there: set --max_length higher." in cut
     assert "Rows of `max_length=80` tokens are longer than the rows that the model is meant for" in caplog.text
     assert "set --max_length to 64 or less" in caplog.text
+    with pytest.raises(ValueError, match="No answer begins within `max_length=2` tokens"):
+        tune(tmp_path, prepared, source, max_length=2)
 
 
 def test_the_statistics_stay_in_mode_per_sequence_and_follow_full_groups(

@@ -224,7 +224,8 @@ def _make_trainer(
     coefficient = getattr(config, "router_aux_loss_coef", None)
     described = CheckpointDescription(config, type(model).__name__, tokenizer)
     if method_args.lora_rank:
-        new = sorted(number for token, number in tokenizer.get_added_vocab().items() if token in CHAT_TOKENS)
+        vocabulary = tokenizer.get_vocab()
+        new = sorted(vocabulary[token] for token in CHAT_TOKENS if token in vocabulary)
         sizes = {"rank": method_args.lora_rank, "alpha": method_args.lora_alpha}
         model = add_lora(model, task_type="CAUSAL_LM", new_tokens=new, **sizes)
         head: Any = model.get_output_embeddings()

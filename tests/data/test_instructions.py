@@ -35,7 +35,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> InstructionArguments:
 
 
 def rows_of(data: DatasetDict) -> dict[str, list[dict[str, Any]]]:
-    return {name: list(split) for name, split in data.items()}
+    return {str(name): [dict(row) for row in split] for name, split in data.items()}
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])

@@ -115,4 +115,4 @@ def test_the_code_of_the_guide_runs(folder: Path, tmp_path: Path, capsys: pytest
             preferences = preferences.replace(whole, part)
         names: dict[str, Any] = {}
         exec(preferences, names)
-    assert names["trainer"].state.log_history[0]["loss"] > 0
+    assert names["trainer"].state.log_history[-1]["train_loss"] > 0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from mot_hf import MoTForCausalLM, MoTForMaskedLM, MoTPreTrainedModel
+from mot_hf.data.chat import CHAT_TEMPLATE
 from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.training import add_callbacks
 from mot_hf.training.vocabulary import check_meanings, count_tokens, enlarge_embeddings
@@ -107,6 +108,21 @@ class TestEnlarging:
 
 
 class TestScripts:
+    @pytest.mark.parametrize("is_new", [True, False])
+    def test_a_tokenizer_gets_the_template_of_chats_when_asked_for(self, is_new: bool, tmp_path: Path) -> None:
+        base = save_base(tmp_path / "base", plain_tokenizer())
+        model = None if is_new else {"model_name_or_path": base}
+        corpus = {"chat_template": True} | ({"vocab_size": 290} if is_new else {})
+        source = write_text(tmp_path / "text")
+        train(tmp_path / "run", source, model=model, corpus=corpus)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+        assert tokenizer.chat_template == CHAT_TEMPLATE
+        assert len(tokenizer) == (290 if is_new else 285)  # 280, padding, and the four of chats
+        assert MoTForCausalLM.from_pretrained(tmp_path / "run").config.vocab_size == len(tokenizer)
+        train(tmp_path / "plain", source)
+        with pytest.raises(ValueError, match="`chat_template=True` adds tokens, but the run of the checkpoint"):
+            train(tmp_path / "plain", source, corpus=corpus, resume_from_checkpoint="true")
+
     @pytest.mark.parametrize("tied", [False, True])
     @pytest.mark.parametrize("masked", [False, True])
     def test_a_checkpoint_whose_tokenizer_lacks_tokens_gets_room_for_them(

@@ -35,9 +35,6 @@ except ImportError:
         f"{version('transformers')}. Compare results, or `pip install 'transformers=={NEWEST_TESTED}.*'`."
     )
 
-# The style of tensor parallelism that [`MoTExpertsParallel`] registers.
-EXPERTS_STYLE = "mot_tp_experts"
-
 MixingMode = Literal["cross_example", "per_sequence", "moe"]
 
 _AT_LEAST_ONE = (
@@ -185,7 +182,8 @@ class MoTConfig(PreTrainedConfig):
     model_type = "mot"
     keys_to_ignore_at_inference = ["past_key_values", "cache", "router_logits", "aux_loss"]
     attribute_map = {"num_local_experts": "num_experts"}
-    # How transformers and servers spread the backbone over processes: as Qwen3-MoE, but for the call that mixes.
+    # How transformers and servers spread the backbone over processes, in words that both know: as Qwen3-MoE. Before
+    # transformers spreads a model, [`name_own_style`] puts another style in the place of `moe_tp_experts`.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -195,7 +193,7 @@ class MoTConfig(PreTrainedConfig):
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",
-        "layers.*.mlp.experts": EXPERTS_STYLE,
+        "layers.*.mlp.experts": "moe_tp_experts",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",

@@ -5,6 +5,7 @@ width, F expert width.
 """
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Self, cast
 
@@ -25,7 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .arguments_mot import CACHE_NAME, known_arguments_only, merge_caches
+from .arguments_mot import CACHE_NAME, SERVERS_ARGUMENT, known_arguments_only, merge_caches
 from .companions_mot import (
     GroupSums,
     MoTCompanions,
@@ -48,7 +49,7 @@ from .mixing_mot import (
     refuse_flattened_rows,
     route_tokens,
 )
-from .parallel_mot import average_companions, call_experts, check_sharding
+from .parallel_mot import average_companions, call_experts, check_sharding, name_own_style
 from .selected_mot import OwnMixtures, can_run_selected, copy_and_run, mix_and_run_selected
 
 logger = logging.get_logger(__name__)
@@ -203,6 +204,8 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MoTConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = Qwen3Attention(config, layer_idx)
+        # Servers look here. transformers passes the configuration's value to attention functions.
+        self.self_attn.is_causal = config.is_causal
         self.is_sparse = cast(list[str], config.mlp_layer_types)[layer_idx] == "sparse"
         self.mlp = MoTSparseBlock(config, layer_idx) if self.is_sparse else Qwen3MLP(config)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -265,6 +268,7 @@ class MoTPreTrainedModel(PreTrainedModel):
         """Spread the model over processes, as transformers does it when it loads, unless the numbers do not fit it."""
         if distributed_config is not None:
             check_sharding(cast(MoTConfig, model.config), distributed_config)
+            cast(Self, model)._tp_plan = name_own_style(cast(Self, model)._tp_plan)
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -367,6 +371,7 @@ class MoTModel(MoTPreTrainedModel):
         """
         cache = merge_caches(past_key_values, cache, kwargs)
         mode = self._resolve_mixing(mixing)
+        _refuse_experts_of_servers(self.config.hidden_act, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
@@ -375,7 +380,7 @@ class MoTModel(MoTPreTrainedModel):
         context = MixingContext(mode, find_position_buckets(inputs_embeds, position_ids, attention_mask, num_cached))
         if mode == "cross_example":
             refuse_flattened_rows(inputs_embeds, attention_mask, position_ids, cache, kwargs)
-        elif mode == "per_sequence" and not (self._companions_were_checked or is_tracing(inputs_embeds)):
+        elif mode == "per_sequence" and not (is_tracing(inputs_embeds) or self._companions_were_checked):
             self._check_companions()
         self._form_groups(context, inputs_embeds, attention_mask, token_mask)
 
@@ -468,6 +473,15 @@ class MoTModel(MoTPreTrainedModel):
             groups = context.get_groups(self.config.group_size, device)
             batch = average_groups([sums[index] for index in indices], groups, self.config.group_size)
             update_companions([companions[index] for index in indices], batch, groups.num_tokens)
+
+
+def _refuse_experts_of_servers(activation: str, kwargs: Mapping[str, Any]) -> None:
+    """Refuse to run where vLLM or SGLang put their experts, which compute SiLU alone, in the place of ours."""
+    if kwargs.get(SERVERS_ARGUMENT) is not None and activation not in ("silu", "swish"):
+        raise ValueError(
+            f"vLLM and SGLang run experts with SiLU, and those of this model have `hidden_act={activation!r}`: its "
+            "answers would be wrong. Serve it by `transformers serve`."
+        )
 
 
 def _check_mode(name: str, mode: str) -> str:

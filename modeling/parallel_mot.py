@@ -17,8 +17,10 @@ from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, MoeExp
 
 from .autograd_mot import find_autocast_dtype
 from .companions_mot import MoTCompanions
-from .configuration_mot import EXPERTS_STYLE, MoTConfig
+from .configuration_mot import MoTConfig
 from .experts_mot import Mixed, mix_and_call
+
+_EXPERTS_STYLE = "mot_tp_experts"
 
 
 class MoTExpertsParallel(MoeExpertsParallel):
@@ -53,7 +55,19 @@ class MoTExpertsParallel(MoeExpertsParallel):
 
 
 if dist.is_available():
-    ALL_PARALLEL_STYLES.register(EXPERTS_STYLE, MoTExpertsParallel())
+    ALL_PARALLEL_STYLES.register(_EXPERTS_STYLE, MoTExpertsParallel())
+
+
+def name_own_style(plan: dict[str, str] | None) -> dict[str, str]:
+    """Put the style of experts that also mix tokens in the place of that of other models' experts.
+
+    Args:
+        plan (`dict[str, str]`, *optional*): A plan of tensor parallelism.
+
+    Returns:
+        `dict[str, str]`: The plan for transformers. Servers do not know the style, and some refuse unknown ones.
+    """
+    return {name: _EXPERTS_STYLE if style == "moe_tp_experts" else style for name, style in (plan or {}).items()}
 
 
 def call_experts(experts: nn.Module) -> Callable[..., Mixed]:
@@ -145,4 +159,11 @@ def average_companions(layers: Iterable[MoTCompanions]) -> None:
         companions.fill_buckets()
 
 
-__all__ = ["MoTExpertsParallel", "average_companions", "call_experts", "check_sharding", "run_routed"]
+__all__ = [
+    "MoTExpertsParallel",
+    "average_companions",
+    "call_experts",
+    "check_sharding",
+    "name_own_style",
+    "run_routed",
+]

@@ -18,9 +18,6 @@ from transformers.utils import TransformersKwargs
 CACHE_NAME = "cache" if "cache" in inspect.signature(Qwen3Attention.forward).parameters else "past_key_values"
 _CACHE_NAMES = {"past_key_values", "cache"}
 
-# What vLLM and SGLang hand to their attention function, and by which they can be told.
-SERVERS_ARGUMENT = "attention_instances"
-
 # Arguments of every forward besides its own: those of all models of transformers, of continuous batching, of the
 # losses (a head passes the same arguments to its loss and its backbone), and of decorators.
 _COMMON_ARGUMENTS = {*TransformersKwargs.__annotations__, *PagedAttentionArgs.__annotations__} - _CACHE_NAMES

@@ -2,10 +2,10 @@
 
 import copy
 import os
+import sys
 from difflib import get_close_matches
 from importlib.metadata import version
 from math import gcd, sqrt
-from sys import float_info
 from typing import Any, Literal, NoReturn, Self, cast
 
 from transformers.utils import logging
@@ -366,11 +366,11 @@ class MoTConfig(PreTrainedConfig):
         # The comparisons are false for NaN, and for infinity by the largest float.
         in_range = {
             "a finite number greater than 0": {
-                name: 0 < getattr(self, name) <= float_info.max
+                name: 0 < getattr(self, name) <= sys.float_info.max
                 for name in ("initializer_range", "router_initializer_range", "rms_norm_eps")
             },
             "a finite number of at least 0": {
-                "router_aux_loss_coef": 0 <= self.router_aux_loss_coef <= float_info.max
+                "router_aux_loss_coef": 0 <= self.router_aux_loss_coef <= sys.float_info.max
             },
             "in [0, 1)": {"attention_dropout": 0 <= self.attention_dropout < 1},
             "in (0, 1]": {"companion_momentum": 0 < self.companion_momentum <= 1},
@@ -516,7 +516,7 @@ def _is_floating_point(dtype: Any) -> bool:
 
 
 def _is_positive(number: Any) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number <= float_info.max
+    return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number <= sys.float_info.max
 
 
 def _auto_map() -> dict[str, str]:

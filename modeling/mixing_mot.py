@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 from transformers.utils.import_utils import is_tracing
 
-from .arguments_mot import SERVERS_ARGUMENT
 from .autograd_mot import is_transformed
 from .companions_mot import (
     NUM_POSITION_BUCKETS,
@@ -365,9 +364,7 @@ def refuse_flattened_rows(
     """Raise if the batch is one row of several sequences: there are no other examples to mix with."""
     if inputs_embeds.shape[0] > 1:
         return
-    # Servers have one row of all requests.
-    signs = ("cu_seq_lens_q", "cu_seq_lens_k", SERVERS_ARGUMENT)
-    flattened = any(kwargs.get(name) is not None for name in signs)
+    flattened = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
     # As in transformers, positions count only without a cache or mask: beside a mask, positions that do not rise by 1
     # may be padding's.
     if not flattened and attention_mask is None and past_key_values is None and position_ids is not None:
@@ -376,5 +373,5 @@ def refuse_flattened_rows(
         raise ValueError(
             "mixing='cross_example' mixes different rows of the batch, and this batch is one row that holds several "
             "sequences (flattened, packed or continuously batched). Put each sequence into a row of its own, or set "
-            "mixing='per_sequence' or 'moe'; for a server set `inference_mixing` in the configuration."
+            "mixing='per_sequence' or 'moe'."
         )

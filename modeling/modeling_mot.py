@@ -5,7 +5,6 @@ width, F expert width.
 """
 
 import os
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, Self, cast
 
@@ -26,7 +25,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .arguments_mot import CACHE_NAME, SERVERS_ARGUMENT, known_arguments_only, merge_caches
+from .arguments_mot import CACHE_NAME, known_arguments_only, merge_caches
 from .companions_mot import (
     GroupSums,
     MoTCompanions,
@@ -126,6 +125,25 @@ def _reaches_own_forward(experts: nn.Module) -> bool:
     return isinstance(experts, MoTExperts) and "forward" not in vars(experts)
 
 
+def _are_own(experts: nn.Module) -> bool:
+    """Whether these are ours, maybe within a wrapper."""
+    return isinstance(experts, MoTExperts) or any(isinstance(module, MoTExperts) for module in experts.modules())
+
+
+def _refuse_experts_of_servers(mode: str, activation: str) -> None:
+    """Refuse what experts cannot do that vLLM and SGLang put in the place of ours: they run selected ones, by SiLU."""
+    if mode == "cross_example":
+        raise ValueError(
+            "mixing='cross_example' mixes different rows of the batch, and a server puts all requests into one. Set "
+            "`inference_mixing` to 'per_sequence' or 'moe' in the model's configuration."
+        )
+    if activation not in ("silu", "swish"):
+        raise ValueError(
+            f"vLLM and SGLang run experts with SiLU, and those of this model have `hidden_act={activation!r}`: its "
+            "answers would be wrong. Serve it by `transformers serve`."
+        )
+
+
 class MoTSparseBlock(nn.Module):
     """A MoT layer: a controller, experts and companions, combined in one of the three mixing modes."""
 
@@ -139,6 +157,8 @@ class MoTSparseBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, context: MixingContext) -> Tensor:
         """Map tokens `[B, T, D]` to outputs of the same shape."""
+        if not _are_own(self.experts):
+            _refuse_experts_of_servers(context.mode, self.config.hidden_act)
         logits = self.gate(hidden_states)  # [S, E]
         if context.mode == "cross_example":
             return self._mix_across_examples(hidden_states, logits, context)
@@ -371,7 +391,6 @@ class MoTModel(MoTPreTrainedModel):
         """
         cache = merge_caches(past_key_values, cache, kwargs)
         mode = self._resolve_mixing(mixing)
-        _refuse_experts_of_servers(self.config.hidden_act, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
@@ -473,15 +492,6 @@ class MoTModel(MoTPreTrainedModel):
             groups = context.get_groups(self.config.group_size, device)
             batch = average_groups([sums[index] for index in indices], groups, self.config.group_size)
             update_companions([companions[index] for index in indices], batch, groups.num_tokens)
-
-
-def _refuse_experts_of_servers(activation: str, kwargs: Mapping[str, Any]) -> None:
-    """Refuse to run where vLLM or SGLang put their experts, which compute SiLU alone, in the place of ours."""
-    if kwargs.get(SERVERS_ARGUMENT) is not None and activation not in ("silu", "swish"):
-        raise ValueError(
-            f"vLLM and SGLang run experts with SiLU, and those of this model have `hidden_act={activation!r}`: its "
-            "answers would be wrong. Serve it by `transformers serve`."
-        )
 
 
 def _check_mode(name: str, mode: str) -> str:

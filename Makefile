@@ -8,6 +8,7 @@ ARGS ?=
 OLDEST := $(VENV)-oldest
 NEWEST := $(VENV)-newest
 INSTALLED_NEWEST = $(NEWEST)/bin/python -m pip list --exclude-editable --exclude pip --format freeze | cut -d = -f 1
+VLLM := $(VENV)-vllm
 LLAMA_CPP_PYTHON := 0.3.36
 LLAMA_CPP := $(VENV)/llama_cpp_python-$(LLAMA_CPP_PYTHON)
 CHECKPOINT ?= runs/checkpoint
@@ -15,8 +16,8 @@ RUFF := $(VENV)/bin/ruff
 ON_GPU := --device cuda --dtype bfloat16
 
 .DEFAULT_GOAL := help
-.PHONY: help venv llama-cpp demo checkpoint test test-fast test-oldest test-newest newest constraints bench bench-gpu \
-	gpu-check quality fix docs notebooks build clean
+.PHONY: help venv llama-cpp vllm demo checkpoint test test-fast test-oldest test-newest newest constraints bench \
+	bench-gpu gpu-check quality fix docs notebooks build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +25,8 @@ help:  ## list the targets
 venv: $(VENV)/.dev  ## make $(VENV) with everything that development needs
 
 llama-cpp: $(LLAMA_CPP)/.built  ## build llama.cpp for its tests; some minutes
+
+vllm: $(VLLM)/.built  ## install vLLM for its tests, in an environment of its own; some minutes
 
 demo: $(VENV)/.demo  ## train, compare and generate on a small scale (ARGS="...")
 	$(VENV)/bin/python scripts/demo.py $(ARGS)
@@ -42,8 +45,9 @@ XDIST = -n $(WORKERS) --dist worksteal
 
 # One thread a worker: torch would start as many as there are cores, in each of them.
 test test-fast test-oldest test-newest: export OMP_NUM_THREADS := 1
-# Without it, or before `make llama-cpp`, the tests with llama.cpp are skipped.
+# Without them, or before `make llama-cpp` and `make vllm`, the tests with llama.cpp and vLLM are skipped.
 test: export LLAMA_CPP_SOURCE ?= $(abspath $(LLAMA_CPP)/vendor/llama.cpp)
+test: export VLLM_PYTHON ?= $(abspath $(VLLM)/bin/python)
 
 # A part of the tests covers a part of the lines, so only all of them are held to the floor.
 test: $(VENV)/.dev  ## run all tests and measure their coverage, or some without (ARGS="-k layer")
@@ -132,7 +136,7 @@ build: $(VENV)/.dev  ## make the sdist and the wheel in dist/
 	$(VENV)/bin/python -m twine check --strict dist/*
 
 clean:  ## remove everything that make made
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) .typings build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(VLLM) .typings build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -155,6 +159,12 @@ $(LLAMA_CPP)/.built: $(VENV)/.dev
 		llama-cpp-python==$(LLAMA_CPP_PYTHON)
 	tar -xzf $(LLAMA_CPP).tar.gz -C $(VENV)
 	$(VENV)/bin/python -m pip install $(PIP_ARGS) -c constraints.txt $(LLAMA_CPP).tar.gz
+	touch $@
+
+# All packages are pinned: vLLM's own requirements would add others for audio and images, and other versions of torch.
+$(VLLM)/.built: constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install $(PIP_ARGS) --no-deps -r constraints-vllm.txt
 	touch $@
 
 .typings/mot_hf/modeling:

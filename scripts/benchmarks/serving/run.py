@@ -123,7 +123,10 @@ def measure_speed(args: Arguments, engines: dict[str, EngineProcess]) -> dict[st
     for phase, times in seconds.items():
         for name, timing in summarize_times(times, REFERENCE).items():
             lower, upper = timing.relative_time_quartiles
-            speeds[name][phase] = {"relative_speed": 1 / timing.relative_time, "quartiles": [1 / upper, 1 / lower]}
+            speeds[name][f"{phase}_speed"] = {
+                "relative_speed": 1 / timing.relative_time,
+                "quartiles": [1 / upper, 1 / lower],
+            }
     return speeds
 
 
@@ -179,7 +182,7 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, result in results.items():
-        speeds = [f"{result[phase]['relative_speed']:.2f}" for phase in ("prefill", "answers")]
+        speeds = [f"{result[phase]['relative_speed']:.2f}" for phase in ("prefill_speed", "answers_speed")]
         difference = result["largest_difference"]
         cells = [name, f"{result['same_answers']} of {result['answers']}"]
         cells += ["" if difference is None else f"{difference:.1e}", *speeds]

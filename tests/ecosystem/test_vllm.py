@@ -199,7 +199,8 @@ class Server:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", folder / "log.txt"
-        command = [str(PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", str(model_dir)]
+        # What `vllm serve` runs; the command itself asks for metadata that the CPU build has under another name.
+        command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
         command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "mot", *options]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(

@@ -215,6 +215,7 @@ def test_requests_of_a_server_get_what_they_get_alone(folders: dict[str, Path], 
     torch.testing.assert_close(served, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", SERVED_MODES)
 @torch.no_grad()
 def test_a_server_compiles_the_backbone_once_for_all_numbers_of_tokens(folders: dict[str, Path], mode: str) -> None:

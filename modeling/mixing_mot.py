@@ -10,7 +10,6 @@ the signature of transformers' experts interface. With `own=mixtures` they run o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from math import log
 from typing import Any, cast, get_args
 
@@ -39,12 +38,11 @@ MIXING_MODES: tuple[str, ...] = get_args(MixingMode)
 Experts = Callable[..., Any]
 
 
-@dataclass
 class MixingContext:
     """What the model passes to its MoT layers in one forward pass, and what they pass back.
 
-    Not a tuple, dict or other container, because wrappers of a module's forward (FSDP, accelerate) would copy or cast
-    its contents.
+    Not a dataclass, tuple, dict or other container: wrappers of a module's forward (FSDP, accelerate) would copy it,
+    so that what layers leave in it were lost, and cast its tensors.
 
     Args:
         mode (`str`):
@@ -53,22 +51,25 @@ class MixingContext:
             Position bucket of every token, see [`find_position_buckets`].
         token_mask (`torch.Tensor` of shape `[B, T]`, *optional*):
             `True` for tokens, `False` for padding. `None` if there is no padding.
+        gathers (`bool`, *optional*, defaults to `True`):
+            Whether statistics of this batch are gathered.
+
+    Attributes:
         groups (`Groups`, *optional*):
             How the tokens form groups. If `None`, each layer forms them itself.
         companions (`dict[int, RunningStatistics]`):
             Copies of each layer's expected companions, for a pass with gradients. Recomputation under gradient
             checkpointing must see the same values as the pass did, although the running ones have changed since.
         sums (`dict[int, GroupSums]`, *optional*):
-            What each layer leaves here for the statistics of this batch. `None` if this pass gathers none, and once
-            they have been gathered, so that recomputation adds nothing.
+            What each layer leaves here for the statistics of this batch. `None` if none are gathered, and once they
+            have been, so that recomputation adds nothing.
     """
 
-    mode: str
-    buckets: Tensor
-    token_mask: Tensor | None = None
-    groups: Groups | None = None
-    companions: dict[int, RunningStatistics] = field(default_factory=dict)
-    sums: dict[int, GroupSums] | None = field(default_factory=dict)
+    def __init__(self, mode: str, buckets: Tensor, token_mask: Tensor | None = None, *, gathers: bool = True) -> None:
+        self.mode, self.buckets, self.token_mask = mode, buckets, token_mask
+        self.groups: Groups | None = None
+        self.companions: dict[int, RunningStatistics] = {}
+        self.sums: dict[int, GroupSums] | None = {} if gathers else None
 
     def get_groups(self, group_size: int, device: torch.device) -> Groups:
         """The groups, on a layer's device."""

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.utils import _apply_to_tensors
 
-from mot_hf.modeling.companions_mot import NUM_POSITION_BUCKETS, RunningStatistics
+from mot_hf.modeling.companions_mot import NUM_POSITION_BUCKETS, RunningStatistics, form_groups
 from mot_hf.modeling.configuration_mot import MoTConfig
 from mot_hf.modeling.mixing_mot import MixingContext, find_position_buckets
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
@@ -337,3 +338,13 @@ def test_position_buckets_follow_the_positions_of_a_row_whatever_its_padding(num
     position_ids = torch.tensor([[3, 4, 5, 0, 1, 2, 3, 4, 0]])
     restarting = [[naive.bucket_of(position) for position in position_ids[0].tolist()]] * 2
     assert find_position_buckets(embeddings, position_ids, mask, num_cached).tolist() == restarting
+
+
+def test_wrappers_of_a_layer_neither_copy_nor_cast_what_layers_leave_their_sums_in() -> None:
+    context = MixingContext("cross_example", torch.zeros(2, 3, dtype=torch.long))
+    context.groups = form_groups(context.buckets, None, group_size=2)
+    assert context.groups.num_tokens.dtype == torch.float32
+    # FSDP does this to the arguments of what it wraps, if it gathers weights in bfloat16.
+    arguments = _apply_to_tensors(lambda value: value.bfloat16(), {"mixing_context": context})
+    assert arguments["mixing_context"] is context
+    assert context.groups.num_tokens.dtype == torch.float32

@@ -132,7 +132,7 @@ class MoTLayer(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map tokens `[B, T, D]` to outputs of the same shape."""
         gathers = self.mode == "cross_example"
-        context = MixingContext(self.mode, self.buckets, groups=self.groups, sums={} if gathers else None)
+        context = MixingContext(self.mode, self.buckets, groups=self.groups, gathers=gathers)
         output = self.block(hidden_states, context)
         if gathers:  # kept, or compiled code would leave them out
             self.statistics = context.average(self.block.layer_idx, self.block.config.group_size)

@@ -118,8 +118,9 @@ def check_sharding(config: MoTConfig, distributed_config: Any) -> None:
         distributed_config (`DistributedConfig`): The numbers of processes.
 
     Raises:
-        ValueError: `ep_size` does not divide the experts or `tp_size` the heads, or this version of transformers has
-            no expert parallelism that MoT layers can use.
+        ValueError: `ep_size` does not divide the experts or `tp_size` the heads, `tp_size` and `fsdp_size` together do
+            not divide the vocabulary, or this version of transformers has no expert parallelism that MoT layers can
+            use.
     """
     tp_size, ep_size = (getattr(distributed_config, name, None) for name in ("tp_size", "ep_size"))
     if ep_size is None and getattr(distributed_config, "enable_expert_parallel", False):
@@ -136,6 +137,28 @@ def check_sharding(config: MoTConfig, distributed_config: Any) -> None:
                 f"`{name}={sizes[name]}` must divide `{divided}` ({count}), as every process gets as many of them: "
                 f"set it to {' or '.join(map(str, fitting))}."
             )
+    fsdp_size = getattr(distributed_config, "fsdp_size", None) or 1
+    for name in ("vocab_size", "intermediate_size"):
+        _check_both_orders(name, getattr(config, name), sizes["tp_size"], fsdp_size)
+
+
+def _check_both_orders(name: str, count: int, tp_size: int, fsdp_size: int) -> None:
+    """Refuse to divide rows of a weight in two ways that transformers cannot load."""
+    # It divides by `tp_size` first, and reads the parts of a checkpoint as if it had divided by `fsdp_size` first.
+    by_tp_first = [_divide(part, fsdp_size) for part in _divide(count, tp_size)]
+    by_fsdp_first = [_divide(part, tp_size) for part in _divide(count, fsdp_size)]
+    if by_tp_first != [list(parts) for parts in zip(*by_fsdp_first, strict=True)]:
+        num_processes = tp_size * fsdp_size
+        raise ValueError(
+            f"`{name}={count}` cannot be divided by tp_size={tp_size} and fsdp_size={fsdp_size} together: make it a "
+            f"multiple of {num_processes}, such as {-(-count // num_processes) * num_processes}, or use one of both."
+        )
+
+
+def _divide(count: int, num_parts: int) -> list[int]:
+    """Sizes of parts as torch makes them: all alike but the last ones."""
+    size = -(-count // num_parts)
+    return [max(0, min(size, count - start)) for start in range(0, size * num_parts, size)]
 
 
 @torch.no_grad()

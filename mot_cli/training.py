@@ -109,7 +109,7 @@ def estimate(context: typer.Context) -> None:
     from transformers import TrainingArguments
 
     from mot_hf.training import CorpusArguments, MethodArguments, ModelArguments, parse_arguments
-    from mot_hf.training.estimate import EstimateArguments, check_layout_is_given, estimate_run
+    from mot_hf.training.estimate import EstimateArguments, estimate_run
 
     words = [word for word in context.args if word != "--json"]
     _check_given(context.info_name, words)
@@ -120,8 +120,7 @@ def estimate(context: typer.Context) -> None:
         prog="mot estimate",
         description=_describe(context),
     )
-    check_layout_is_given(devices, method)
-    print_result(estimate_run(model, corpus, devices, training), as_json=len(words) < len(context.args))
+    print_result(estimate_run(model, corpus, devices, training, method), as_json=len(words) < len(context.args))
 
 
 @command("train")

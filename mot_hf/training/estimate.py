@@ -1,25 +1,24 @@
 """What a training run costs, before it starts: FLOPs, memory of a device, traffic between devices, time."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
-from unittest.mock import patch
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.benchmark import Timer
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from mot_hf.devices import find_device
-from mot_hf.modeling import MoTConfig, MoTForCausalLM, MoTForMaskedLM, experts_mot
+from mot_hf.modeling import MoTConfig, MoTForCausalLM, MoTForMaskedLM
 from mot_hf.modeling.mixing_mot import MIXING_MODES
-from mot_hf.modeling.modeling_mot import MoTDecoderLayer, MoTExperts
-from mot_hf.sizes import count_flops, count_in_experts, count_parameters
+from mot_hf.modeling.parallel_mot import check_sharding
+from mot_hf.sizes import count_flops, count_parameters
+from mot_hf.training.activations import track_activations
 from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArguments
 from mot_hf.training.language_modeling import find_masked, make_config
+from mot_hf.training.layout import Layout, count_gathered_bytes, count_held, count_sent_bytes, count_whole_gradients
 
 Head = MoTForCausalLM | MoTForMaskedLM
 
@@ -34,8 +33,6 @@ _STATE_BYTES = {
     OptimizerNames.LION: 4,
     OptimizerNames.SGD: 0,
 }
-# A step sends the rows of experts there and back, forward and backward.
-_EXCHANGES = 4
 
 
 @dataclass
@@ -44,11 +41,14 @@ class EstimateArguments:
 
     _argument_group_name = "the devices"
 
-    devices: int = field(default=1, metadata={"help": "number of devices"})
+    devices: int = field(
+        default=1, metadata={"help": "number of devices; by default tp_size * fsdp_size, if they are given"}
+    )
     sharding: Literal["ddp", "fsdp", "ep"] = field(
         default="ddp",
         metadata={
-            "help": "what devices divide: nothing (ddp), all parameters (fsdp), or experts (ep, with all else as ddp)"
+            "help": "what devices divide: nothing (ddp), all parameters (fsdp), or experts (ep, with all else as "
+            "ddp); tp_size, ep_size and fsdp_size say it themselves"
         },
     )
     device_type: Literal["gpu", "cpu"] = field(
@@ -79,7 +79,7 @@ class Memory(NamedTuple):
         optimizer (`float`, *optional*): State of the optimizer; `None` if its size is not known here.
         activations (`float`, *optional*): What else is held at the peak of forward and backward pass. `None` in modes
             whose memory depends on the text.
-        gathered (`float`): Parameters and gradients of two blocks that FSDP gathers.
+        gathered (`float`): Parameters that FSDP gathers at a time, and their gradients.
     """
 
     weights: float
@@ -98,6 +98,7 @@ def estimate_run(
     corpus_args: CorpusArguments,
     estimate_args: EstimateArguments,
     training_args: TrainingArguments,
+    method_args: MethodArguments | None = None,
 ) -> list[dict[str, Any]]:
     """Estimates what a training run costs.
 
@@ -109,6 +110,7 @@ def estimate_run(
         corpus_args ([`CorpusArguments`]): Tokens of a row, and the size of the vocabulary.
         estimate_args ([`EstimateArguments`]): The devices.
         training_args (`TrainingArguments`): Batch, precision, optimizer and length of the run.
+        method_args ([`MethodArguments`], *optional*): Its `tp_size`, `ep_size` and `fsdp_size`.
 
     Returns:
         `list[dict]`: Quantities, their values and units.
@@ -121,36 +123,64 @@ def estimate_run(
     config = make_config(model_args, corpus_args.block_length)
     config.vocab_size = corpus_args.vocab_size or config.vocab_size
     head = MoTForMaskedLM if find_masked(model_args, None) else MoTForCausalLM
-    if estimate_args.sharding == "ep" and config.num_experts % estimate_args.devices:
-        raise ValueError(
-            f"`num_experts={config.num_experts}` is not a multiple of `devices={estimate_args.devices}`: experts "
-            "cannot be shared equally."
-        )
+    layout = find_layout(estimate_args, method_args or MethodArguments(), config)
     with torch.device("meta"):
         model = head(config)
     num_columns = corpus_args.block_length
     flops = {mode: count_flops(model, num_columns, mode) for mode in MIXING_MODES}
+    is_on_gpu = estimate_args.device_type == "gpu"
+    memory = estimate_memory(model, num_columns, layout, training_args, is_on_gpu=is_on_gpu)
+    tflops = estimate_args.tflops or measure_tflops(torch.bfloat16 if training_args.bf16 else torch.float32)
     return [
         *_describe_model(model, flops),
-        *_describe_memory(model, num_columns, estimate_args, training_args),
-        *_describe_step(model, num_columns, flops[config.mixing], estimate_args, training_args),
+        *_describe_memory(memory),
+        *_describe_step(model, num_columns, flops[config.mixing], layout, training_args, tflops),
     ]
 
 
-def check_layout_is_given(estimate_args: EstimateArguments, method_args: MethodArguments) -> None:
-    """Refuses to take a run that is spread over processes for one on a single device.
+def find_layout(estimate_args: EstimateArguments, method_args: MethodArguments, config: MoTConfig) -> Layout:
+    """Finds out how devices divide a model.
 
     Args:
         estimate_args ([`EstimateArguments`]): The devices.
         method_args ([`MethodArguments`]): The run's `tp_size`, `ep_size` and `fsdp_size`.
+        config ([`MoTConfig`]): Configuration of the model.
+
+    Returns:
+        [`Layout`]: The numbers of devices.
 
     Raises:
-        ValueError: A size is greater than 1, and `devices` is not.
+        ValueError: The numbers do not fit the model or each other.
     """
-    sizes = {name: getattr(method_args, name) for name in ("tp_size", "ep_size", "fsdp_size")}
-    if estimate_args.devices == 1 and (spread := {name: size for name, size in sizes.items() if size > 1}):
-        given = ", ".join(f"`{name}={size}`" for name, size in spread.items())
-        raise ValueError(f"{given} cannot be estimated as they are: say --devices, and --sharding fsdp or ep.")
+    num_devices, sharding = estimate_args.devices, estimate_args.sharding
+    sizes = {name: getattr(method_args, name) for name in ("tp_size", "fsdp_size", "ep_size")}
+    check_sharding(config, SimpleNamespace(**sizes))
+    if any(size > 1 for size in sizes.values()):
+        layout = Layout(method_args.tp_size * method_args.fsdp_size, *sizes.values())
+        _check_sizes(layout, sizes, estimate_args)
+        return layout
+    if sharding == "ep" and config.num_experts % num_devices:
+        raise ValueError(
+            f"`num_experts={config.num_experts}` is not a multiple of `devices={num_devices}`: experts cannot be "
+            "shared equally."
+        )
+    return Layout(num_devices, **({} if sharding == "ddp" else {sharding: num_devices}))
+
+
+def _check_sizes(layout: Layout, sizes: dict[str, int], estimate_args: EstimateArguments) -> None:
+    given = ", ".join(f"`{name}={size}`" for name, size in sizes.items() if size > 1)
+    if estimate_args.sharding != "ddp":
+        raise ValueError(f"{given} say how a model is divided: leave out `sharding={estimate_args.sharding!r}`.")
+    if estimate_args.devices not in (1, layout.devices):
+        raise ValueError(
+            f"`devices={estimate_args.devices}` does not fit {given}: tp_size * fsdp_size = {layout.devices} is the "
+            "number of devices."
+        )
+    if layout.ep > 1 and (layout.ep % layout.tp or layout.devices % layout.ep):
+        raise ValueError(
+            f"`ep_size={layout.ep}` must be a multiple of tp_size ({layout.tp}) and divide tp_size * fsdp_size "
+            f"({layout.devices})."
+        )
 
 
 def _row(quantity: str, value: float | None, unit: str) -> dict[str, Any]:
@@ -165,10 +195,7 @@ def _describe_model(model: Head, flops: dict[str, float]) -> Iterator[dict[str, 
         yield _row(f"forward pass in mode {mode}", of_token / 1e6, "MFLOPs a token")
 
 
-def _describe_memory(
-    model: Head, num_columns: int, estimate_args: EstimateArguments, args: TrainingArguments
-) -> Iterator[dict[str, Any]]:
-    memory = estimate_memory(model, num_columns, estimate_args, args)
+def _describe_memory(memory: Memory) -> Iterator[dict[str, Any]]:
     for part, num_bytes in memory._asdict().items():
         if num_bytes != 0:
             yield _row(f"memory of a device: {part}", num_bytes and num_bytes / _GIGA, "GB")
@@ -177,14 +204,16 @@ def _describe_memory(
 
 
 def _describe_step(
-    model: Head, num_columns: int, flops_of_token: float, estimate_args: EstimateArguments, args: TrainingArguments
+    model: Head, num_columns: int, flops_of_token: float, layout: Layout, args: TrainingArguments, tflops: float
 ) -> Iterator[dict[str, Any]]:
-    num_tokens = args.per_device_train_batch_size * num_columns * args.gradient_accumulation_steps
-    yield _row("tokens of a step", num_tokens * estimate_args.devices, "")
-    if estimate_args.devices > 1:
-        yield _row("sent by a device in a step", count_traffic(model, num_columns, estimate_args, args) / _GIGA, "GB")
-    tflops = estimate_args.tflops or measure_tflops(torch.bfloat16 if args.bf16 else torch.float32)
-    seconds = 3 * flops_of_token * num_tokens / (tflops * 1e12)
+    num_tokens = args.per_device_train_batch_size * num_columns
+    num_micro_batches = args.gradient_accumulation_steps
+    yield _row("tokens of a step", num_tokens * num_micro_batches * layout.num_batches(), "")
+    if layout.devices > 1:
+        precision = (args.bf16, args.gradient_checkpointing)
+        sent = count_sent_bytes(model, layout, num_tokens, num_micro_batches, *precision)
+        yield _row("sent by a device in a step", sent / _GIGA, "GB")
+    seconds = 3 * flops_of_token * num_tokens * num_micro_batches / layout.tp / (tflops * 1e12)
     yield _row("speed of a device's products", tflops, "TFLOP/s")
     yield _row("products of a step, at least", seconds, "s")
     if args.max_steps > 0:
@@ -192,109 +221,32 @@ def _describe_step(
 
 
 def estimate_memory(
-    model: Head, num_columns: int, estimate_args: EstimateArguments, args: TrainingArguments
+    model: Head, num_columns: int, layout: Layout, args: TrainingArguments, *, is_on_gpu: bool = True
 ) -> Memory:
     """Estimates the memory of a training step on one device.
 
     Args:
         model ([`MoTForCausalLM`] or [`MoTForMaskedLM`]): The model, on the meta device.
         num_columns (`int`): Tokens T of a row.
-        estimate_args ([`EstimateArguments`]): The devices.
+        layout ([`Layout`]): How devices divide the model.
         args (`TrainingArguments`): Rows of a micro-batch, precision, checkpointing and optimizer.
+        is_on_gpu (`bool`, *optional*, defaults to `True`): Whether the device works on as many experts as a GPU.
 
     Returns:
         [`Memory`]: The memory.
     """
-    held = _count_held(model, estimate_args)
+    held = count_held(model, layout)
+    # Those of all micro-batches but the last are not scattered.
+    keeps_whole = layout.fsdp > 1 and args.gradient_accumulation_steps > 1
+    gradients = count_whole_gradients(model, layout) if keeps_whole else held
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     state_bytes = _STATE_BYTES.get(OptimizerNames(args.optim))
     activations = None
     if model.config.mixing == "cross_example":
-        activations = _track_activations(type(model), model.config, num_columns, estimate_args, args)
-    blocks = [_count(module) for module in model.modules() if isinstance(module, MoTDecoderLayer)]
-    gathered = 2 * 2 * _FLOAT32 * max(blocks) if estimate_args.sharding == "fsdp" and estimate_args.devices > 1 else 0
+        activations = track_activations(type(model), model.config, num_columns, layout, args, is_on_gpu)
+    gathered = count_gathered_bytes(model, layout, args.bf16)
     optimizer = None if state_bytes is None else state_bytes * held
-    return Memory(_FLOAT32 * held + buffers, _FLOAT32 * held, optimizer, activations, gathered)
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _count_held(model: Head, args: EstimateArguments) -> float:
-    """Parameters that one device holds."""
-    total, in_experts = _count(model), count_in_experts(model)
-    if args.sharding == "fsdp":
-        return total / args.devices
-    return total - in_experts + in_experts / args.devices if args.sharding == "ep" else total
-
-
-def _track_activations(
-    head: type[Head], config: MoTConfig, num_columns: int, estimate_args: EstimateArguments, args: TrainingArguments
-) -> float:
-    """Bytes at the peak of forward and backward pass, without those of parameters, gradients and buffers."""
-    with _counting_memory(on_gpu=estimate_args.device_type == "gpu"), FakeTensorMode():
-        model = head(config).train()
-        if args.gradient_checkpointing:
-            # The newer name, of transformers 5.24, if there is one: the older warns.
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        ids = torch.zeros(args.per_device_train_batch_size, num_columns, dtype=torch.long)
-        # Gradients exist from the start: an accumulating step has them, and the peak is the same or higher.
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        tracker = MemTracker()
-        tracker.track_external(model, ids)
-        with tracker:
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-                loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-        peak = sum(snapshot["Total"] for snapshot in tracker.get_tracker_snapshot("peak").values())
-        held = 2 * _FLOAT32 * _count(model) + sum(buffer.nbytes for buffer in model.buffers())
-    return peak - held
-
-
-@contextmanager
-def _counting_memory(on_gpu: bool) -> Iterator[None]:
-    """Let fake tensors take the way of real ones, on a GPU in its large parts."""
-    with ExitStack() as stack:
-        # transformers takes fake tensors for a graph that is traced, in which the parts of a layer are not visible.
-        stack.enter_context(patch("transformers.utils.import_utils.is_fake_tensor", return_value=False))
-        # A look at the positions, which have no values, for several sequences in a row.
-        stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None))
-        if on_gpu:
-            stack.enter_context(patch.object(experts_mot, "_CPU_ELEMENTS", experts_mot._GPU_ELEMENTS))
-        yield
-
-
-def count_traffic(model: Head, num_columns: int, estimate_args: EstimateArguments, args: TrainingArguments) -> float:
-    """Counts the bytes that a device sends in a step, if every exchange takes the least that it can.
-
-    With n devices, a device sends (n - 1) / n of what it gathers, scatters or exchanges. Gradients are reduced and
-    gathered again once a step. FSDP gathers parameters twice for each micro-batch, and scatters gradients. Expert
-    parallelism exchanges E / G vectors `[D]` of each token and MoT layer four times: mixtures and outputs, forward
-    and backward.
-
-    Args:
-        model ([`MoTForCausalLM`] or [`MoTForMaskedLM`]): The model.
-        num_columns (`int`): Tokens T of a row.
-        estimate_args ([`EstimateArguments`]): The devices.
-        args (`TrainingArguments`): Rows of a micro-batch, precision and accumulation.
-
-    Returns:
-        `float`: Bytes.
-    """
-    config, num_parameters = model.config, _count(model)
-    if estimate_args.sharding == "fsdp":
-        num_bytes = args.gradient_accumulation_steps * _FLOAT32 * num_parameters * 3
-    elif estimate_args.sharding == "ddp":
-        num_bytes = 2 * _FLOAT32 * num_parameters
-    else:
-        num_tokens = args.per_device_train_batch_size * num_columns * args.gradient_accumulation_steps
-        num_layers = sum(isinstance(module, MoTExperts) for module in model.modules())
-        vectors = num_layers * num_tokens * config.num_experts / config.group_size
-        exchanged = _EXCHANGES * vectors * config.hidden_size * (2 if args.bf16 else _FLOAT32)
-        num_bytes = exchanged + 2 * _FLOAT32 * (num_parameters - count_in_experts(model))
-    return num_bytes * (estimate_args.devices - 1) / estimate_args.devices
+    return Memory(_FLOAT32 * held + buffers, _FLOAT32 * gradients, optimizer, activations, gathered)
 
 
 def measure_tflops(dtype: torch.dtype) -> float:
@@ -313,12 +265,4 @@ def measure_tflops(dtype: torch.dtype) -> float:
     return 2 * size**3 / timer.blocked_autorange(min_run_time=0.5).median / 1e12
 
 
-__all__ = [
-    "EstimateArguments",
-    "Memory",
-    "check_layout_is_given",
-    "count_traffic",
-    "estimate_memory",
-    "estimate_run",
-    "measure_tflops",
-]
+__all__ = ["EstimateArguments", "Memory", "estimate_memory", "estimate_run", "find_layout", "measure_tflops"]

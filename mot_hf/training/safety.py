@@ -1,6 +1,7 @@
 """Stops training that cannot continue with a clear error, and keeps the last good checkpoint."""
 
 import errno
+import os
 import shutil
 import traceback
 from collections.abc import Iterable, Iterator
@@ -64,7 +65,7 @@ class DiskSpaceCheck(TrainerCallback):
     """Refuses to start a run if its first checkpoint cannot fit on the disk.
 
     It counts the minimum size: the saved weights, which are only the trained ones if there are adapters, and Adam's
-    two moments of the trained weights.
+    two moments of the trained weights. Of what processes divide, it counts what all of them save on this disk.
 
     Raises:
         OSError: The disk has less free space. The message gives both sizes.
@@ -148,10 +149,21 @@ def _count_bytes_saved(model: nn.Module, optimizer: Any) -> int:
     """The minimum size of a checkpoint in bytes."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     has_adapters = hasattr(model, "peft_config")
-    weights = sum(_local(parameter).nbytes for parameter in (trained if has_adapters else model.parameters()))
+    # All processes of a model that transformers spreads over them write to one folder, others maybe each machine's.
+    is_shared = getattr(model, "is_distributed_loading_by_transformers", False)
+    weights = sum(
+        _count_parts(parameter, is_shared) for parameter in (trained if has_adapters else model.parameters())
+    )
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     num_moments = 2 if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) else 0
-    return weights + num_moments * sum(_local(parameter).nbytes for parameter in trained)
+    return weights + num_moments * sum(_count_parts(parameter, is_shared) for parameter in trained)
+
+
+def _count_parts(tensor: Tensor, is_shared: bool) -> int:
+    """Bytes of all parts of a tensor, or of those of this machine's processes."""
+    whole = tensor.numel() * tensor.element_size()
+    num_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return whole if is_shared else min(whole, num_here * _local(tensor).nbytes)
 
 
 def _count_unfinished(output_dir: str) -> int:

@@ -10,18 +10,30 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.distributed import DistributedConfig
 
 from mot_hf import MoTForCausalLM
 from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.training import DiskSpaceCheck, FiniteCheck, add_lora, find_last_checkpoint, run_training
 from mot_hf.training.safety import explain_failures
 from tests.models import tiny_config
+from tests.processes import pretend, spread
 from tests.training.trainers import make_trainer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -327,6 +339,42 @@ class TestDiskSpace:
         total = sum(parameter.numel() * 4 for parameter in model.parameters())
         leave(3 * total - 2 * model.model.embed_tokens.weight.numel() * 4)
         assert self.run(tmp_path, model=model) == 1
+
+    @pytest.mark.skipif(
+        "ep_size" not in DistributedConfig.__dataclass_fields__, reason="this transformers has another parallelism"
+    )
+    @pytest.mark.parametrize(
+        "sizes", [{"fsdp_size": 4}, {"tp_size": 2, "fsdp_size": 2}, {"fsdp_size": 4, "ep_size": 4}]
+    )
+    def test_all_parts_of_a_spread_model_count(
+        self, sizes: dict[str, int], tmp_path: Path, leave: Callable[[int], None]
+    ) -> None:
+        size = sum(parameter.numel() * 4 for parameter in MoTForCausalLM(tiny_config()).parameters())
+        state = TrainerState(max_steps=1)
+        args = TrainingArguments(str(tmp_path), use_cpu=True, save_strategy="steps")
+        with pretend(4):
+            model = spread(MoTForCausalLM, tiny_config(), **sizes)
+            check = partial(
+                DiskSpaceCheck().on_train_begin,
+                args,
+                state,
+                TrainerControl(),
+                model,
+                torch.optim.AdamW(model.parameters()),
+            )
+            leave(3 * size)
+            check()
+            leave(3 * size - 1)
+            with pytest.raises(OSError, match="A checkpoint takes at least"):
+                check()
+            # What accelerate divides may be on a disk of each machine, of which two processes are here.
+            cast(Any, model)._is_distributed_loading_by_transformers = False
+            with patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "2"}):
+                leave(int(1.6 * size))
+                check()
+                leave(int(1.4 * size))
+                with pytest.raises(OSError, match="A checkpoint takes at least"):
+                    check()
 
     def test_a_half_written_checkpoint_is_written_over(self, tmp_path: Path, leave: Callable[[int], None]) -> None:
         rest = tmp_path / "checkpoint-1" / "optimizer.pt"

@@ -80,7 +80,8 @@ def make_layout(args: MethodArguments, training_args: TrainingArguments) -> Dist
     }
     if wrong := [name for name, is_asked in unfit.items() if is_asked]:
         raise ValueError(f"{_describe(sizes)} does not work together with `{'`, `'.join(wrong)}`: leave one out.")
-    options = {}
+    # Autocast alone would leave the weights that are gathered in float32.
+    options: dict[str, Any] = {"fsdp_mixed_precision": training_args.bf16}
     if args.ep_size > 1:
         # Imported here: earlier versions of transformers have no such exchanges.
         from mot_hf.training.exchange import EXCHANGE_NAME
@@ -108,6 +109,22 @@ def check_layout(layout: DistributedConfig, config: MoTConfig, training_args: Tr
             f"`per_device_train_batch_size={num_rows}` is less than `group_size` ({config.group_size}). The rows of a "
             "group are in one process (or, with tensor parallelism, in all that share a batch): set it to a multiple "
             f"of {config.group_size}, and let tp_size or ep_size make room for it."
+        )
+
+
+def refuse_compilation(trainer: Trainer) -> None:
+    """Refuses to compile a model that transformers spread over processes as it loaded it.
+
+    Args:
+        trainer (`Trainer`): The trainer, before training.
+
+    Raises:
+        ValueError: It would compile such a model.
+    """
+    if getattr(trainer.model, "is_distributed_loading_by_transformers", False) and trainer.args.torch_compile:
+        raise ValueError(
+            "`torch_compile` does not work together with a model that is spread over processes (`DistributedConfig`): "
+            "leave it out."
         )
 
 
@@ -230,4 +247,12 @@ def _describe(sizes: dict[str, int]) -> str:
     return ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
 
 
-__all__ = ["check_layout", "has_shards", "keep_shards", "make_layout", "resumable", "spread_model"]
+__all__ = [
+    "check_layout",
+    "has_shards",
+    "keep_shards",
+    "make_layout",
+    "refuse_compilation",
+    "resumable",
+    "spread_model",
+]

@@ -20,6 +20,7 @@ from mot_hf.training.final_save import record_start, remove_unfinished, save_run
 from mot_hf.training.group_check import GroupSizeCheck
 from mot_hf.training.monitor import MixingMonitor
 from mot_hf.training.optimizer_check import OptimizerCheck
+from mot_hf.training.parallelism import refuse_compilation
 from mot_hf.training.plan import RunPlan, describe_interruption
 from mot_hf.training.resuming import ResumeCheck
 from mot_hf.training.safety import DiskSpaceCheck, FiniteCheck, explain_failures
@@ -38,7 +39,11 @@ def add_callbacks(trainer: Trainer, args: MethodArguments | None = None, *, num_
         args ([`MethodArguments`], *optional*): Whether to monitor the mixing, when to stop early and when to switch to
             another mode.
         num_columns (`int`, *optional*): Tokens in a row, if all rows have as many; only to say how much text there is.
+
+    Raises:
+        ValueError: The trainer would compile a model that is spread over processes.
     """
+    refuse_compilation(trainer)
     args = args or MethodArguments()
     checks = (VocabularyCheck(), GroupSizeCheck(), FiniteCheck(), DiskSpaceCheck(), ResumeCheck())
     for callback in (*checks, OptimizerCheck(), CompanionSynchronization(), RunPlan(num_columns)):

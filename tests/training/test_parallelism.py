@@ -1,7 +1,9 @@
 """What is refused before a model is spread over processes."""
 
+import os
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest.mock import PropertyMock, patch
 
 import pytest
@@ -9,7 +11,7 @@ from datasets import DatasetDict
 from transformers import TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from mot_hf.training import MethodArguments, finetune_classification
+from mot_hf.training import MethodArguments, add_callbacks, finetune_classification
 from mot_hf.training.parallelism import check_layout, make_layout
 from tests.models import tiny_config
 
@@ -19,7 +21,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def layout_of(folder: Path, num_processes: int, method: dict[str, Any], **arguments: Any) -> DistributedConfig | None:
-    args = TrainingArguments(str(folder), use_cpu=True, **arguments)
+    with patch.dict(os.environ):  # what it is told to compile with, it writes there
+        args = TrainingArguments(str(folder), use_cpu=True, **arguments)
     with patch.object(TrainingArguments, "world_size", PropertyMock(return_value=num_processes)):
         return make_layout(MethodArguments(**method), args)
 
@@ -37,7 +40,11 @@ def test_sizes_become_transformers_own_description(tmp_path: Path) -> None:
     [
         (4, {"tp_size": 2}, {}, r"tp_size \* fsdp_size = 2 \* 1 = 2, but there are 4 processes"),
         (1, {"ep_size": 2}, {}, r"`ep_size` must divide"),
+        (2, {"tp_size": 2, "fsdp_size": 2}, {}, r"tp_size \* fsdp_size = 2 \* 2 = 4, but there are 2 processes"),
+        (4, {"fsdp_size": 4, "ep_size": 3}, {}, r"`ep_size` must divide"),
+        (4, {"tp_size": 4, "ep_size": 2}, {}, r"`ep_size` must be a multiple of `tp_size`"),
         (2, {"fsdp_size": 2, "lora_rank": 2}, {}, r"fsdp_size=2 does not work together with `lora_rank`"),
+        (2, {"tp_size": 2}, {"torch_compile": True}, r"tp_size=2 does not work together with `torch_compile`"),
         (
             2,
             {"fsdp_size": 2},
@@ -53,6 +60,13 @@ def test_unfit_sizes_are_refused(
         layout_of(tmp_path, num_processes, method, **arguments)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_weights_are_gathered_in_the_precision_of_the_run(tmp_path: Path, bf16: bool) -> None:
+    layout = layout_of(tmp_path, 2, {"fsdp_size": 2}, bf16=bf16)
+    assert layout is not None
+    assert layout.fsdp_mixed_precision is bf16
+
+
 def test_a_micro_batch_below_a_group_is_refused(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=2)
     layout = DistributedConfig(fsdp_size=2)
@@ -65,3 +79,9 @@ def test_classifiers_are_not_spread(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match="Classifiers are whole in every process: leave out `tp_size`"):
         finetune_classification("model", DatasetDict(), args, MethodArguments(fsdp_size=2))
+
+
+def test_a_model_that_is_spread_is_not_compiled_by_another_trainer_either() -> None:
+    model, args = SimpleNamespace(is_distributed_loading_by_transformers=True), SimpleNamespace(torch_compile=True)
+    with pytest.raises(ValueError, match="`torch_compile` does not work together with a model that is spread"):
+        add_callbacks(cast(Any, SimpleNamespace(model=model, args=args)))

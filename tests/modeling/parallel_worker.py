@@ -1,39 +1,49 @@
-"""One process of a model that is spread over several: passes in all modes, of which the first process keeps results.
+"""Models that are spread over several processes: passes in all modes, of which the first process keeps results.
 
-Called with a folder, which has the models, and names of layouts.
+Called with a folder, which has the models, and numbers of processes.
 """
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.distributed import DistributedConfig
 
 import mot_hf.training.exchange  # noqa: F401  # registers an exchange
 from mot_hf import MoTForCausalLM, MoTForMaskedLM
 from mot_hf.modeling.companions_mot import MoTCompanions
 from mot_hf.modeling.parallel_mot import average_companions
+from scripts.benchmarks.measuring import measure_peak_memory
+from scripts.benchmarks.parallelism.joined import Traffic, fork_joined
 from tests.models import MODES, companions_of, random_ids
 
 HEADS = {"causal": MoTForCausalLM, "masked": MoTForMaskedLM}
-LAYOUTS = {
-    "tp": {"tp_size": 2},
-    "ep_tp": {"tp_size": 2, "ep_size": 2},
-    "ep_fsdp": {"fsdp_size": 2, "ep_size": 2},
-    "fsdp": {"fsdp_size": 2},
-    "pp": {"pp_size": 2},
-}
-LAYOUTS_OF_FOUR = {
-    "tp_fsdp": {"tp_size": 2, "fsdp_size": 2},
-    "tp_ep_fsdp": {"tp_size": 2, "fsdp_size": 2, "ep_size": 4},
-    "ep_efsdp": {"fsdp_size": 4, "ep_size": 2},
+# Odd, so that processes have shares of different sizes, and one that tp 2 x fsdp 4 can divide.
+VOCAB_SIZE = 103
+# By number of processes and name.
+LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
+    2: {
+        "tp": {"tp_size": 2},
+        "ep_tp": {"tp_size": 2, "ep_size": 2},
+        "ep_fsdp": {"fsdp_size": 2, "ep_size": 2},
+        "fsdp": {"fsdp_size": 2},
+        "pp": {"pp_size": 2},
+    },
+    4: {
+        "tp_fsdp": {"tp_size": 2, "fsdp_size": 2},
+        "tp_ep_fsdp": {"tp_size": 2, "fsdp_size": 2, "ep_size": 4},
+        "ep_efsdp": {"fsdp_size": 4, "ep_size": 2},
+    },
+    8: {
+        "8_tp_ep_efsdp": {"tp_size": 2, "fsdp_size": 4, "ep_size": 4},
+        "8_ep_efsdp": {"fsdp_size": 8, "ep_size": 4},
+    },
 }
 
 # Conditions of a pass, and its mode.
@@ -42,6 +52,13 @@ CONDITIONS = {
     "checkpointed per_sequence": "per_sequence",
     "autocast": "cross_example",
 }
+
+
+CACHES = ("dynamic", "static")
+# A model of which a pass takes some memory, and its batch.
+LARGER = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
+LARGER |= {"num_attention_heads": 4, "max_position_embeddings": 32, "group_size": 8, "num_experts": 64}
+LARGER_BATCH = (16, 32)
 
 
 def make_batch(num_rows: int) -> dict[str, Tensor]:
@@ -55,7 +72,7 @@ def make_batch(num_rows: int) -> dict[str, Tensor]:
 def probe(num_rows: int) -> Tensor:
     """What logits are multiplied with for a loss; sums over rows, so that losses of parts add up."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(num_rows, 7, 97, generator=generator) / 10
+    return torch.randn(num_rows, 7, VOCAB_SIZE, generator=generator) / 10
 
 
 def whole(value: Tensor) -> Tensor:
@@ -96,6 +113,11 @@ def run_eval(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {mode: whole(model.eval()(**batch, mixing=mode).logits) * mask for mode in MODES}
 
 
+def generate(model: Any, cache: str) -> Tensor:
+    options = {"max_new_tokens": 6, "do_sample": False, "disable_compile": True}
+    return model.eval().generate(random_ids(2, 5), cache_implementation=cache, **options)
+
+
 def companions_in(model: nn.Module) -> list[MoTCompanions]:
     return [module for module in model.modules() if isinstance(module, MoTCompanions)]
 
@@ -110,34 +132,29 @@ def gather_rows(value: Tensor, tp_size: int) -> Tensor:
     return torch.cat(parts[::tp_size])
 
 
-class Traffic(TorchDispatchMode):
-    """Counts the exchanges of all with all, their bytes, and the looks of the host at a tensor's values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts = {"exchanges": 0, "bytes": 0, "looks": 0}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        if "alltoall_base_" in name or "all_to_all_single" in name:
-            # The operation of torch.distributed is given the result first, the functional one only what is sent.
-            sent = args[1] if "alltoall_base_" in name else args[0]
-            self.counts["exchanges"] += 1
-            self.counts["bytes"] += sent.numel() * sent.element_size()
-        return func(*args, **(kwargs or {}))
-
-
-def measure_traffic(model: Any, num_rows: int) -> dict[str, int]:
+def measure_traffic(model: Any, num_rows: int, bf16: bool = False) -> dict[str, Any]:
     """What a pass with gradients in mode cross_example sends, without padding."""
-    traffic, plain = Traffic(), torch.Tensor.tolist
+    traffic, model = Traffic(), model.train()
+    with traffic, traffic.watching_looks():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(random_ids(num_rows, 7), mixing="cross_example").logits
+        logits.float().sum().backward()
+    return {"numbers": dict(traffic.numbers), "bytes": dict(traffic.bytes), "looks": traffic.looks}
 
-    def look(value: Tensor) -> Any:
-        traffic.counts["looks"] += 1
-        return plain(value)
 
-    with traffic, patch.object(torch.Tensor, "tolist", look):
-        model.train()(random_ids(num_rows, 7), mixing="cross_example").logits.sum().backward()
-    return traffic.counts
+def measure_memory(model: Path, options: dict[str, Any]) -> int:
+    """Bytes that a pass with gradients takes at its peak, under autocast and with what is gathered in bfloat16."""
+    config = DistributedConfig(**options, fsdp_mixed_precision=True)
+    larger: Any = MoTForCausalLM.from_pretrained(model, distributed_config=config).train()
+    ids = torch.randint(512, LARGER_BATCH, generator=torch.Generator().manual_seed(0))
+
+    def train() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = larger(input_ids=ids, labels=ids).loss
+        loss.backward()
+
+    train()
+    return measure_peak_memory(train, "cpu")
 
 
 def run_unequal(model: Any) -> dict[str, Tensor]:
@@ -147,7 +164,7 @@ def run_unequal(model: Any) -> dict[str, Tensor]:
     first.sum().backward()
     with torch.no_grad():
         second = model.eval()(ids, mixing="cross_example").logits
-    rows = [torch.empty(4 + 4 * rank, 7, 97) for rank in range(2)]
+    rows = [torch.empty(4 + 4 * rank, 7, VOCAB_SIZE) for rank in range(2)]
     rows[dist.get_rank()].copy_(first.detach())
     for rank, value in enumerate(rows):
         dist.broadcast(value, src=rank)
@@ -175,34 +192,43 @@ def run_layout(folder: Path, layout: str, head: str, options: dict[str, Any]) ->
         for mode in MODES:
             results["eval"][mode] = gather_rows(results["eval"][mode], tp_size)
     results["companions"] = companions_of(model)
+    results |= {"num_rows": num_rows, "num_processes": dist.get_world_size()}
     if head == "causal" and fsdp_size == 1:
-        results["tokens"] = model.eval().generate(random_ids(2, 5), max_new_tokens=6, do_sample=False)
+        results["tokens"] = {cache: generate(model, cache) for cache in CACHES}
     # Differs from process to process, until it is saved.
     companions_in(model)[0].mean_input.add_(dist.get_rank() * (fsdp_size > 1))
     model.save_pretrained(folder / f"{layout}-{head}-saved")
     if layout.startswith("ep_fsdp"):
         results["traffic"] = measure_traffic(model, num_rows=4)
         results["unequal"] = run_unequal(model)
+    if layout.startswith("fsdp"):
+        results["gathered"] = {bf16: measure_gathered(folder / head, options, bf16) for bf16 in (False, True)}
     return results
 
 
+def measure_gathered(model: Path, options: dict[str, Any], bf16: bool) -> dict[str, Any]:
+    """What a pass under autocast sends, if weights are gathered in bfloat16 or as they are."""
+    config = DistributedConfig(**options, fsdp_mixed_precision=bf16)
+    return measure_traffic(MoTForCausalLM.from_pretrained(model, distributed_config=config), num_rows=4, bf16=True)
+
+
 def main(folder: Path) -> None:
-    """Run all layouts."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    layouts = LAYOUTS if dist.get_world_size() == 2 else LAYOUTS_OF_FOUR
-    for layout, options in layouts.items():
-        exchanges = ("all_to_all", "mot_all_to_all") if "ep_size" in options else (None,)
+    """Run all layouts of as many processes."""
+    for layout, options in LAYOUTS[dist.get_world_size()].items():
+        # Eight processes take turns on few cores.
+        exchanges = ("all_to_all", "mot_all_to_all")[layout.startswith("8") :] if "ep_size" in options else (None,)
         for exchange in exchanges:
             named = {} if exchange is None else {"ep_implementation": exchange}
             heads = ("causal", "masked") if layout in ("tp", "ep_fsdp") else ("causal",)
             for head in heads:
                 results = run_layout(folder, f"{layout}-{exchange}", head, options | named)
+                if exchange != "all_to_all" and head == "causal" and dist.get_world_size() == 2 and layout != "pp":
+                    results["peak"] = measure_memory(folder / "larger", options | named)
                 if dist.get_rank() == 0:
                     torch.save(results, folder / f"{layout}-{exchange}-{head}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    for number in map(int, sys.argv[2:]):
+        fork_joined(number, partial(main, Path(sys.argv[1])))

@@ -45,10 +45,10 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    PartialState(cpu=True)
+    joined_by = PartialState(cpu=True).distributed_type
     for run in json.loads(sys.argv[1]):
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true" or "--tp_size" in run:
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+        is_theirs = os.environ.get("ACCELERATE_USE_FSDP") == "true" or "--tp_size" in run
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU if is_theirs else joined_by
         main(run)
         AcceleratorState._reset_state()  # as a process of its own begins: a run changes how FSDP saves
     end_processes()

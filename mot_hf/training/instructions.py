@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 from datasets import DatasetDict
 from transformers import (
@@ -227,7 +227,7 @@ def _make_trainer(
         vocabulary = tokenizer.get_vocab()
         new = sorted(vocabulary[token] for token in CHAT_TOKENS if token in vocabulary)
         sizes = {"rank": method_args.lora_rank, "alpha": method_args.lora_alpha}
-        model = add_lora(model, task_type="CAUSAL_LM", new_tokens=new, **sizes)
+        model = cast(PreTrainedModel, add_lora(model, task_type="CAUSAL_LM", new_tokens=new, **sizes))
         head: Any = model.get_output_embeddings()
         if not hasattr(head, "bias"):
             head.bias = None  # TRL asks for it, but PEFT's wrapper of a layer with new tokens does not show it

@@ -1,7 +1,7 @@
 """How devices divide a model: what each of them holds, gathers and sends, by calculation."""
 
 import re
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import nn
 
@@ -125,7 +125,8 @@ def count_sent_bytes(
     dense = sizes.divided / layout.tp + sizes.rest
     copies = 1
     if layout.fsdp > 1:
-        head = sum(parameter.numel() for parameter in model.get_output_embeddings().parameters()) / layout.tp
+        output = cast(nn.Module, model.get_output_embeddings())
+        head = sum(parameter.numel() for parameter in output.parameters()) / layout.tp
         sent = (of_weights * dense - num_micro_batches * weight * head) * _share(layout.fsdp)
     else:
         copies = layout.num_batches()

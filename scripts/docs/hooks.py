@@ -26,8 +26,8 @@ MAKERS: dict[str, Callable[[str], str]] = {
 _MARKER = re.compile(rf"^<!-- ({'|'.join(sorted(MAKERS, reverse=True))})(?:: (\S+))? -->$", re.MULTILINE)
 
 
-def on_config(config: MkDocsConfig) -> None:
-    """Lay out the package as it is installed, for mkdocstrings."""
+def on_startup(command: str, dirty: bool) -> None:
+    """Lay out the package as it is installed, for mkdocstrings, which ignores folders that do not exist yet."""
     sources.copy_package(ROOT)
 
 

@@ -104,7 +104,7 @@ class TestEnlarging:
         model = MoTForCausalLM(tiny_config(vocab_size=size))
         enlarge_embeddings(model, tokenizer, padded=padded)
         assert model.config.vocab_size == len(model.get_input_embeddings().weight) == expected
-        assert len(model.get_output_embeddings().weight) == expected
+        assert len(model.lm_head.weight) == expected
 
 
 class TestScripts:

@@ -132,7 +132,8 @@ class MoTLayer(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map tokens `[B, T, D]` to outputs of the same shape."""
         gathers = self.mode == "cross_example"
-        context = MixingContext(self.mode, self.buckets, groups=self.groups, gathers=gathers)
+        context = MixingContext(self.mode, self.buckets, gathers=gathers)
+        context.groups = self.groups
         output = self.block(hidden_states, context)
         if gathers:  # kept, or compiled code would leave them out
             self.statistics = context.average(self.block.layer_idx, self.block.config.group_size)

@@ -15,6 +15,7 @@ PAD, EOS = 0, 1
 # The files that travel with a checkpoint.
 _CODE_NAMES = (
     "arguments",
+    "autograd",
     "companions",
     "configuration",
     "experts",

@@ -122,6 +122,7 @@ def test_a_device_holds_the_shards_that_transformers_makes(sizes: dict[str, int]
     assert count_held(whole, layout) == sum(value.numel() for value in shards)
 
 
+@has_expert_plan
 def test_shards_and_gathered_weights_by_hand() -> None:
     # D = 64, dense width 192, 512 words, 4 heads of width 16; a dense block and one with E = 64 experts of width 24.
     attention, dense, experts, router = 4 * 64 * 64, 3 * 64 * 192, 64 * 3 * 64 * 24, 64 * 64

@@ -55,7 +55,7 @@ def test_every_engine_is_timed_and_compared(
 
 def test_a_python_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="run `make vllm` first"):
-        benchmark.Arguments(python="/nowhere/python")
+        benchmark.main(benchmark.Arguments(python="/nowhere/python"))
 
 
 class Sampling(SimpleNamespace):

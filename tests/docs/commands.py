@@ -1,5 +1,6 @@
 """Command lines of pages, parsed by the parsers of the commands themselves, which then do nothing."""
 
+import importlib
 import re
 import runpy
 import shlex
@@ -71,7 +72,8 @@ def parse(words: Sequence[str]) -> None:
     if name in parsers:
         parsers[name](rest)
     elif name in ("python", "python3"):
-        _parse_python(rest)
+        if not words[0].startswith(".venv-vllm/"):  # another environment
+            _parse_python(rest)
     elif name == "accelerate":
         _parse_accelerate(rest)
     elif name == "torchrun":
@@ -182,6 +184,9 @@ def _stopping_after_arguments() -> ExitStack:
     stack.enter_context(patch("transformers.training_args.is_torch_bf16_gpu_available", lambda: True))
     stack.enter_context(patch.object(mot_hf.training, "parse_arguments", parse_arguments))
     stack.enter_context(patch.object(HfArgumentParser, "parse_args_into_dataclasses", parse_args_into_dataclasses))
+    # `mot serve` hands its arguments on to this group.
+    serve = importlib.import_module("transformers.cli.transformers").app.commands["serve"]
+    stack.enter_context(patch.object(serve, "callback", _doing_nothing(serve.callback)))
     for command in app.registered_commands:
         if not (command.context_settings or {}).get("allow_extra_args"):
             stack.enter_context(patch.object(command, "callback", _doing_nothing(command.callback)))

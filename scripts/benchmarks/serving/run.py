@@ -58,8 +58,6 @@ class Arguments:
         """Refuse what cannot be measured, before measuring anything."""
         if self.num_rounds < 2:
             raise ValueError(f"`num_rounds` must be at least 2 for quartiles, got {self.num_rounds}.")
-        if not Path(self.python).is_file():
-            raise ValueError(f"`python={self.python!r}` is no Python with vLLM: run `make vllm` first.")
 
 
 def save_models(args: Arguments, folder: Path) -> None:
@@ -192,6 +190,8 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
 
 def main(args: Arguments) -> None:
     """Serve all models, then write and print the results."""
+    if not Path(args.python).is_file():
+        raise ValueError(f"`python={args.python!r}` is no Python with vLLM: run `make vllm` first.")
     set_seed(0)
     with TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)

@@ -1,8 +1,10 @@
 """What a benchmark leaves in its folder: numbers with what they were measured with, a table and a picture."""
 
 import json
+import subprocess
 from collections.abc import Mapping
 from dataclasses import fields
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +30,25 @@ def describe_arguments(*arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in _PATHS}
 
 
+def describe_origin() -> dict[str, str]:
+    """Describes when and by which commit results are made.
+
+    Returns:
+        `dict`: The `date`, and the `commit`, with `-dirty` if files differ from it. No commit outside of a clone.
+    """
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git
+        return {"date": date.today().isoformat()}
+    commit = {"commit": done.stdout.strip()} if done.returncode == 0 else {}
+    return {"date": date.today().isoformat()} | commit
+
+
 def write_results(
     folder: str | Path, name: str, record: Mapping[str, Any], table: str | None = None, figure: "Figure | None" = None
 ) -> None:
-    """Writes what is known so far to `NAME.json`, `NAME.md` and `NAME.png`.
+    """Writes what is known so far to `NAME.json`, with its origin, `NAME.md` and `NAME.png`.
 
     Args:
         folder (`str` or `Path`): Where they are written; made if it does not exist.
@@ -45,7 +62,7 @@ def write_results(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{name}.json", record)
+    write_json(folder / f"{name}.json", {**describe_origin(), **record})
     if table is not None:
         (folder / f"{name}.md").write_text(table)
     if figure is not None:

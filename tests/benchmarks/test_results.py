@@ -1,7 +1,9 @@
 """What benchmarks share when they read rows and write results."""
 
 import json
+import re
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from mot_hf.data.tokenizer import train_tokenizer
 from scripts.benchmarks.measuring import describe_machine
 from scripts.benchmarks.results import describe_arguments, write_json, write_results
 from scripts.benchmarks.rows import describe_corpus, load_rows
+from tests.scripts.running import REPOSITORY
 
 
 @dataclass
@@ -42,7 +45,11 @@ def test_arguments_are_described_without_the_paths_of_a_machine() -> None:
 def test_numbers_table_and_picture_are_written_beside_each_other(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "results"
     write_results(folder, "topic", {"results": [1]}, "| a |\n", Figure())
-    assert json.loads((folder / "topic.json").read_text()) == {"results": [1]}
+    record = json.loads((folder / "topic.json").read_text())
+    assert record.pop("date") == date.today().isoformat()
+    if (REPOSITORY / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?", record.pop("commit"))
+    assert record == {"results": [1]}
     assert (folder / "topic.md").read_text() == "| a |\n"
     assert (folder / "topic.png").read_bytes().startswith(b"\x89PNG")
     write_results(tmp_path, "numbers", {})

@@ -206,7 +206,7 @@ def tabulate_counts(counted: dict[str, Any]) -> str:
 def tabulate_times(rows: list[dict[str, Any]]) -> str:
     """A table of what was calculated, in milliseconds."""
     lines = [
-        "| GPUs | E | products | FSDP | experts in a node: exchange + gather | experts in 4 nodes: the same |",
+        "| GPUs | E | ms of products | of FSDP | of experts in a node: exchange + gather | of experts in 4 nodes |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -17,8 +17,9 @@ from mot_hf.training import CorpusArguments, MethodArguments, ModelArguments, pa
 from tests.models import tiny_config
 from tests.training.language_runs import plain_tokenizer, save_base, train
 
-RECIPES = sorted((Path(__file__).parents[2] / "mot_hf" / "recipes").glob("*.yaml"))
 ALL_RECIPES = sorted((Path(__file__).parents[2] / "mot_hf" / "recipes").rglob("*.yaml"))
+# Those for language models; the one for conversations has other arguments.
+RECIPES = [path for path in ALL_RECIPES if path.parent.name == "recipes" and path.stem != "sft"]
 CLASSES = (ModelArguments, CorpusArguments, TrainingArguments, MethodArguments)
 
 

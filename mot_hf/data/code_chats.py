@@ -10,7 +10,17 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Features, List, Value
 
-from mot_hf.data.code_tasks import FUNCTION_NODES, find_definitions, parse_source, read_sources, split_by_file
+from mot_hf.data.code_tasks import (
+    FUNCTION_NODES,
+    check_splits,
+    find_definitions,
+    parse_source,
+    read_sources,
+    split_by_file,
+)
+
+# A column of conversations.
+MESSAGES = List({"role": Value("string"), "content": Value("string")})
 
 _LONGEST_SUMMARY = 200  # characters
 _REQUEST = "Write it."
@@ -51,12 +61,8 @@ def code_chats(
         for messages in _conversations(parse_source(name, source), source, max_code_length)
     ]
     splits = split_by_file(examples, validation_fraction)
-    if not all(splits.values()):
-        raise ValueError(
-            f"`validation_fraction={validation_fraction}` leaves a split without text: change it, or give more files."
-        )
-    messages = List({"role": Value("string"), "content": Value("string")})
-    features = Features({"messages": messages, "file": Value("string")})
+    check_splits(splits, validation_fraction)
+    features = Features({"messages": MESSAGES, "file": Value("string")})
     return DatasetDict(
         {
             split: Dataset.from_list([{name: row[name] for name in features} for row in rows], features=features)

@@ -103,10 +103,7 @@ def role_task(files: Mapping[str, Path] | None = None, *, validation_fraction: f
         for starts, ends, roles in [zip(*spans, strict=True)]
     ]
     splits = split_by_file(examples, validation_fraction)
-    if not all(splits.values()):
-        raise ValueError(
-            f"`validation_fraction={validation_fraction}` leaves a split without text: change it, or give more files."
-        )
+    check_splits(splits, validation_fraction)
     positions = List(Value("int32"))
     return _as_data_set(splits, {"starts": positions, "ends": positions, "labels": List(ClassLabel(names=ROLES))})
 
@@ -123,6 +120,14 @@ def parse_source(name: str, source: str) -> ast.Module:
         return ast.parse(source)
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"`files` contains {name!r}, which is not Python ({error}): remove it.") from error
+
+
+def check_splits(splits: dict[str, Examples], validation_fraction: float) -> None:
+    """Refuses a share of held-out files, with a `ValueError`, that leaves a split empty."""
+    if not all(splits.values()):
+        raise ValueError(
+            f"`validation_fraction={validation_fraction}` leaves a split without text: change it, or give more files."
+        )
 
 
 def split_by_file(examples: Examples, validation_fraction: float) -> dict[str, Examples]:

@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict, Features
 
 from mot_hf.data.chat import ROLES
-from mot_hf.data.code_chats import code_chats
+from mot_hf.data.code_chats import MESSAGES, code_chats
 from mot_hf.data.progress import hide_bars
 from mot_hf.data.rows import list_columns, read_rows
 from mot_hf.data.sources import SourceFile, count, name_source
@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 _VALIDATION_FRACTION = 0.1
 _EXAMPLE = '{"role": "user", "content": "..."}'
-_MESSAGES = List({"role": Value("string"), "content": Value("string")})
 
 
 @dataclass
@@ -97,12 +96,7 @@ def load_instruction_data(args: InstructionArguments) -> DatasetDict:
     if args.validation_fraction is not None and not 0 < args.validation_fraction < 1:
         raise ValueError(f"`validation_fraction={args.validation_fraction}` must be between 0 and 1: 0.1 is usual.")
     if args.source is None:
-        if args.validation_source is not None:
-            raise ValueError(
-                f"`validation_source={args.validation_source!r}` needs a `source` to train on: give both."
-            )
-        fraction = {} if args.validation_fraction is None else {"validation_fraction": args.validation_fraction}
-        return code_chats(**fraction).remove_columns("file")
+        return _load_code_chats(args)
     splits = load_splits(
         args.source,
         args.validation_source,
@@ -161,7 +155,7 @@ def _make_rows(rows: Iterable[tuple[Mapping[str, Any], str]], columns: dict[str,
             num_skipped += 1
     if num_skipped:
         logger.warning("Skipping %s of `%s` without an answer.", count(num_skipped, "row"), argument)
-    return Dataset.from_list(kept, features=Features({name.removesuffix("_column"): _MESSAGES for name in columns}))
+    return Dataset.from_list(kept, features=Features({name.removesuffix("_column"): MESSAGES for name in columns}))
 
 
 def read_messages(value: Any, column: str, where: str) -> list[dict[str, str]]:

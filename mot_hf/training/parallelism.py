@@ -248,6 +248,7 @@ def _describe(sizes: dict[str, int]) -> str:
 
 
 __all__ = [
+    "check_is_whole",
     "check_layout",
     "has_shards",
     "keep_shards",

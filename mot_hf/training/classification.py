@@ -28,15 +28,9 @@ from mot_hf.training.arguments import MethodArguments
 from mot_hf.training.lora import add_lora
 from mot_hf.training.parallelism import check_is_whole
 from mot_hf.training.plan import check_length
-from mot_hf.training.resuming import (
-    CheckpointDescription,
-    check_adapters,
-    check_arguments,
-    check_settings,
-    load_checkpoint_tokenizer,
-)
+from mot_hf.training.resuming import CheckpointDescription, check_resumed
 from mot_hf.training.run import add_callbacks, fill_batches, lock_run, run_training
-from mot_hf.training.vocabulary import check_meanings, enlarge_embeddings
+from mot_hf.training.vocabulary import enlarge_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -131,8 +125,7 @@ def _finetune(
     tokenizer = _load_tokenizer(model_name_or_path, of_tokens)
     model = _load_model(model_name_or_path, _label_names(data), tokenizer, of_tokens)
     if checkpoint:
-        _check_resumed(model, tokenizer, method_args, checkpoint)
-        check_arguments(training_args, checkpoint)
+        check_resumed(model, tokenizer, training_args, method_args, checkpoint)
     tokenizer.model_max_length = model.config.max_position_embeddings
     architecture = type(model).__name__
     if method_args.lora_rank:
@@ -196,16 +189,6 @@ def _load_model(
     enlarge_embeddings(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
-
-
-def _check_resumed(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: MethodArguments, checkpoint: str
-) -> None:
-    """Refuse to resume from a checkpoint with different labels, settings or tokens."""
-    check_settings(model.config, type(model).__name__, checkpoint)
-    check_adapters(args.lora_rank, args.lora_alpha, checkpoint)
-    if saved := load_checkpoint_tokenizer(checkpoint):
-        check_meanings(tokenizer, saved, name="The model's tokenizer", own_name=f"the checkpoint {checkpoint!r}")
 
 
 def _most_likely(logits: Tensor, labels: Tensor) -> Tensor:

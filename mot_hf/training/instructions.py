@@ -27,16 +27,10 @@ from mot_hf.training.arguments import MethodArguments
 from mot_hf.training.lora import add_lora
 from mot_hf.training.parallelism import check_is_whole
 from mot_hf.training.plan import check_length
-from mot_hf.training.resuming import (
-    CheckpointDescription,
-    check_adapters,
-    check_arguments,
-    check_settings,
-    load_checkpoint_tokenizer,
-)
+from mot_hf.training.resuming import CheckpointDescription, check_resumed
 from mot_hf.training.run import add_callbacks, fill_batches, lock_run, run_training
 from mot_hf.training.safety import explain_failures
-from mot_hf.training.vocabulary import check_meanings, complete_tokenizer, enlarge_embeddings, load_tokenizer
+from mot_hf.training.vocabulary import complete_tokenizer, enlarge_embeddings, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -126,10 +120,7 @@ def _tune(
     _end_turns(model, tokenizer)
     _choose_balancing(model.config, training_args)
     if checkpoint:
-        check_settings(model.config, type(model).__name__, checkpoint)
-        check_adapters(method_args.lora_rank, method_args.lora_alpha, checkpoint)
-        check_arguments(training_args, checkpoint)
-        _check_tokens(tokenizer, checkpoint)
+        check_resumed(model, tokenizer, training_args, method_args, checkpoint)
     trainer = _make_trainer(model, tokenizer, data, training_args, method_args, callbacks)
     add_callbacks(trainer, method_args)
     run_training(trainer, checkpoint, args.text_name())
@@ -204,11 +195,6 @@ def _choose_balancing(config: PreTrainedConfig, args: SFTConfig) -> None:
     config.output_router_logits = args.router_aux_loss_coef != 0
     if args.router_aux_loss_coef:
         config.router_aux_loss_coef = args.router_aux_loss_coef
-
-
-def _check_tokens(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> None:
-    if saved := load_checkpoint_tokenizer(checkpoint):
-        check_meanings(tokenizer, saved, name="The model's tokenizer", own_name=f"the checkpoint {checkpoint!r}")
 
 
 def _make_trainer(

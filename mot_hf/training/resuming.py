@@ -13,6 +13,7 @@ import torch
 from transformers import (
     AutoConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
@@ -25,7 +26,8 @@ from mot_hf.storage.checkpoints import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from mot_hf.storage.pickles import read_attributes
 from mot_hf.storage.plain_files import read_object
 from mot_hf.storage.tokenizers import has_tokenizer
-from mot_hf.training.vocabulary import load_tokenizer
+from mot_hf.training.arguments import MethodArguments
+from mot_hf.training.vocabulary import check_meanings, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +152,32 @@ def check_adapters(rank: int, alpha: int, checkpoint: str) -> None:
         _refuse_differences(settings, checkpoint)
     elif (Path(checkpoint) / "config.json").is_file():  # a whole model
         _refuse_differences({"lora_rank": (0, rank)}, checkpoint)
+
+
+def check_resumed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainingArguments,
+    method_args: MethodArguments,
+    checkpoint: str,
+) -> None:
+    """Refuses to go on from a checkpoint of a model that was tuned with other settings, adapters, tokens or arguments.
+
+    Args:
+        model (`PreTrainedModel`): The model, without adapters.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        args (`TrainingArguments`): Arguments of the `Trainer`.
+        method_args ([`MethodArguments`]): Rank and scale of adapters.
+        checkpoint (`str`): Folder of the checkpoint.
+
+    Raises:
+        ValueError: They differ. The message names what does.
+    """
+    check_settings(model.config, type(model).__name__, checkpoint)
+    check_adapters(method_args.lora_rank, method_args.lora_alpha, checkpoint)
+    if saved := load_checkpoint_tokenizer(checkpoint):
+        check_meanings(tokenizer, saved, name="The model's tokenizer", own_name=f"the checkpoint {checkpoint!r}")
+    check_arguments(args, checkpoint)
 
 
 def check_arguments(args: TrainingArguments, checkpoint: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset, DatasetDict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     Qwen3MoeForCausalLM,
@@ -19,6 +19,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from mot_hf.conversion.export import make_qwen3_moe_config
 from mot_hf.data.blocks import make_blocks
@@ -86,7 +87,7 @@ def make_model(architecture: str, args: ComparisonArguments) -> PreTrainedModel:
         args ([`ComparisonArguments`]): Its sizes.
 
     Returns:
-        `PreTrainedModel`: The model, in training mode.
+        `PreTrainedModel`: The model, in training mode. Routers and controllers have the same initial spread.
 
     Raises:
         ValueError: The architecture is unknown.
@@ -111,7 +112,11 @@ def make_model(architecture: str, args: ComparisonArguments) -> PreTrainedModel:
         return MoTForCausalLM(config).train()
     moe_config = make_qwen3_moe_config(config)
     moe_config.output_router_logits = True
-    return Qwen3MoeForCausalLM(moe_config).train()
+    model = Qwen3MoeForCausalLM(moe_config).train()
+    for router in [module for module in model.modules() if isinstance(module, Qwen3MoeTopKRouter)]:
+        # Its own start, 0.02, would leave more experts idle and cost it some of its loss.
+        nn.init.normal_(router.weight, std=config.router_initializer_range)
+    return model
 
 
 def collate_rows(rows: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,74 +1,58 @@
 r"""Reproduce the paper's headline: in what part of the steps and the time does MoT reach the dense model's final loss?
 
-Dense, MoT and Qwen3-MoE models of equal FLOPs are trained by the stock `Trainer` on the same rows in the same order,
-with the same number of steps and the same schedule. Each has the learning rate that was best for it in shorter runs,
-or with `--num_finalists 2` the better of the best two. Losses are validation losses, of MoT in mode `per_sequence`,
-the mode that answers users. The time of a step is measured for all models in turn and apart from the training, so the
-time axis shows the steps alone and nothing else that the machine did. Close other programs while steps are timed.
+A dense model, MoT as in the paper, MoT by other methods, and Qwen3-MoE are trained by the stock `Trainer` on the same
+rows in the same order, with the same number of steps and the same schedule; controllers and routers have the same
+initial spread. Methods are those of `scripts/benchmarks/method`. Each is trained with every learning rate by the first
+seed, and with the best one by the others. Losses are validation losses in the mode that answers users. FLOPs are those
+of a token in the forward pass of the whole model; feed-forward layers differ in those of controllers and mixing alone.
+The time of a step is measured for all methods in turn and apart from the training, on a CPU, so the time axis shows
+the steps alone and nothing else that the machine did. Close other programs while steps are timed.
 
 Every run is a file in OUTPUT_DIR/runs and is not repeated if the file exists. So you can do a long comparison in
-parts, with `--architectures`, `--parts` and `--learning_rates`, one after the other or side by side. A file that was
-made with other settings is refused: give each comparison an `--output_dir` of its own. Writes headline.json,
-headline.md and headline.png: the numbers, a table and both pairs of curves. The text is the Python code of all
-installed packages, or --source.
+parts, with `--methods`, `--parts` and `--learning_rates`. A file that was made with other settings is refused: give
+each comparison an `--output_dir` of its own. Writes headline.json, headline.md and headline.png: the numbers, a table
+and both pairs of curves. The text is that of the recipe, or --source. The stored results, on a GPU, steps timed on a
+CPU:
 
-The stored results took about four hours of one core and more; with `--max_steps 500 --output_dir runs/headline` it
-takes minutes. Short runs misled about the best learning rate, so more were trained in full than the finalists:
+    python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/medium.yaml --device cuda --jobs 8 \
+        --bf16 true --parts training
+    python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/medium.yaml --parts timing summary
 
-    python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/cpu.yaml --num_finalists 2
-    python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/cpu.yaml --architectures dense mot \
-        --parts tuning training --learning_rates 4e-3
-    python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/cpu.yaml --architectures qwen3_moe \
-        --parts training --learning_rates 1.6e-2
+Models of width 32 with many tokens for every parameter, which take about twenty minutes a run on a CPU's core; and the
+paper's proof of concept (250 000 steps; give it the C4 data set):
 
-On a GPU, and the paper's proof of concept (250 000 steps; give it the C4 data set):
-
-    python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/gpu.yaml
-    python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/paper.yaml --source "C4_DIR/*.jsonl"
+    python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/cpu.yaml --jobs 2
+    python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/paper.yaml --device cuda \
+        --source "C4_DIR/*.jsonl"
 """
 
-from dataclasses import asdict, dataclass, field
-from itertools import product
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from statistics import mean, stdev
+from typing import Any, Literal
 
 import torch
 from matplotlib.figure import Figure
-from transformers import TrainingArguments, set_seed
+from transformers import TrainingArguments
 
+from mot_hf.data.corpus import load_corpus
+from mot_hf.storage.plain_files import read_object
 from mot_hf.training import parse_arguments
-from scripts.benchmarks.comparison import (
-    ARCHITECTURES,
-    ComparisonArguments,
-    load_text,
-    make_model,
-    make_step,
-    train_model,
-)
+from scripts.benchmarks.comparison import ComparisonArguments, load_text, make_step
 from scripts.benchmarks.measuring import describe_machine, summarize_times, time_in_turn
+from scripts.benchmarks.method.grid import Grid, Plan, count_method_flops, make_method_model
+from scripts.benchmarks.method.methods import METHODS
 from scripts.benchmarks.results import describe_arguments, write_json, write_results
-from scripts.benchmarks.runs import Run, digest_rows, make_settings, read_run
+from scripts.benchmarks.runs import digest_rows, make_settings, read_run
 
-PARTS = ("tuning", "training", "timing")
-LABELS = {"dense": "dense", "mot": "MoT", "qwen3_moe": "Qwen3-MoE"}
+PARTS = ("training", "timing", "summary")
+DENSE, RIVAL = "dense", "Qwen3-MoE"
 # The arguments of training that are stored with the results.
-RECORDED = (
-    "max_steps",
-    "per_device_train_batch_size",
-    "warmup_steps",
-    "weight_decay",
-    "adam_beta2",
-    "max_grad_norm",
-    "lr_scheduler_kwargs",
-    "seed",
-    "bf16",
-    "torch_compile",
-)
+RECORDED = ("max_steps", "per_device_train_batch_size", "warmup_steps", "weight_decay", "adam_beta2", "max_grad_norm")
 # The settings that the time of a step depends on.
 TIMED = {
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_dense_layers", "num_attention_heads"),
-    *("group_size", "num_experts", "vocab_size", "block_length", "per_device_train_batch_size"),
-    *("bf16", "torch_compile", "device", "num_devices"),
+    *("group_size", "num_experts", "vocab_size", "block_length", "per_device_train_batch_size", "torch_compile"),
 }
 
 
@@ -76,30 +60,35 @@ TIMED = {
 class Arguments:
     """What to run."""
 
-    architectures: list[str] = field(default_factory=lambda: list(ARCHITECTURES), metadata={"help": "models to run"})
+    methods: list[str] = field(
+        default_factory=lambda: [DENSE, "cross_example", "per_sequence, normalised", RIVAL],
+        metadata={"help": "methods, of those of scripts/benchmarks/method"},
+    )
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"parts, of {', '.join(PARTS)}"})
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-3, 1e-2, 3e-2], metadata={"help": "peak learning rates to choose from"}
+        default_factory=lambda: [1.5e-3, 3e-3], metadata={"help": "peak learning rates to choose from"}
     )
-    tuning_share: float = field(
-        default=0.08, metadata={"help": "share of max_steps in the runs that choose the learning rate"}
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of the initial weights"})
+    default_corpus: bool = field(
+        default=False, metadata={"help": "whether the text is the default corpus, not the code of all packages"}
     )
-    num_finalists: int = field(
-        default=1, metadata={"help": "learning rates to train a model with, the best in the short runs first"}
-    )
+    jobs: int = field(default=1, metadata={"help": "runs side by side, each in a process of its own"})
+    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "where to train"})
     num_rounds: int = field(default=20, metadata={"help": "rounds in which steps are timed"})
 
     def __post_init__(self) -> None:
         """Refuse unknown words before anything is trained."""
-        for name, known in (("architectures", ARCHITECTURES), ("parts", PARTS)):
+        for name, known in (("methods", METHODS), ("parts", PARTS)):
             for word in getattr(self, name):
                 if word not in known:
-                    raise ValueError(f"`{name}` has {word!r}, which must be one of {', '.join(known)}.")
-        if "timing" in self.parts and "dense" not in self.architectures:
+                    raise ValueError(f"`{name}` has {word!r}, which must be one of: {'; '.join(known)}.")
+        if "timing" in self.parts and DENSE not in self.methods:
             raise ValueError(
-                f"`architectures={self.architectures}` cannot be timed without 'dense', which times are relative to: "
+                f"`methods={self.methods}` cannot be timed without 'dense', which times are relative to: "
                 "add it, or leave 'timing' out of `parts`."
             )
+        if self.jobs < 1:
+            raise ValueError(f"`jobs={self.jobs}` must be at least 1.")
 
 
 class Headline:
@@ -117,41 +106,35 @@ class Headline:
     def __init__(self, args: Arguments, comparison: ComparisonArguments, training_args: TrainingArguments) -> None:
         self.args, self.comparison, self.training_args = args, comparison, training_args
         self.folder = Path(training_args.output_dir)
-        self.num_steps = {
-            "tuning": round(args.tuning_share * training_args.max_steps),
-            "training": training_args.max_steps,
-        }
-        self.text = load_text(comparison) if {"tuning", "training"} & set(args.parts) else None
-        self.digest = None if self.text is None else digest_rows(self.text)
-        for part, architecture in product(self.num_steps, ARCHITECTURES):
-            self.load_runs(part, architecture)
-        self.load_timing()
+        text = self.load_text() if "training" in args.parts else None
+        self.grid = Grid(comparison, training_args, text, None if text is None else digest_rows(text))
+        if self.timing_path.exists():
+            self.load_timing()
 
-    def make_settings(self, part: str, architecture: str, **changes: Any) -> dict[str, Any]:
-        """The settings of the runs of a model, but for the learning rate."""
-        changes |= {"architecture": architecture, "max_steps": self.num_steps[part]}
-        return make_settings(self.comparison, self.training_args, self.digest, **changes)
+    def load_text(self) -> Any:
+        """The rows."""
+        if not self.args.default_corpus:
+            return load_text(self.comparison)
+        return load_text(replace(self.comparison, source=load_corpus(self.comparison.source)))
 
-    def run(self, part: str, architecture: str, learning_rate: float) -> None:
-        """Train a model, unless its file exists."""
+    def train(self) -> None:
+        """Train every method with all learning rates by the first seed, and with the best by the others."""
+        first, *others = self.args.seeds
+        steps = self.training_args.max_steps
+        rates = [(name, rate) for name in self.args.methods for rate in self.args.learning_rates]
+        losses: dict[tuple[str, float], float] = {}
+        for run in self.grid.finish([Plan(name, first, rate, steps) for name, rate in rates], self.args.jobs):
+            losses[run["method"], run["learning_rate"]] = run["losses"][-1]
+            print(f"{run['method']}, {run['learning_rate']:g}: {run['losses'][-1]:.4f}", flush=True)
+        best = {name: min(self.args.learning_rates, key=lambda rate: losses[name, rate]) for name in self.args.methods}
+        plans = [Plan(name, seed, rate, steps) for seed in others for name, rate in best.items()]
+        for run in self.grid.finish(plans, self.args.jobs):
+            print(f"{run['method']}, seed {run['seed']}: {run['losses'][-1]:.4f}", flush=True)
 
-        def train() -> dict[str, Any]:
-            set_seed(self.training_args.seed)
-            model = make_model(architecture, self.comparison)
-            sizes = {"architecture": architecture, "num_parameters": model.num_parameters()}
-            changes = {"learning_rate": learning_rate, "max_steps": self.num_steps[part]}
-            return sizes | train_model(model, self.training_args, self.text, **changes)
-
-        path = self.folder / "runs" / f"{part}_{architecture}_{learning_rate:g}.json"
-        Run(path, self.make_settings(part, architecture, learning_rate=learning_rate), train).finish()
-
-    def load_runs(self, part: str, architecture: str) -> list[dict[str, Any]]:
-        """The runs of a model that have been done, the best first."""
-        settings = self.make_settings(part, architecture)
-        # The runs differ in the learning rate. Without the text, as when steps are timed, nothing is said of it.
-        ignored = ["learning_rate"] if self.digest else ["learning_rate", "text"]
-        paths = (self.folder / "runs").glob(f"{part}_{architecture}_*.json")
-        return sorted((read_run(path, settings, ignored) for path in paths), key=lambda run: run["losses"][-1])
+    @property
+    def timing_path(self) -> Path:
+        """Where the time of steps is stored."""
+        return self.folder / "runs" / "timing.json"
 
     @property
     def timing_settings(self) -> dict[str, Any]:
@@ -159,131 +142,147 @@ class Headline:
         settings = make_settings(self.comparison, self.training_args, None)
         return {name: value for name, value in settings.items() if name in TIMED}
 
-    def load_timing(self) -> dict[str, Any] | None:
-        """What `time_steps` measured, if it did."""
-        path = self.folder / "runs" / "timing.json"
-        return read_run(path, self.timing_settings) if path.exists() else None
+    def load_timing(self) -> dict[str, Any]:
+        """What `time_steps` measured."""
+        return read_run(self.timing_path, self.timing_settings)
 
     def time_steps(self) -> None:
-        """Time a step of every model, in turn."""
-        args, device = self.training_args, str(self.training_args.device)
+        """Time a step of every method, in turn, on a CPU and in float32."""
+        args = replace(self.training_args, use_cpu=True, bf16=False)
         ids = torch.randint(self.comparison.vocab_size, (args.train_batch_size, self.comparison.block_length))
-        steps = {name: make_step(make_model(name, self.comparison), args, ids) for name in self.args.architectures}
-        timings = summarize_times(time_in_turn(steps, self.args.num_rounds, device), "dense")
+        steps = {}
+        for name in self.args.methods:
+            model, method = make_method_model(METHODS[name], self.comparison), METHODS[name]
+            if method.share is not None:  # the mode that most steps are in
+                model.set_mixing(method.mode)
+            steps[name] = make_step(model, args, ids)
+        timings = summarize_times(time_in_turn(steps, self.args.num_rounds, "cpu"), DENSE)
         times = {name: asdict(timing) for name, timing in timings.items()}
-        if not device.startswith("cuda"):
-            for timing in times.values():
-                del timing["seconds"]  # of no use on another machine
-        record = {"settings": self.timing_settings, "machine": describe_machine(device), "steps": times}
-        (self.folder / "runs").mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "runs" / "timing.json", record)
+        for timing in times.values():
+            del timing["seconds"]  # of no use on another machine
+        self.timing_path.parent.mkdir(parents=True, exist_ok=True)
+        record = {"settings": self.timing_settings, "machine": describe_machine("cpu"), "steps": times}
+        write_json(self.timing_path, record)
 
-    def finished(self, timing: dict[str, Any] | None) -> list[dict[str, Any]]:
-        """The best long run of each model, with the time of its steps relative to those of the dense model."""
-        runs = []
-        for name in ARCHITECTURES:
-            if not (finalists := self.load_runs("training", name)):
-                continue
-            other_losses = {str(other["learning_rate"]): other["losses"][-1] for other in finalists[1:]}
-            step_time = timing["steps"].get(name, {}).get("relative_time") if timing else None
-            runs.append(finalists[0] | {"other_learning_rates": other_losses, "relative_step_time": step_time})
-        return runs
-
-    def write(self) -> str | None:
-        """Write what is known so far, once there is a dense model; returns the table."""
-        timing = self.load_timing()
-        runs = self.finished(timing)
-        if not any(run["architecture"] == "dense" for run in runs):
-            return None
-        add_headline(runs)
+    def write(self) -> str:
+        """Write what is known so far; returns the table, which is empty without runs of the dense model."""
+        paths = sorted(path for path in (self.folder / "runs").glob("*.json") if path != self.timing_path)
+        timing = self.load_timing() if self.timing_path.exists() else None
+        methods = summarise([read_object(path) for path in paths], timing)
+        if not any(method["method"] == DENSE for method in methods):
+            return ""
+        for method in methods:
+            method["flops_per_token"] = count_method_flops(METHODS[method["method"]], self.comparison)
         training = {name: getattr(self.training_args, name) for name in RECORDED}
         record = {
-            "results": runs,
-            "tuning": {name: self.load_runs("tuning", name) for name in ARCHITECTURES},
-            "arguments": describe_arguments(self.comparison) | {"tuning_share": self.args.tuning_share},
+            "results": methods,
+            "arguments": describe_arguments(self.comparison),
             "training": training | {"lr_scheduler_type": str(self.training_args.lr_scheduler_type)},
             "timing": timing,
         }
-        table = make_table(runs)
-        write_results(self.folder, "headline", record, table, draw(runs))
+        table = make_table(methods)
+        write_results(self.folder, "headline", record, table, draw(methods))
         return table
 
 
-def add_headline(runs: list[dict[str, Any]]) -> None:
-    """Add to each run the share of the dense model's steps and time at which it reached that model's final loss."""
-    dense = next(run for run in runs if run["architecture"] == "dense")
-    for run in runs:
-        reached = [step for step, loss in zip(run["steps"], run["losses"], strict=True) if loss <= dense["losses"][-1]]
-        run["share_of_steps"] = reached[0] / dense["steps"][-1] if reached else None
-        timed = reached and run["relative_step_time"]
-        run["share_of_time"] = run["share_of_steps"] * run["relative_step_time"] if timed else None
+def summarise(runs: list[dict[str, Any]], timing: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The runs of each method with its best learning rate, and when they reach the losses of others."""
+    methods = []
+    for name in METHODS:
+        own = sorted((run for run in runs if run["method"] == name), key=lambda run: (run["seed"], run["losses"][-1]))
+        if not own:
+            continue
+        of_best = [run for run in own if run["learning_rate"] == own[0]["learning_rate"]]
+        finals = [run["losses"][-1] for run in of_best]
+        by_rate = {f"{run['learning_rate']:g}": run["losses"][-1] for run in own if run["seed"] == own[0]["seed"]}
+        methods.append(
+            {
+                "method": name,
+                "num_parameters": own[0]["num_parameters"],
+                "learning_rate": own[0]["learning_rate"],
+                "first_seed_by_learning_rate": by_rate,
+                "seeds": [run["seed"] for run in of_best],
+                "final_losses": finals,
+                "final_loss": mean(finals),
+                "deviation": stdev(finals) if len(finals) > 1 else None,
+                "steps": own[0]["steps"],
+                "losses": [mean(at_step) for at_step in zip(*(run["losses"] for run in of_best), strict=True)],
+                "relative_step_time": timing["steps"].get(name, {}).get("relative_time") if timing else None,
+                "settings": own[0]["settings"],
+                "machine": own[0]["machine"],
+            }
+        )
+    for goal in (DENSE, RIVAL):
+        add_shares(methods, goal)
+    return methods
 
 
-def make_table(runs: list[dict[str, Any]]) -> str:
+def add_shares(methods: list[dict[str, Any]], goal: str) -> None:
+    """Add to each method the share of the goal's steps and time at which it reached the goal's final loss."""
+    for of_goal in [method for method in methods if method["method"] == goal]:
+        for each in methods:
+            points = zip(each["steps"], each["losses"], strict=True)
+            reached = [step for step, loss in points if loss <= of_goal["final_loss"]]
+            steps = reached[0] / of_goal["steps"][-1] if reached else None
+            times = (each["relative_step_time"], of_goal["relative_step_time"])
+            each[f"share_of_steps_to_{goal}"] = steps
+            each[f"share_of_time_to_{goal}"] = None if steps is None or None in times else steps * times[0] / times[1]
+
+
+def make_table(methods: list[dict[str, Any]]) -> str:
     """The headline in Markdown."""
 
     def percent(share: float | None) -> str:
-        return "not" if share is None else f"{share:.1%}"
+        return "not" if share is None else f"{share:.0%}"
 
+    dense = next(method for method in methods if method["method"] == DENSE)
     lines = [
-        "| model | parameters | learning rate | final loss | time of a step | steps to the dense loss | time to it |",
-        "|---|---|---|---|---|---|---|",
+        "| model and method | parameters | FLOPs | learning rate | final loss | deviation | time of a step |"
+        " steps to the dense loss | time to it | steps to Qwen3-MoE's | time to it |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for run in runs:
-        step_time = run["relative_step_time"]
-        cells = (
-            LABELS[run["architecture"]],
-            f"{run['num_parameters'] / 1e6:.2f} M",
-            f"{run['learning_rate']:g}",
-            f"{run['losses'][-1]:.4f}",
-            "" if step_time is None else f"{step_time:.2f}",
-            percent(run["share_of_steps"]),
-            percent(run["share_of_time"]),
-        )
+    for each in methods:
+        cells = [each["method"], f"{each['num_parameters'] / 1e6:.2f} M"]
+        cells += [f"{each['flops_per_token'] / dense['flops_per_token']:.2f}", f"{each['learning_rate']:g}"]
+        cells += [f"{each['final_loss']:.4f} ({len(each['final_losses'])})"]
+        cells += ["" if each["deviation"] is None else f"{each['deviation']:.4f}"]
+        cells += ["" if each["relative_step_time"] is None else f"{each['relative_step_time']:.2f}"]
+        cells += [percent(each.get(f"share_of_{of}_to_{goal}")) for goal in (DENSE, RIVAL) for of in ("steps", "time")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def draw(runs: list[dict[str, Any]]) -> Figure:
+def draw(methods: list[dict[str, Any]]) -> Figure:
     """Losses over steps and over time."""
-    dense = next(run for run in runs if run["architecture"] == "dense")
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    dense = next(method for method in methods if method["method"] == DENSE)
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for run in runs:
-        color = {"dense": "black", "mot": "C0", "qwen3_moe": "C1"}[run["architecture"]]
-        shares = [step / dense["steps"][-1] for step in run["steps"]]
-        panels[0].plot(shares, run["losses"], color=color, label=LABELS[run["architecture"]])
-        if run["relative_step_time"] is not None:
-            panels[1].plot([share * run["relative_step_time"] for share in shares], run["losses"], color=color)
-    final = dense["losses"][-1]
+    for place, each in enumerate(methods):
+        shares = [step / dense["steps"][-1] for step in each["steps"]]
+        color = "black" if each["method"] == DENSE else f"C{place - 1}"
+        panels[0].plot(shares, each["losses"], color=color, label=each["method"])
+        if each["relative_step_time"] is not None:
+            panels[1].plot([share * each["relative_step_time"] for share in shares], each["losses"], color=color)
     for panel, unit in zip(panels, ("steps", "time"), strict=True):
-        panel.axhline(final, color="gray", linestyle="--", linewidth=1)
+        panel.axhline(dense["final_loss"], color="gray", linestyle="--", linewidth=1)
         panel.set_xlabel(f"{unit}, relative to the dense model's training")
         panel.grid(alpha=0.3)
-    lowest = min(loss for run in runs for loss in run["losses"])
-    panels[0].set_ylim(lowest - 0.05, final + 3 * max(0.1, final - lowest))
+    lowest = min(loss for each in methods for loss in each["losses"])
+    panels[0].set_ylim(lowest - 0.05, dense["final_loss"] + 3 * max(0.1, dense["final_loss"] - lowest))
     panels[0].set_ylabel("validation loss (nats per token)")
-    panels[0].legend(frameon=False)
+    panels[0].legend(frameon=False, fontsize=8)
     return figure
 
 
 def main(args: Arguments, comparison: ComparisonArguments, training_args: TrainingArguments) -> None:
-    """Choose learning rates, train, time steps, and write the results after each."""
-    headline = Headline(args, comparison, training_args)
-    for name in args.architectures:
-        if "tuning" in args.parts:
-            for learning_rate in args.learning_rates:
-                headline.run("tuning", name, learning_rate)
-        if "training" in args.parts:
-            tuned = [run["learning_rate"] for run in headline.load_runs("tuning", name)]
-            candidates = [rate for rate in tuned if rate in args.learning_rates] or args.learning_rates
-            for learning_rate in candidates[: args.num_finalists]:
-                headline.run("training", name, learning_rate)
-                headline.write()
+    """Train, time steps, and write the results."""
+    headline = Headline(args, comparison, replace(training_args, use_cpu=args.device == "cpu"))
+    if "training" in args.parts:
+        headline.train()
     if "timing" in args.parts:
         headline.time_steps()
-    if table := headline.write():
-        print(table)
+    if "summary" in args.parts:
+        print(headline.write())
 
 
 if __name__ == "__main__":

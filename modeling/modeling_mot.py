@@ -463,8 +463,9 @@ class MoTModel(MoTPreTrainedModel):
         # training mode.
         is_live = self.training and torch.is_grad_enabled() and self.config.live_companions
         gathers = context.mode == "per_sequence" and (is_live or self.is_calibrated)
-        if gathers or context.mode == "cross_example":
+        if gathers or self.training or context.mode == "cross_example":  # who watches training counts tokens
             context.token_mask = find_padding(inputs_embeds, attention_mask, token_mask)
+        if gathers or context.mode == "cross_example":
             context.groups = form_groups(context.buckets, context.token_mask, self.config.group_size)
         else:
             context.sums = None

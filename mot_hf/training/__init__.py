@@ -2,6 +2,7 @@
 
 from mot_hf.storage.checkpoints import find_checkpoint, find_damage, find_last_checkpoint
 from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArguments
+from mot_hf.training.balancing import ThresholdBalancing
 from mot_hf.training.classification import finetune_and_evaluate, finetune_classification
 from mot_hf.training.group_check import GroupSizeCheck
 from mot_hf.training.language_modeling import train_language_model, tune_transition
@@ -29,6 +30,7 @@ __all__ = [
     "OptimizerCheck",
     "ResumeCheck",
     "RunPlan",
+    "ThresholdBalancing",
     "TransitionTuning",
     "VocabularyCheck",
     "add_callbacks",

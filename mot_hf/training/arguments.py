@@ -240,6 +240,13 @@ class MethodArguments:
     transition_mode: TransitionMode = field(
         default="moe", metadata={"help": "mode in which training continues: moe or per_sequence"}
     )
+    balance_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "what thresholds change by after a step in mode per_sequence, to balance experts without a loss "
+            "for it, such as 0.01; by default they are not balanced"
+        },
+    )
     early_stopping_patience: int = field(
         default=0,
         metadata={"help": "stop after this many evaluations without a better metric_for_best_model; 0 for never"},

@@ -15,6 +15,7 @@ from mot_hf.modeling import MoTPreTrainedModel
 from mot_hf.storage.locking import lock_folder
 from mot_hf.terminal import messages_above_bars
 from mot_hf.training.arguments import MethodArguments
+from mot_hf.training.balancing import ThresholdBalancing
 from mot_hf.training.continuation import continue_run, settle_run
 from mot_hf.training.final_save import record_start, remove_unfinished, save_run, save_whole
 from mot_hf.training.group_check import GroupSizeCheck
@@ -36,12 +37,13 @@ def add_callbacks(trainer: Trainer, args: MethodArguments | None = None, *, num_
 
     Args:
         trainer (`Trainer`): The trainer, before training.
-        args ([`MethodArguments`], *optional*): Whether to monitor the mixing, when to stop early and when to switch to
-            another mode.
+        args ([`MethodArguments`], *optional*): Whether to monitor the mixing, when to stop early, when to switch to
+            another mode and whether to balance experts.
         num_columns (`int`, *optional*): Tokens in a row, if all rows have as many; only to say how much text there is.
 
     Raises:
-        ValueError: The trainer would compile a model that is spread over processes.
+        ValueError: The trainer would compile a model that is spread over processes, or as in [`TransitionTuning`] and
+            [`ThresholdBalancing`].
     """
     refuse_compilation(trainer)
     args = args or MethodArguments()
@@ -54,6 +56,19 @@ def add_callbacks(trainer: Trainer, args: MethodArguments | None = None, *, num_
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     if args.transition_share is not None:
         trainer.add_callback(TransitionTuning(trainer, args.transition_share, args.transition_mode))
+    if args.balance_rate is not None:
+        _refuse_balancing_of_other_modes(trainer, args)
+        trainer.add_callback(ThresholdBalancing(trainer, args.balance_rate))
+
+
+def _refuse_balancing_of_other_modes(trainer: Trainer, args: MethodArguments) -> None:
+    switched = args.transition_share is not None
+    modes = {args.transition_mode} if switched else {cast(Any, trainer.model).config.mixing}
+    if modes != {"per_sequence"}:
+        raise ValueError(
+            f"`balance_rate={args.balance_rate}` balances experts in mode per_sequence, and this run never trains in "
+            "it: add `--transition_share 0 --transition_mode per_sequence`, or leave `balance_rate` out."
+        )
 
 
 def fill_batches(rows: Dataset, args: TrainingArguments) -> Dataset:

@@ -13,7 +13,6 @@ from types import MethodType
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
@@ -21,6 +20,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from mot_hf.modeling.companions_mot import cut_rows
 from mot_hf.modeling.mixing_mot import MixingContext
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
+from mot_hf.training import ThresholdBalancing
 
 Change = Callable[[Trainer], None]
 
@@ -192,28 +192,5 @@ def choose_by_experts() -> Change:
 
 
 def balance_thresholds(rate: float) -> Change:
-    """After each step of mode `per_sequence`, thresholds of experts with more tokens than the mean rise by `rate`.
-
-    Those of the others fall. This is loss-free balancing (Wang et al., arXiv 2408.15664) of a threshold that is in the
-    weight too.
-    """
-
-    def change(trainer: Trainer) -> None:
-        loads: dict[int, Tensor] = {}
-
-        def count(block: MoTSparseBlock, inputs: tuple[Any, ...], logits: Tensor) -> None:
-            if block.training:
-                score = logits.detach() - block.companions.log_mass  # [S, E]
-                chosen = score.topk(block.config.num_experts_per_tok, dim=-1).indices  # [S, K]
-                loads[block.layer_idx] = F.one_hot(chosen, logits.shape[-1]).sum(dim=(0, 1))  # [E]
-
-        def move(state: TrainerState, model: Any) -> None:
-            for block in find_blocks(trainer):
-                if (load := loads.pop(block.layer_idx, None)) is not None:
-                    block.companions.log_mass += rate * (load - load.float().mean()).sign()
-
-        for block in find_blocks(trainer):
-            block.gate.register_forward_hook(lambda module, inputs, logits, block=block: count(block, inputs, logits))
-        trainer.add_callback(_EachStep(move))
-
-    return change
+    """Experts are balanced in mode `per_sequence`, by [`ThresholdBalancing`]."""
+    return lambda trainer: trainer.add_callback(ThresholdBalancing(trainer, rate))

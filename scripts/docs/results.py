@@ -73,7 +73,9 @@ def find_topics() -> list[str]:
 
 def find_stored(topic: str) -> list[Stored]:
     """The stored results of a topic, by name."""
-    paths = sorted((BENCHMARKS / topic / "results").rglob("*.json"))
+    folder = BENCHMARKS / topic / "results"
+    # The files of single runs are kept where they were made.
+    paths = sorted(path for path in folder.rglob("*.json") if "runs" not in path.relative_to(folder).parts)
     read = {path: json.loads(path.read_text()) for path in paths}
     # Some hold the results alone.
     return [Stored(topic, path, {"results": it} if isinstance(it, list) else it) for path, it in read.items()]

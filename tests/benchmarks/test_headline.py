@@ -20,7 +20,7 @@ from scripts.benchmarks.comparison import (
     make_step,
     validation_loss,
 )
-from scripts.benchmarks.headline.run import Arguments
+from scripts.benchmarks.headline.run import Arguments, summarise
 from scripts.benchmarks.settings.run import parse_variant
 from tests.scripts.running import REPOSITORY, run_script
 
@@ -95,35 +95,64 @@ def test_a_timed_step_trains(tmp_path: Path) -> None:
     assert all(value.grad is None for value in after.values())
 
 
+def make_run(method: str, seed: int, rate: float, losses: list[float]) -> dict[str, Any]:
+    """A run as its file holds it."""
+    run = {"method": method, "seed": seed, "learning_rate": rate, "losses": losses, "steps": [10, 20, 30, 40]}
+    return run | {"num_parameters": 10, "settings": {}, "machine": {}}
+
+
+def test_the_headline_is_read_off_the_best_learning_rate_of_every_method() -> None:
+    runs = [
+        make_run("dense", 0, 1e-3, [4.0, 3.5, 3.2, 3.0]),
+        make_run("dense", 0, 1e-2, [4.0, 3.5, 3.2, 3.1]),
+        make_run("dense", 1, 1e-3, [4.0, 3.5, 3.2, 3.2]),
+        make_run("cross_example", 0, 1e-3, [3.9, 3.1, 3.0, 2.9]),
+        make_run("Qwen3-MoE", 0, 1e-2, [3.9, 3.3, 2.9, 2.8]),
+    ]
+    timing = {"steps": {name: {"relative_time": time} for name, time in (("dense", 1.0), ("cross_example", 1.5))}}
+    dense, mot, rival = summarise(runs, timing)
+    assert (dense["learning_rate"], dense["final_losses"], dense["losses"]) == (1e-3, [3.0, 3.2], [4.0, 3.5, 3.2, 3.1])
+    assert dense["first_seed_by_learning_rate"] == {"0.001": 3.0, "0.01": 3.1}
+    assert dense["deviation"] == pytest.approx(0.2 / 2**0.5)
+    assert [each["share_of_steps_to_dense"] for each in (dense, mot, rival)] == [1.0, 0.5, 0.75]
+    assert [each["share_of_time_to_dense"] for each in (dense, mot, rival)] == [1.0, 0.75, None]
+    assert [each["share_of_steps_to_Qwen3-MoE"] for each in (dense, mot, rival)] == [None, None, 1.0]
+
+
 @pytest.mark.slow
-def test_the_headline_is_read_off_and_finished_runs_are_not_repeated(tmp_path: Path) -> None:
-    texts = make_files(tmp_path)
+def test_a_headline_is_trained_in_parts_and_finished_runs_are_not_repeated(tmp_path: Path) -> None:
     recipe = RECIPES["headline"]
-    arguments = ["--source", texts, "--output_dir", tmp_path / "headline"]
-    arguments += ["--num_experts", "32", "--vocab_size", "300"]
-    arguments += ["--per_device_train_batch_size", "32", "--tuning_share", "0.3", "--num_finalists", "2"]
-    arguments += ["--max_steps", "20", "--num_rounds", "2"]
-    arguments += ["--eval_steps", "2", "--learning_rates", "1e-4", "0.03", "--num_eval_rows", "32"]
-    arguments += ["--block_length", "8"]
-    run_script(tmp_path, "headline", recipe, *arguments)
+    arguments: list[str | Path] = ["--source", make_files(tmp_path), "--output_dir", tmp_path / "headline"]
+    arguments += ["--num_experts", "32", "--vocab_size", "300", "--per_device_train_batch_size", "32"]
+    arguments += ["--max_steps", "20", "--eval_steps", "2", "--num_rounds", "2", "--num_eval_rows", "32"]
+    arguments += ["--block_length", "8", "--learning_rates", "1e-4", "0.03", "--seeds", "0", "1"]
+    parts = ["--methods", "cross_example", "--parts", "training"]
+    run_script(tmp_path, "headline", recipe, *arguments, *parts)
+    assert not (tmp_path / "headline" / "headline.json").exists()
+    run_script(tmp_path, "headline", recipe, *arguments, "--methods", "dense", "cross_example", "--jobs", "2")
     record: dict[str, Any] = json.loads((tmp_path / "headline" / "headline.json").read_text())
-    runs = {run["architecture"]: run for run in record["results"]}
-    assert list(runs) == list(ARCHITECTURES)
-    assert {run["learning_rate"] for run in runs.values()} == {0.03}
-    for run in runs.values():
-        assert run["steps"] == list(range(2, 22, 2))
-        assert run["losses"][-1] < run["other_learning_rates"]["0.0001"]
-        points = zip(run["steps"], run["losses"], strict=True)
-        reached = [step for step, loss in points if loss <= runs["dense"]["losses"][-1]]
-        assert run["share_of_steps"] == (reached[0] / 20 if reached else None)
-    assert runs["dense"]["share_of_steps"] == runs["dense"]["share_of_time"] == 1
-    assert "seconds" not in record["timing"]["steps"]["mot"]
+    methods = {each["method"]: each for each in record["results"]}
+    assert list(methods) == ["dense", "cross_example"]
+    for each in methods.values():
+        assert (each["learning_rate"], each["seeds"], each["steps"]) == (0.03, [0, 1], list(range(2, 22, 2)))
+        assert each["final_losses"][0] < each["first_seed_by_learning_rate"]["0.0001"]
+        assert len(set(each["final_losses"])) == 2
+    assert methods["dense"]["share_of_steps_to_dense"] == methods["dense"]["share_of_time_to_dense"] == 1
+    assert methods["dense"]["flops_per_token"] < methods["cross_example"]["flops_per_token"]
+    assert "seconds" not in record["timing"]["steps"]["cross_example"]
     assert (tmp_path / "headline" / "headline.png").read_bytes().startswith(b"\x89PNG")
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "headline" / "runs").glob("t*ing_*.json")}
-    assert len(times) == 12
-    printed = run_script(tmp_path, "headline", recipe, *arguments)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "headline" / "runs").glob("*_*.json")}
+    assert len(times) == 6
+    printed = run_script(tmp_path, "headline", recipe, *arguments, *parts, "summary")
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert printed.strip().endswith((tmp_path / "headline" / "headline.md").read_text().strip())
+    for runs in ("*_*.json", "timing.json"):
+        with pytest.raises(
+            ValueError, match=r"headline/runs/\w+.*.json' was made .* hidden_size is 32 there, 64 here"
+        ):
+            run_script(tmp_path, "headline", recipe, *arguments, "--parts", "summary", "--hidden_size", "64")
+        for path in (tmp_path / "headline" / "runs").glob(runs):
+            path.unlink()
 
 
 @pytest.mark.slow
@@ -169,7 +198,7 @@ def test_settings_are_compared_one_at_a_time(tmp_path: Path) -> None:
 ALONE = {
     "precision": ["--architectures", "mot", "--learning_rates", "0.01", "--precisions", "float32"],
     "settings": ["--variants", "base"],
-    "headline": ["--architectures", "dense", "--parts", "training", "--learning_rates", "0.01"],
+    "headline": ["--methods", "dense", "--learning_rates", "0.01", "--seeds", "0", "--num_rounds", "2"],
 }
 
 
@@ -192,37 +221,12 @@ def test_a_run_is_never_reported_as_one_of_other_settings(topic: str, tmp_path: 
     assert result == json.loads(stored)["results"][0]
 
 
-@pytest.mark.slow
-def test_a_headline_is_made_in_parts_and_no_part_is_of_other_settings(tmp_path: Path) -> None:
-    arguments: list[str | Path] = ["--source", make_files(tmp_path), "--output_dir", tmp_path / "parts"]
-    arguments += ["--num_experts", "32", "--block_length", "8", "--vocab_size", "300", "--num_eval_rows", "32"]
-    arguments += ["--per_device_train_batch_size", "32", "--eval_steps", "2", "--max_steps", "4", "--num_rounds", "2"]
-    arguments += ["--tuning_share", "0.5"]
-
-    def run(*parts: str) -> None:
-        run_script(tmp_path, "headline", RECIPES["headline"], *arguments, *parts)
-
-    run("--architectures", "mot", "--parts", "training", "--learning_rates", "0.01", "--num_finalists", "2")
-    assert not (tmp_path / "parts" / "headline.json").exists()  # nothing to compare with yet
-    run("--architectures", "dense", "--parts", "tuning", "training", "--learning_rates", "0.01", "0.02")
-    run("--architectures", "dense", "mot", "--parts", "timing")
-    record = json.loads((tmp_path / "parts" / "headline.json").read_text())
-    assert [run["architecture"] for run in record["results"]] == ["dense", "mot"]
-    assert all(run["relative_step_time"] > 0 for run in record["results"])
-    assert len(record["tuning"]["dense"]) == 2
-    for runs in ("training_*.json", "tuning_*.json", "timing.json"):
-        with pytest.raises(
-            ValueError, match=r"parts/runs/t\w+ing.*.json' was made .* hidden_size is 32 there, 64 here"
-        ):
-            run("--architectures", "dense", "--parts", "timing", "--hidden_size", "64")
-        for path in (tmp_path / "parts" / "runs").glob(runs):
-            path.unlink()
-
-
 def test_times_need_the_dense_model() -> None:
-    with pytest.raises(ValueError, match=r"`architectures=\['mot'\]` cannot be timed without 'dense'"):
-        Arguments(architectures=["mot"])
-    assert Arguments(architectures=["mot"], parts=["training"]).architectures == ["mot"]
+    with pytest.raises(ValueError, match=r"`methods=\['cross_example'\]` cannot be timed without 'dense'"):
+        Arguments(methods=["cross_example"])
+    assert Arguments(methods=["cross_example"], parts=["training"]).methods == ["cross_example"]
+    with pytest.raises(ValueError, match=r"`methods` has 'mot', which must be one of: dense; cross_example; "):
+        Arguments(methods=["mot"])
 
 
 @pytest.mark.parametrize(("topic", "place"), [("settings", "cpu"), ("precision", "cpu"), ("precision", "gpu")])

@@ -1,12 +1,22 @@
 """The benchmark of training methods, at a tiny size."""
 
 import json
+from math import log
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
 
 from mot_hf import MoTConfig
-from scripts.benchmarks.method.run import METHODS, Arguments, summarise
+from mot_hf.modeling.modeling_mot import MoTSparseBlock
+from scripts.benchmarks.comparison import ComparisonArguments
+from scripts.benchmarks.method.grid import count_method_flops, make_method_model, prepare_trainer
+from scripts.benchmarks.method.methods import METHODS, Method
+from scripts.benchmarks.method.run import Arguments, summarise
+from scripts.benchmarks.method.sharpening import choose_by_experts, entmax, mix_best, scale_logits, scale_outputs
 from tests.scripts.running import REPOSITORY, environment_of, run_python
 
 RECIPE = REPOSITORY / "scripts" / "benchmarks" / "method" / "recipes" / "grid.yaml"
@@ -15,7 +25,7 @@ RECIPE = REPOSITORY / "scripts" / "benchmarks" / "method" / "recipes" / "grid.ya
 def test_methods_change_fields_of_the_configuration() -> None:
     for method in METHODS.values():
         assert method.config.keys() <= set(MoTConfig.__dataclass_fields__)
-    with pytest.raises(ValueError, match="`methods` has 'soft_moe', which must be one of: cross_example; "):
+    with pytest.raises(ValueError, match="`methods` has 'soft_moe', which must be one of: dense; cross_example; "):
         Arguments(methods=["soft_moe"])
 
 
@@ -23,17 +33,110 @@ def test_seeds_of_a_method_are_averaged() -> None:
     runs = [
         {
             "method": "moe",
+            "learning_rate": 1e-3,
             "seed": seed,
             "losses": [5.0, loss],
             "loss_as_trained": loss,
-            "minutes": 1.0,
             "mixing": [{"step": 1, "mixing/busiest_expert/layers_2": 2.0 + seed, "mixing/idle_experts/layers_2": 0.0}],
         }
         for seed, loss in enumerate([1.0, 3.0])
     ]
-    (moe,) = summarise(runs)
+    (moe,) = summarise(runs, {"moe": 7})
+    assert (moe["learning_rate"], moe["flops_per_token"]) == (1e-3, 7)
     assert (moe["mean"], moe["losses"], moe["busiest"]) == (2.0, [1.0, 3.0], [2.0, 3.0])
     assert moe["deviation"] == pytest.approx(2**0.5)
+
+
+TINY = ComparisonArguments(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_dense_layers=1, num_attention_heads=1, group_size=4,
+    num_experts=8, vocab_size=60, block_length=6,
+)  # fmt: skip
+
+
+def make_prepared(change: Any, folder: Path, **config: Any) -> Trainer:
+    """A trainer whose model is changed."""
+    torch.manual_seed(0)
+    method = Method(change=change, config=config)
+    args = TrainingArguments(str(folder), use_cpu=True, report_to="none")
+    trainer = Trainer(make_method_model(method, TINY), args)
+    prepare_trainer(trainer, method)
+    return trainer
+
+
+def run_layer(trainer: Trainer, mixing: str = "cross_example") -> tuple[Tensor, Tensor, MoTSparseBlock]:
+    """Tokens `[B, T, D]` that reach the MoT layer, what it makes of them, and the layer itself."""
+    model: Any = trainer.model
+    (block,) = [module for module in model.modules() if isinstance(module, MoTSparseBlock)]
+    seen = []
+    handle = block.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    model.eval()(torch.randint(60, (4, 6), generator=torch.Generator().manual_seed(1)), mixing=mixing)
+    handle.remove()
+    return *seen[0], block
+
+
+def test_entmax_is_sparse_and_solves_its_equation() -> None:
+    logits = 3 * torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits.requires_grad_()
+    weights = entmax(logits)
+    assert torch.allclose(weights.sum(dim=1), torch.ones(2, 3, 4, dtype=torch.float64))
+    assert (weights == 0).any()
+    # Where a weight is not 0, its root is half the logit less a threshold that is the same for all of a group.
+    thresholds = logits / 2 - weights.sqrt()
+    for a, t, e in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(4)).tolist():
+        own, inside = thresholds[a, :, t, e], weights[a, :, t, e] > 0
+        assert torch.allclose(own[inside], own[inside].mean())
+        assert (logits[a, :, t, e][~inside] / 2 <= own[inside].mean()).all()
+    assert torch.autograd.gradcheck(entmax, logits)
+
+
+def test_an_expert_mixes_its_best_tokens_alone(tmp_path: Path) -> None:
+    x, output, block = run_layer(make_prepared(mix_best(2), tmp_path))
+    logits = x @ block.gate.weight.T  # [B, T, E]
+    expected = torch.zeros_like(x)
+    for t in range(6):
+        for e in range(8):
+            best = logits[:, t, e].topk(2).indices
+            weights = logits[best, t, e].softmax(dim=0)
+            mixture = weights @ x[best, t]
+            rows = mixture.expand(8, 1, -1)
+            expected[best, t] += weights[:, None] * block.experts(rows)[e]
+    assert torch.allclose(output, expected, atol=1e-6)
+
+
+def test_an_expert_takes_its_one_best_token(tmp_path: Path) -> None:
+    trainer = make_prepared(choose_by_experts(), tmp_path)
+    x, output, block = run_layer(trainer)
+    logits = x @ block.gate.weight.T  # [B, T, E]
+    expected = torch.zeros_like(x)
+    for t in range(6):
+        for e in range(8):
+            best = int(logits[:, t, e].argmax())
+            weight = (logits[best, t, e] - block.companions.log_mass[e] - log(3)).sigmoid()
+            expected[best, t] += weight * block.experts(x[best, t].expand(8, 1, -1))[e, 0]
+    assert torch.allclose(output, expected, atol=1e-6)
+    _, alone, _ = run_layer(trainer, "per_sequence")
+    assert torch.allclose(alone, run_layer(make_prepared(None, tmp_path), "per_sequence")[1])
+
+
+def test_logits_and_outputs_are_scaled(tmp_path: Path) -> None:
+    _, output, _ = run_layer(make_prepared(None, tmp_path))
+    assert torch.allclose(run_layer(make_prepared(scale_outputs(0.25), tmp_path))[1], output / 4, atol=1e-7)
+    trainer = make_prepared(scale_logits(1, 3), tmp_path)
+    callbacks = trainer.callback_handler
+    trainer.state.max_steps, trainer.state.global_step = 10, 5
+    callbacks.on_step_begin(trainer.args, trainer.state, trainer.control)
+    _, scaled, block = run_layer(trainer)
+    with torch.no_grad():
+        block.gate.weight.mul_(2)
+    block.gate._forward_hooks.clear()
+    assert torch.allclose(scaled, run_layer(trainer)[1])
+    assert not torch.allclose(scaled, output)
+
+
+def test_flops_are_those_of_the_mode_at_the_end() -> None:
+    flops = {name: count_method_flops(METHODS[name], TINY) for name in METHODS}
+    assert flops["dense"] < flops["moe"] == flops["Qwen3-MoE"] == flops["per_sequence, normalised"]
+    assert flops["cross_example"] == flops["cross_example, entmax"] > flops["moe"]
 
 
 @pytest.mark.slow

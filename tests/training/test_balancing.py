@@ -79,7 +79,7 @@ def test_loads_become_even(tmp_path: Path) -> None:
         logs = [entry for entry in trainer.state.log_history if "mixing/busiest_expert/layers_2" in entry]
         busiest.append([logs[-1][f"mixing/busiest_expert/layers_{index}"] for index in (2, 3)])
     assert min(busiest[0]) > 3
-    assert max(busiest[1]) < 2.2  # thresholds go to and fro by the rate
+    assert max(busiest[1]) < 2.2  # thresholds swing by the rate
 
 
 def test_padding_does_not_count_and_steps_in_other_modes_change_nothing(tmp_path: Path) -> None:

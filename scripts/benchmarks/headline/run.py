@@ -36,7 +36,6 @@ from matplotlib.figure import Figure
 from transformers import TrainingArguments
 
 from mot_hf.data.corpus import load_corpus
-from mot_hf.storage.plain_files import read_object
 from mot_hf.training import parse_arguments
 from scripts.benchmarks.comparison import ComparisonArguments, load_text, make_step
 from scripts.benchmarks.measuring import describe_machine, summarize_times, time_in_turn
@@ -108,6 +107,7 @@ class Headline:
         self.folder = Path(training_args.output_dir)
         text = self.load_text() if "training" in args.parts else None
         self.grid = Grid(comparison, training_args, text, None if text is None else digest_rows(text))
+        self.grid.read_runs()
         if self.timing_path.exists():
             self.load_timing()
 
@@ -120,14 +120,13 @@ class Headline:
     def train(self) -> None:
         """Train every method with all learning rates by the first seed, and with the best by the others."""
         first, *others = self.args.seeds
-        steps = self.training_args.max_steps
         rates = [(name, rate) for name in self.args.methods for rate in self.args.learning_rates]
         losses: dict[tuple[str, float], float] = {}
-        for run in self.grid.finish([Plan(name, first, rate, steps) for name, rate in rates], self.args.jobs):
+        for run in self.grid.finish([Plan(name, first, rate) for name, rate in rates], self.args.jobs):
             losses[run["method"], run["learning_rate"]] = run["losses"][-1]
             print(f"{run['method']}, {run['learning_rate']:g}: {run['losses'][-1]:.4f}", flush=True)
         best = {name: min(self.args.learning_rates, key=lambda rate: losses[name, rate]) for name in self.args.methods}
-        plans = [Plan(name, seed, rate, steps) for seed in others for name, rate in best.items()]
+        plans = [Plan(name, seed, rate) for seed in others for name, rate in best.items()]
         for run in self.grid.finish(plans, self.args.jobs):
             print(f"{run['method']}, seed {run['seed']}: {run['losses'][-1]:.4f}", flush=True)
 
@@ -166,9 +165,8 @@ class Headline:
 
     def write(self) -> str:
         """Write what is known so far; returns the table, which is empty without runs of the dense model."""
-        paths = sorted(path for path in (self.folder / "runs").glob("*.json") if path != self.timing_path)
         timing = self.load_timing() if self.timing_path.exists() else None
-        methods = summarise([read_object(path) for path in paths], timing)
+        methods = summarise(self.grid.read_runs(), timing)
         if not any(method["method"] == DENSE for method in methods):
             return ""
         for method in methods:

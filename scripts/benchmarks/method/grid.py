@@ -27,16 +27,19 @@ from scripts.benchmarks.comparison import (
 from scripts.benchmarks.gpu.training import InBfloat16
 from scripts.benchmarks.measuring import count_flops
 from scripts.benchmarks.method.methods import METHODS, Method
-from scripts.benchmarks.runs import Run, make_settings
+from scripts.benchmarks.runs import Run, make_settings, read_run
 
 
 class Plan(NamedTuple):
-    """A run: its method, the seed of its initial weights, and its learning rate and number of steps."""
+    """A run: its method, the seed of its initial weights, and its peak learning rate."""
 
     method: str
     seed: int
     learning_rate: float
-    max_steps: int
+
+
+# The settings in which the runs of a folder may differ: where they were trained, and what a plan and its method say.
+_FREE = {"device", "num_devices", "bf16", *Plan._fields, "share", "mode", "config"}
 
 
 class Grid:
@@ -64,9 +67,22 @@ class Grid:
         changes = plan._asdict() | {"share": method.share, "mode": method.mode, "config": method.config}
         settings = make_settings(self.comparison, self.training_args, self.digest, **changes)
         words = plan.method.replace("%", "").replace(",", "").replace("/", "by").split()
-        file = "_".join([*words, f"{plan.learning_rate:g}", str(plan.max_steps), str(plan.seed)])
+        file = "_".join([*words, f"{plan.learning_rate:g}", str(plan.seed)])
         path = Path(self.training_args.output_dir) / "runs" / f"{file}.json"
         return Run(path, settings, lambda: self.train(plan))
+
+    def read_runs(self) -> list[dict[str, Any]]:
+        """All runs in the folder, by method, learning rate and seed.
+
+        Raises:
+            ValueError: A file was made with other settings.
+        """
+        settings = make_settings(self.comparison, self.training_args, self.digest)
+        ignored = _FREE if self.digest else {*_FREE, "text"}
+        paths = (Path(self.training_args.output_dir) / "runs").glob("*_*.json")
+        runs = [read_run(path, settings, ignored) for path in paths]
+        order = list(METHODS)
+        return sorted(runs, key=lambda run: (order.index(run["method"]), run["learning_rate"], run["seed"]))
 
     def train(self, plan: Plan) -> dict[str, Any]:
         """Train a model."""
@@ -77,7 +93,7 @@ class Grid:
         model = make_method_model(method, self.comparison)
         if args.bf16:
             round_experts(model)
-        num_rows = min(len(text["train"]), args.max_steps * args.train_batch_size)
+        num_rows = min(len(text["train"]), int(args.max_steps) * args.train_batch_size)
         rows = [{"input_ids": ids} for ids in text["train"][:num_rows]["input_ids"]]  # read at once, not one by one
         curve = ValidationCurve(text["validation"])
         trainer = Trainer(model, args, collate_rows, rows, callbacks=[curve])

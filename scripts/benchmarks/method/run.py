@@ -22,7 +22,6 @@ Where the package is not installed, link it into a folder and start the file its
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import product
-from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +29,6 @@ import torch
 from transformers import TrainingArguments
 
 from mot_hf.data.corpus import load_corpus
-from mot_hf.storage.plain_files import read_object
 from mot_hf.training import parse_arguments
 from scripts.benchmarks.comparison import ComparisonArguments, load_text
 from scripts.benchmarks.method.grid import Grid, Plan, count_method_flops
@@ -105,56 +103,53 @@ def make_table(methods: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(runs: list[dict[str, Any]]) -> "Figure | None":
-    """Validation losses over steps, a line for each method: the mean over seeds."""
+def draw(methods: list[dict[str, Any]]) -> "Figure | None":
+    """The final loss of every run, a line for each method, and a bar at the mean."""
     if find_spec("matplotlib") is None:
         return None
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 1 + 0.25 * len(methods)), layout="constrained")
     axes = figure.subplots()
-    for name, rate in dict.fromkeys((run["method"], run["learning_rate"]) for run in runs):
-        own = [run for run in runs if (run["method"], run["learning_rate"]) == (name, rate)]
-        curve = [mean(losses) for losses in zip(*(run["losses"] for run in own), strict=True)]
-        line = "-" if "normalised" in name else "--"
-        axes.plot(own[0]["steps"], curve, label=f"{name}, {rate:g}", linestyle=line)
-    lowest = min(run["losses"][-1] for run in runs)
-    axes.set_ylim(lowest - 0.02, lowest + 0.5)
-    axes.set_xlabel("step")
-    axes.set_ylabel("validation loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    for place, method in enumerate(methods):
+        axes.plot(method["losses"], [place] * len(method["losses"]), "o", color="C0", markersize=4, alpha=0.6)
+        axes.plot(method["mean"], place, "|", color="black", markersize=12)
+    rates = {method["learning_rate"] for method in methods}
+    labels = [
+        method["method"] if len(rates) == 1 else f"{method['method']}, {method['learning_rate']:g}"
+        for method in methods
+    ]
+    axes.set_yticks(range(len(methods)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("validation loss at the end (nats per token)")
+    axes.grid(axis="x", alpha=0.3)
     return figure
 
 
-def write(comparison: ComparisonArguments, training_args: TrainingArguments) -> str:
+def write(grid: Grid) -> str:
     """Write the results of all runs in the folder; returns the table."""
-    order, folder = list(METHODS), Path(training_args.output_dir)
-    runs = [read_object(path) for path in (folder / "runs").glob("*.json")]
-    runs.sort(key=lambda run: (order.index(run["method"]), run["learning_rate"], run["seed"]))
-    flops = {name: count_method_flops(METHODS[name], comparison) for name in {run["method"] for run in runs}}
+    runs = grid.read_runs()
+    flops = {name: count_method_flops(METHODS[name], grid.comparison) for name in {run["method"] for run in runs}}
     methods = summarise(runs, flops)
-    training = {"max_steps": training_args.max_steps}
-    record = {"methods": methods, "results": runs, "arguments": describe_arguments(comparison) | training}
-    write_results(folder, "method", record, make_table(methods), draw(runs))
+    arguments = describe_arguments(grid.comparison) | {"max_steps": grid.training_args.max_steps}
+    record = {"machine": runs[0]["machine"], "methods": methods, "results": runs, "arguments": arguments}
+    write_results(grid.training_args.output_dir, "method", record, make_table(methods), draw(methods))
     return make_table(methods)
 
 
 def main(args: Arguments, comparison: ComparisonArguments, training_args: TrainingArguments) -> None:
     """Do all runs, and write the results."""
     training_args = replace(training_args, use_cpu=args.device == "cpu")
+    text = None
     if not args.only_summary:
         corpus = load_corpus(comparison.source)  # of None it is the default corpus, as other comparisons have not
         text = load_text(replace(comparison, source=corpus))
-        grid = Grid(comparison, training_args, text, digest_rows(text))
-        rates = args.learning_rates or [training_args.learning_rate]
-        keys = product(args.seeds, args.methods, rates)
-        plans = [Plan(name, seed, rate, training_args.max_steps) for seed, name, rate in keys]
-        for run in grid.finish(plans, args.jobs):
-            print(
-                f"{run['method']}, {run['learning_rate']:g}, seed {run['seed']}: {run['losses'][-1]:.4f}", flush=True
-            )
-    print(write(comparison, training_args))
+    grid = Grid(comparison, training_args, text, None if text is None else digest_rows(text))
+    rates = args.learning_rates or [training_args.learning_rate]
+    plans = [Plan(name, seed, rate) for seed, name, rate in product(args.seeds, args.methods, rates)]
+    for run in grid.finish([] if args.only_summary else plans, args.jobs):
+        print(f"{run['method']}, {run['learning_rate']:g}, seed {run['seed']}: {run['losses'][-1]:.4f}", flush=True)
+    print(write(grid))
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ def test_the_recipes_compare_the_headlines_models_trained_alike(topic: str, plac
     recipe, of_headline = (
         yaml.safe_load((RECIPES[name].parent / f"{place}.yaml").read_text()) for name in (topic, "headline")
     )
-    own = {"output_dir", "max_steps", "architectures", "variants", "learning_rate", "learning_rates", "bf16"}
+    own = {"output_dir", "max_steps", "architectures", "variants", "learning_rate", "learning_rates", "bf16", "device"}
     assert {name: value for name, value in recipe.items() if name not in own} == {
         name: value for name, value in of_headline.items() if name not in own
     }

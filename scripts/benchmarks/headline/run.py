@@ -22,8 +22,7 @@ Models of width 32 with many tokens for every parameter, which take about twenty
 paper's proof of concept (250 000 steps; give it the C4 data set):
 
     python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/cpu.yaml --jobs 2
-    python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/paper.yaml --device cuda \
-        --source "C4_DIR/*.jsonl"
+    python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/paper.yaml --source "C4_DIR/*.jsonl"
 """
 
 from dataclasses import asdict, dataclass, field, replace

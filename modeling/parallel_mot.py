@@ -176,7 +176,8 @@ def average_companions(layers: Iterable[MoTCompanions]) -> None:
             total, total_weight = value * weight, weight.clone()
             dist.all_reduce(total)
             dist.all_reduce(total_weight)
-            value.copy_(total / total_weight.clamp(min=1))
+            # What no process has gathered is equal in all: thresholds may be set by other means.
+            value.copy_(torch.where(total_weight > 0, total / total_weight.clamp(min=1), value))
         for count in (companions.num_batches_tracked, companions.num_bucket_batches):
             dist.all_reduce(count, dist.ReduceOp.MAX)
         companions.fill_buckets()

@@ -1,13 +1,13 @@
 """Keeps the running statistics equal in all processes."""
 
-from typing import Any, cast
+from typing import Any
 
-import torch
-from accelerate.utils import reduce
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mot_hf.modeling.companions_mot import MoTCompanions
+from mot_hf.modeling.parallel_mot import average_companions as average_layers
 
 
 class CompanionSynchronization(TrainerCallback):
@@ -46,27 +46,13 @@ class CompanionSynchronization(TrainerCallback):
             average_companions(model)
 
 
-@torch.no_grad()
 def average_companions(model: nn.Module) -> None:
-    """Replaces the running statistics of a model by their means over all processes.
+    """Replaces the running statistics of a model by their means over all processes, if there are several.
 
     Each process is weighted by the number of batches that it has seen. Every process must call this function.
 
     Args:
         model (`nn.Module`): A MoT model, which may be wrapped for parallel training.
     """
-    for module in model.modules():
-        if isinstance(module, MoTCompanions):
-            _average(module)
-
-
-def _average(companions: MoTCompanions) -> None:
-    seen = companions.num_batches_tracked.float()  # []
-    met = companions.num_bucket_batches[:, None].float()  # [P, 1]
-    for name, value in companions.expected()._asdict().items():
-        weight = met if name in ("input_shift", "output_shift") else seen
-        total, total_weight = (cast(Tensor, reduce(part, "sum")) for part in (value * weight, weight))
-        value.copy_(total / total_weight.clamp(min=1))
-    for count in (companions.num_batches_tracked, companions.num_bucket_batches):
-        count.copy_(reduce(count, "max"))
-    companions.fill_buckets()
+    if dist.is_available() and dist.is_initialized():
+        average_layers(module for module in model.modules() if isinstance(module, MoTCompanions))

@@ -1,18 +1,32 @@
 """Balanced experts in runs of the real `Trainer`."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mot_hf import MoTForCausalLM
 from mot_hf.modeling.companions_mot import MoTCompanions
 from mot_hf.modeling.mixing_mot import MoTRouter
-from mot_hf.training import MethodArguments, MixingMonitor, ThresholdBalancing, TransitionTuning, add_callbacks
-from tests.models import tiny_config
+from mot_hf.training import (
+    CorpusArguments,
+    MethodArguments,
+    MixingMonitor,
+    ModelArguments,
+    ThresholdBalancing,
+    TransitionTuning,
+    add_callbacks,
+    parse_arguments,
+    train_language_model,
+)
+from tests.models import companions_of, tiny_config
+from tests.processes import launch
+from tests.scripts.running import write_texts
+from tests.training.test_distributed import command_line
 from tests.training.trainers import losses_of, make_trainer
 
 RATE = 0.05
@@ -140,3 +154,20 @@ def test_what_cannot_be_balanced_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="this run never trains in it"):
         add_callbacks(mixed, MethodArguments(balance_rate=0.01))
     add_callbacks(mixed, MethodArguments(balance_rate=0.01, transition_share=0.0, transition_mode="per_sequence"))
+
+
+@pytest.mark.slow
+def test_two_processes_balance_and_save_as_one(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts", num_words=200)
+    more = ["--transition_share", "0", "--transition_mode", "per_sequence", "--norm_mixing_weights", "true"]
+    more += ["--balance_rate", str(RATE)]
+    classes = (ModelArguments, CorpusArguments, TrainingArguments, MethodArguments)
+    one = [*command_line(tmp_path / "one", 16, use_cpu=True), *more]
+    train_language_model(*parse_arguments(classes, one), masked=False)
+    two = [*command_line(tmp_path / "two", 8, use_cpu=True), *more]
+    configured = ["--accelerator_config", '{"use_configured_state": true}']
+    launch(Path(__file__).with_name("distributed_worker.py"), 2, json.dumps([two + configured]))
+    expected, actual = (companions_of(MoTForCausalLM.from_pretrained(tmp_path / name)) for name in ("one", "two"))
+    thresholds = [name for name in expected if name.endswith("log_mass")]
+    assert all(expected[name].abs().max() >= 2 * RATE for name in thresholds)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)

@@ -3,22 +3,22 @@
 Axes: B rows, T columns, S = B * T tokens, E experts, K experts per token.
 """
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from mot_hf.modeling import MoTModel
 from mot_hf.modeling.configuration_mot import find_layers
-from mot_hf.modeling.mixing_mot import MixingContext, MoTRouter
+from mot_hf.modeling.mixing_mot import MixingContext
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 from mot_hf.training.monitor import count_choices
+from mot_hf.training.watching import LayerWatch
 
 
-class ThresholdBalancing(TrainerCallback):
+class ThresholdBalancing(LayerWatch):
     """Lets every expert run for about as many tokens as the others, in training in mode `per_sequence`.
 
     In this mode a token has a large weight in an expert where its logit exceeds a threshold, the expert's `log_mass`.
@@ -50,20 +50,19 @@ class ThresholdBalancing(TrainerCallback):
                 f"`balance_rate={rate}` moves thresholds that `live_companions=True` replaces by running averages: "
                 "use one of them."
             )
+        super().__init__()
         self.rate = rate
         self.loads: dict[int, Tensor] = {}
-        self.contexts: dict[int, MixingContext] = {}
-        self.hooks: list[Any] = []
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """Hook into the MoT layers."""
-        self._unhook()
-        self.layers = {module.layer_idx: module for module in model.modules() if isinstance(module, MoTSparseBlock)}
-        for layer in self.layers.values():
-            self.hooks.append(layer.register_forward_pre_hook(self._keep_context))
-            self.hooks.append(layer.gate.register_forward_hook(self._make_counter(layer)))
+    def wants(self, context: MixingContext) -> bool:
+        """Only passes in mode `per_sequence` count."""
+        return context.mode == "per_sequence"
+
+    def record(self, layer: MoTSparseBlock, context: MixingContext, tokens: Tensor, logits: Tensor) -> None:
+        """Count the tokens of every expert; twice with gradient checkpointing, which changes no sign."""
+        log_mass = layer.find_companions(context).log_mass  # [E]
+        loads = count_choices(logits, context.token_mask, log_mass, cast(int, layer.config.num_experts_per_tok))  # [E]
+        self.loads[layer.layer_idx] = self.loads.get(layer.layer_idx, 0) + loads
 
     @torch.no_grad()
     def on_step_end(
@@ -79,29 +78,3 @@ class ThresholdBalancing(TrainerCallback):
         for index, change in zip(indices, changes, strict=True):
             companions = self.layers[index].companions
             companions.log_mass.copy_(companions.expected().log_mass + change)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Remove the hooks from the model."""
-        self._unhook()
-
-    def _unhook(self) -> None:
-        while self.hooks:
-            self.hooks.pop().remove()
-
-    def _keep_context(self, layer: MoTSparseBlock, inputs: tuple[Tensor, MixingContext]) -> None:
-        if layer.training and inputs[1].mode == "per_sequence":
-            self.contexts[layer.layer_idx] = inputs[1]
-
-    def _make_counter(self, layer: MoTSparseBlock) -> Callable[[MoTRouter, tuple[Tensor], Tensor], None]:
-        index, num_experts_per_tok = layer.layer_idx, cast(int, layer.config.num_experts_per_tok)
-
-        def count(router: MoTRouter, inputs: tuple[Tensor], logits: Tensor) -> None:
-            # Gradient checkpointing counts twice, which changes no sign.
-            if (context := self.contexts.pop(index, None)) is not None:
-                log_mass = layer.find_companions(context).log_mass
-                loads = count_choices(logits, context.token_mask, log_mass, num_experts_per_tok)  # [E]
-                self.loads[index] = self.loads.get(index, 0) + loads
-
-        return count

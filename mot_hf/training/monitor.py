@@ -5,7 +5,6 @@ K experts per token, D model width.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, cast
 
@@ -13,18 +12,19 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import reduce
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from mot_hf.modeling.mixing_mot import MixingContext, MoTRouter
+from mot_hf.modeling.mixing_mot import MixingContext
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
+from mot_hf.training.watching import LayerWatch
 
 # Groups of tokens to measure, spread over the columns, and ranges of layers to log.
 _MAX_GROUPS = 64
 _MAX_RANGES = 4
 
 
-class MixingMonitor(TrainerCallback):
+class MixingMonitor(LayerWatch):
     """Logs statistics of the mixing with every training loss, to all trackers of the `Trainer`.
 
     They are logged for up to four ranges of MoT layers. In mode `cross_example`, as means over groups, experts and
@@ -55,24 +55,36 @@ class MixingMonitor(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer) -> None:
+        super().__init__()
         self.log = trainer.log
         self.is_recording = False
-        self.contexts: dict[int, MixingContext] = {}
         self.pending: dict[int, dict[str, Tensor]] = {}
         self.totals: dict[int, list[dict[str, Tensor]]] = defaultdict(list)
         self.expected_inputs: dict[int, Tensor] = {}
-        self.hooks: list[Any] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Hook into the MoT layers."""
-        self._unhook()
-        self.layers = {module.layer_idx: module for module in model.modules() if isinstance(module, MoTSparseBlock)}
+        """Hook into the MoT layers, and note what they expect now."""
+        super().on_train_begin(args, state, control, model, **kwargs)
         for index, layer in self.layers.items():
             self.expected_inputs[index] = layer.companions.mean_input.clone()
-            self.hooks.append(layer.register_forward_pre_hook(self._keep_context))
-            self.hooks.append(layer.gate.register_forward_hook(self._make_recorder(layer)))
+
+    def wants(self, context: MixingContext) -> bool:
+        """Only steps that log are measured."""
+        return self.is_recording
+
+    def record(self, layer: MoTSparseBlock, context: MixingContext, tokens: Tensor, logits: Tensor) -> None:
+        """Measure a pass, but not a second time."""
+        index, config = layer.layer_idx, layer.config
+        if index in self.pending:
+            return
+        if context.mode == "cross_example":
+            self.pending[index] = measure_mixing(tokens, logits, context.token_mask, config.group_size)
+            return
+        log_mass = layer.find_companions(context).log_mass if context.mode == "per_sequence" else None
+        loads = count_choices(logits, context.token_mask, log_mass, cast(int, config.num_experts_per_tok))
+        self.pending[index] = {"loads": loads}
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -110,37 +122,6 @@ class MixingMonitor(TrainerCallback):
             values = self._summarize()
             self.totals.clear()
             self.log(values)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Remove the hooks from the model."""
-        self._unhook()
-
-    def _unhook(self) -> None:
-        while self.hooks:
-            self.hooks.pop().remove()
-
-    def _keep_context(self, layer: MoTSparseBlock, inputs: tuple[Tensor, MixingContext]) -> None:
-        if self.is_recording and layer.training:
-            self.contexts[layer.layer_idx] = inputs[1]
-
-    def _make_recorder(self, layer: MoTSparseBlock) -> Callable[[MoTRouter, tuple[Tensor], Tensor], None]:
-        index, config = layer.layer_idx, layer.config
-
-        def record(router: MoTRouter, inputs: tuple[Tensor], logits: Tensor) -> None:
-            # Gradient checkpointing runs the forward pass a second time.
-            context = self.contexts.pop(index, None)
-            if not self.is_recording or context is None or index in self.pending:
-                return
-            if context.mode == "cross_example":
-                self.pending[index] = measure_mixing(inputs[0], logits, context.token_mask, config.group_size)
-                return
-            log_mass = layer.find_companions(context).log_mass if context.mode == "per_sequence" else None
-            loads = count_choices(logits, context.token_mask, log_mass, cast(int, config.num_experts_per_tok))
-            self.pending[index] = {"loads": loads}
-
-        return record
 
     @torch.no_grad()
     def _summarize(self) -> dict[str, float]:

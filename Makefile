@@ -31,12 +31,13 @@ demo: $(VENV)/.demo  ## train, compare and generate on a small scale (ARGS="..."
 	$(VENV)/bin/python scripts/demo.py $(ARGS)
 
 # Each command goes on where an earlier run of it was interrupted.
-checkpoint: $(VENV)/.demo  ## train a small model to share, with card, report and Qwen3-MoE twin; within an hour
+checkpoint: $(VENV)/.dev  ## train a small model to share, with card, report, Qwen3-MoE twin and chat; within an hour
 	$(VENV)/bin/mot train small_clm --output_dir $(CHECKPOINT)/mot --resume_from_checkpoint true $(ARGS)
 	$(VENV)/bin/mot evaluate $(CHECKPOINT)/mot
 	$(VENV)/bin/mot report $(CHECKPOINT)/mot
 	$(VENV)/bin/mot transition transition --model_name_or_path $(CHECKPOINT)/mot --output_dir $(CHECKPOINT)/moe
 	$(VENV)/bin/mot export $(CHECKPOINT)/moe $(CHECKPOINT)/qwen3_moe
+	$(VENV)/bin/mot sft sft --model_name_or_path $(CHECKPOINT)/mot --output_dir $(CHECKPOINT)/chat
 	@echo "Share it: $(VENV)/bin/mot push $(CHECKPOINT)/mot NAME"
 
 # A worker keeps to its half of the tests, so that what a file shares is made once, until it takes from the other's.

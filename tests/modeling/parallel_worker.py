@@ -23,7 +23,9 @@ from scripts.benchmarks.measuring import measure_peak_memory
 from scripts.benchmarks.parallelism.joined import Traffic, fork_joined
 from tests.models import MODES, companions_of, random_ids
 
-HEADS = {"causal": MoTForCausalLM, "masked": MoTForMaskedLM}
+# The short one has one dense and one MoT layer, for more than two processes, which take turns on few cores.
+HEADS = {"causal": MoTForCausalLM, "masked": MoTForMaskedLM, "short": MoTForCausalLM}
+NUM_LAYERS = {"causal": 4, "masked": 4, "short": 2}
 # Odd, so that processes have shares of different sizes, and one that tp 2 x fsdp 4 can divide.
 VOCAB_SIZE = 103
 # By number of processes and name.
@@ -220,9 +222,10 @@ def main(folder: Path) -> None:
         for exchange in exchanges:
             named = {} if exchange is None else {"ep_implementation": exchange}
             heads = ("causal", "masked") if layout in ("tp", "ep_fsdp") else ("causal",)
+            heads = heads if dist.get_world_size() == 2 else ("short",)
             for head in heads:
                 results = run_layout(folder, f"{layout}-{exchange}", head, options | named)
-                if exchange != "all_to_all" and head == "causal" and dist.get_world_size() == 2 and layout != "pp":
+                if exchange != "all_to_all" and head == "causal" and layout != "pp":
                     results["peak"] = measure_memory(folder / "larger", options | named)
                 if dist.get_rank() == 0:
                     torch.save(results, folder / f"{layout}-{exchange}-{head}.pt")

@@ -20,6 +20,7 @@ from tests.modeling.parallel_worker import (
     LARGER,
     LARGER_BATCH,
     LAYOUTS,
+    NUM_LAYERS,
     VOCAB_SIZE,
     generate,
     make_batch,
@@ -44,13 +45,13 @@ RUNS = (
     "fsdp-None-causal",
 )
 LARGER_RUNS = (
-    "tp_fsdp-None-causal",
-    "tp_ep_fsdp-all_to_all-causal",
-    "tp_ep_fsdp-mot_all_to_all-causal",
-    "ep_efsdp-all_to_all-causal",
-    "ep_efsdp-mot_all_to_all-causal",
-    "8_tp_ep_efsdp-mot_all_to_all-causal",
-    "8_ep_efsdp-mot_all_to_all-causal",
+    "tp_fsdp-None-short",
+    "tp_ep_fsdp-all_to_all-short",
+    "tp_ep_fsdp-mot_all_to_all-short",
+    "ep_efsdp-all_to_all-short",
+    "ep_efsdp-mot_all_to_all-short",
+    "8_tp_ep_efsdp-mot_all_to_all-short",
+    "8_ep_efsdp-mot_all_to_all-short",
 )
 ALL_RUNS = [*RUNS, *LARGER_RUNS]
 EXPERTS = "model.layers.3.mlp.experts"
@@ -61,7 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with models, and what two, four and eight processes made of them in every layout."""
     folder = tmp_path_factory.mktemp("parallel")
     for head, cls in HEADS.items():
-        trained(cls(tiny_config(vocab_size=VOCAB_SIZE, moe_intermediate_size=24))).save_pretrained(folder / head)
+        sizes = {"vocab_size": VOCAB_SIZE, "moe_intermediate_size": 24, "num_hidden_layers": NUM_LAYERS[head]}
+        trained(cls(tiny_config(**sizes))).save_pretrained(folder / head)
     HEADS["causal"](MoTConfig(**LARGER)).save_pretrained(folder / "larger")
     start(Path(__file__).with_name("parallel_worker.py"), folder, *map(str, LAYOUTS), timeout=600)
     return folder

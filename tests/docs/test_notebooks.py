@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,19 @@ from scripts.docs.notebooks import pages
 from tests.scripts.running import REPOSITORY
 
 NOTEBOOKS = sorted((REPOSITORY / "docs" / "notebooks").glob("*.ipynb"))
+
+
+# What a notebook trains for minutes is trained for seconds here; whether it learns enough is seen in what it stores.
+NUM_STEPS = re.compile(r"(train\((?:dense|mot), |max_steps=)\d{3}\b")
+
+
+def shortened(path: Path, folder: Path) -> Path:
+    """A copy of a notebook that trains for few steps."""
+    text, count = NUM_STEPS.subn(r"\g<1>40", path.read_text())
+    assert count, "the notebook trains"
+    copy = folder / path.name
+    copy.write_text(text)
+    return copy
 
 
 def cells_of(path: Path) -> list[dict]:
@@ -26,7 +40,7 @@ def test_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from scripts.docs.run_notebooks import run_notebook
 
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    ran = [cell for cell in run_notebook(path, tmp_path).cells if cell.cell_type == "code"]
+    ran = [cell for cell in run_notebook(shortened(path, tmp_path), tmp_path).cells if cell.cell_type == "code"]
     stored = cells_of(path)
     for new, old in zip(ran, stored, strict=True):
         kinds = [{output["output_type"] for output in cell["outputs"]} for cell in (new, old)]

@@ -43,13 +43,13 @@ LAYOUTS = {
     "ep": ("--fsdp_size", "2", "--ep_size", "2"),
     "tp_ep": ("--tp_size", "2", "--ep_size", "2"),
 }
-ROUNDED = ("--bf16", "true", "--gradient_checkpointing", "true", "--max_steps", "6", "--save_strategy", "no")
+ROUNDED = ("--bf16", "true", "--gradient_checkpointing", "true", "--max_steps", "4", "--save_strategy", "no")
 RESUMED = ("--resume_from_checkpoint", "true")
 
 
 def command_line(folder: Path, per_device_rows: int, **changes: Any) -> list[str]:
-    """Arguments of a small run with groups of 4 rows: 20 steps of 16 rows, saved and evaluated every 10."""
-    own = {"max_steps": 20, "save_steps": 10, "eval_steps": 10, "learning_rate": 0.003, "use_cpu": True}
+    """Arguments of a small run with groups of 4 rows: 12 steps of 16 rows, saved and evaluated every 6."""
+    own = {"max_steps": 12, "save_steps": 6, "eval_steps": 6, "learning_rate": 0.003, "use_cpu": True}
     return distributed_command_line(folder, per_device_rows, **own | changes)
 
 
@@ -107,7 +107,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy_half(run: Path, suffix: str) -> Path:
     """Copy a run without its last checkpoint."""
     copy = run.with_name(f"{run.name}_{suffix}")
-    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoint-20"))
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoint-12"))
     return copy
 
 
@@ -116,14 +116,14 @@ def test_two_processes_train_as_one(folder: Path, layout: str) -> None:
     run = folder / layout
     one, two = values_of(folder / "one"), values_of(run)
     assert one.keys() == two.keys()
-    assert len(one["loss"]) == 20
+    assert len(one["loss"]) == 12
     assert len(one["eval_token_loss"]) == 2
     for name, expected in one.items():
         assert two[name] == pytest.approx(expected, rel=1e-3), name
     assert_same_weights(folder / "one", run, atol=2e-3)
     assert not list(run.glob("_*"))
-    assert find_damage(run / "checkpoint-20") is None
-    first, second = (torch.load(run / f"statistics-10-{rank}.pt") for rank in range(2))
+    assert find_damage(run / "checkpoint-12") is None
+    first, second = (torch.load(run / f"statistics-6-{rank}.pt") for rank in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
     # One process loads and exports what two have trained.
@@ -135,7 +135,7 @@ def test_a_run_goes_on_as_if_nothing_had_happened(folder: Path, layout: str) -> 
     run, resumed = folder / layout, folder / f"{layout}_resumed"
     for name, expected in values_of(run).items():
         assert values_of(resumed)[name] == pytest.approx(expected, rel=1e-6), name
-    assert_same_weights(run / "checkpoint-20", resumed / "checkpoint-20", atol=1e-6)
+    assert_same_weights(run / "checkpoint-12", resumed / "checkpoint-12", atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["ep", "tp_ep"])
@@ -152,7 +152,7 @@ def test_a_run_goes_on_in_another_number_of_processes(folder: Path) -> None:
     run, one = folder / "ep_moved", values_of(folder / "one")
     for go_on in (None, partial(train_by_one, run, *RESUMED)):
         if go_on:
-            shutil.rmtree(run / "checkpoint-20")
+            shutil.rmtree(run / "checkpoint-12")
             go_on()
         for name, expected in one.items():
             assert values_of(run)[name] == pytest.approx(expected, rel=1e-3), name
@@ -162,18 +162,18 @@ def test_a_run_goes_on_in_another_number_of_processes(folder: Path) -> None:
 def test_a_run_whose_processes_are_killed_goes_on_as_if_nothing_had_happened(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed"
     command = [REPOSITORY / "scripts" / "train_clm.py", *of_two(run, "ep"), "--source", str(folder / "texts")]
-    # One process, in the middle of the second half: the launcher ends the other.
+    # One process, after the first checkpoint: the launcher ends the other.
     with launched(*command) as (launcher, workers):
         assert launcher.stdout is not None
         losses = (line for line in launcher.stdout if "'loss'" in line)
-        assert len(list(islice(losses, 13))) == 13
+        assert len(list(islice(losses, 7))) == 7
         os.kill(workers()[1], signal.SIGKILL)
         assert launcher.wait(timeout=120) != 0
-    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-10"]
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-6"]
 
     # Then all of them at once, while they save.
     with launched(*command, *RESUMED) as (launcher, workers):
-        wait_for(run / "checkpoint-20", launcher)
+        wait_for(run / "checkpoint-12", launcher)
         for process in [launcher.pid, *workers()]:
             os.kill(process, signal.SIGKILL)
     assert not (run / "trainer_state.json").exists()
@@ -182,7 +182,7 @@ def test_a_run_whose_processes_are_killed_goes_on_as_if_nothing_had_happened(fol
     start(*torchrun(2), *command, *RESUMED)
     for name, expected in values_of(folder / "ep").items():
         assert values_of(run)[name] == pytest.approx(expected, rel=1e-6), name
-    assert_same_weights(folder / "ep" / "checkpoint-20", run / "checkpoint-20", atol=1e-6)
+    assert_same_weights(folder / "ep" / "checkpoint-12", run / "checkpoint-12", atol=1e-6)
     assert not list(run.glob("_*"))
 
     train_by_one(tmp_path / "moved", "--source", str(folder / "texts"), *RESUMED)
@@ -230,5 +230,5 @@ def test_a_whole_optimizer_is_not_taken_for_parts(folder: Path) -> None:
             cast(Any, None),
             DistributedConfig(),
             cast(Any, None),
-            str(folder / "one" / "checkpoint-10"),
+            str(folder / "one" / "checkpoint-6"),
         )

@@ -17,7 +17,7 @@ from scripts.benchmarks.method.grid import count_method_flops, make_method_model
 from scripts.benchmarks.method.methods import METHODS, Method
 from scripts.benchmarks.method.run import Arguments, summarise
 from scripts.benchmarks.method.sharpening import choose_by_experts, entmax, mix_best, scale_logits, scale_outputs
-from tests.scripts.running import REPOSITORY, environment_of, run_python
+from tests.scripts.running import REPOSITORY, run_script
 
 RECIPE = REPOSITORY / "scripts" / "benchmarks" / "method" / "recipes" / "grid.yaml"
 
@@ -150,11 +150,9 @@ def test_finished_runs_are_kept(tmp_path: Path) -> None:
     training = ["--max_steps", "4", "--eval_steps", "2", "--logging_steps", "2", "--per_device_train_batch_size", "4"]
     options = ["--source", str(text), "--block_length", "8", *sizes, *training, "--output_dir", str(tmp_path / "out")]
     options += ["--methods", "per_sequence, normalised", "25 % cross_example, then moe"]
-    command = ["-m", "scripts.benchmarks.method.run", RECIPE, *options]
-    environment = environment_of(tmp_path) | {"PYTHONPATH": str(REPOSITORY)}
-    run_python(tmp_path, *command, environment=environment)
+    run_script(tmp_path, "method", RECIPE, *options)
     first = json.loads((tmp_path / "out" / "method.json").read_text())
     assert [len(run["losses"]) for run in first["results"]] == [2, 2]
     assert all(method["busiest"] and method["idle"] for method in first["methods"])
-    run_python(tmp_path, *command, "--jobs", "2", environment=environment)
+    run_script(tmp_path, "method", RECIPE, *options, "--jobs", "2")
     assert json.loads((tmp_path / "out" / "method.json").read_text()) == first

@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, and the losses of its tuning by two processes."""
     folder = tmp_path_factory.mktemp("spread")
     tokenizer = train_tokenizer(TEXTS, vocab_size=300)
-    make_model(tokenizer).save_pretrained(folder / "model")
+    make_model(tokenizer, num_hidden_layers=2).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     start(Path(__file__).with_name("trl_worker.py"), folder)
     return folder

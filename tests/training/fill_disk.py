@@ -40,7 +40,8 @@ class Fill(TrainerCallback):
 def make_run(folder: Path, *callbacks: TrainerCallback) -> Trainer:
     torch.manual_seed(0)
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    trainer = make_trainer(MoTForCausalLM(tiny_config(vocab_size=260)), folder, list(callbacks), **settings)
+    model = MoTForCausalLM(tiny_config(vocab_size=260, num_hidden_layers=2))
+    trainer = make_trainer(model, folder, list(callbacks), **settings)
     trainer.processing_class = train_tokenizer(["some words of text"], vocab_size=260)
     return trainer
 

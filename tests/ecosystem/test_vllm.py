@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from mot_hf import MoTForCausalLM
 from mot_hf.conversion.export import export_qwen3_moe
@@ -68,14 +68,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One trained model that answers in each of the modes, and its export."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = train_tokenizer(TEXTS, vocab_size=300)
-    torch.manual_seed(0)
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = trained(MoTForCausalLM(tiny_config(vocab_size=len(tokenizer), **SIZES, **special)))
+    model = make_model(tokenizer, num_hidden_layers=2)  # compiled for every layer
     for mode in ("cross_example", "moe", "per_sequence"):
         model.set_mixing(inference_mixing=mode).save_pretrained(folder / mode)
         tokenizer.save_pretrained(folder / mode)
     export_qwen3_moe(folder / "moe", folder / "exported", allow_untuned=True)
-    return {name: folder / name for name in ("cross_example", "moe", "per_sequence", "exported")}
+    make_model(tokenizer).save_pretrained(folder / "deeper")  # whose rounding errors are many
+    tokenizer.save_pretrained(folder / "deeper")
+    return {name: folder / name for name in ("cross_example", "moe", "per_sequence", "exported", "deeper")}
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, **sizes: Any) -> MoTForCausalLM:
+    torch.manual_seed(0)
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return trained(MoTForCausalLM(tiny_config(vocab_size=len(tokenizer), **SIZES, **special, **sizes)))
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +169,11 @@ def score(model: PreTrainedModel, prompts: list[list[int]]) -> Tensor:
 def test_bfloat16_costs_what_it_costs_in_transformers(
     engines: EngineProcess, folders: dict[str, Path], prompts: list[list[int]]
 ) -> None:
-    engines.start(folders["per_sequence"], **(SERVED | EAGER | {"dtype": "bfloat16"}))
+    engines.start(folders["deeper"], **(SERVED | EAGER | {"dtype": "bfloat16"}))
     answers, _ = engines.generate(prompts, NUM_NEW_TOKENS, score=True)
     served = torch.tensor([score for answer in answers for score in answer.prompt_logprobs])
     expected, rounded = (
-        score(MoTForCausalLM.from_pretrained(folders["per_sequence"], dtype=dtype).eval(), prompts)
+        score(MoTForCausalLM.from_pretrained(folders["deeper"], dtype=dtype).eval(), prompts)
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert len(served) == sum(len(prompt) - 1 for prompt in prompts)

@@ -1,7 +1,7 @@
 """Pairs of a token and an expert that it selects: their order by expert, their mixtures, sums over a token's pairs.
 
-On a GPU each is one kernel, written in Triton: in torch's own operations, mixtures in float32 would take many passes
-over memory, and the gradient of a copied row would sort.
+On a GPU each is one kernel, written in Triton: in torch's own operations, which a CPU uses, mixtures in float32 would
+take many passes over memory, and the gradient of a copied row would sort.
 
 Axes: S tokens, E experts, K experts per token, M = S * K pairs, n pairs of one expert, D model width, P position
 buckets.
@@ -60,7 +60,15 @@ def sort_pairs(index: Tensor, num_experts: int) -> Pairs:
 
 
 def mix_pairs(mixing: Mixing, order: Tensor) -> Tensor:
-    """Mixtures `[M, D]` of pairs, in a kernel."""
+    """Mixtures `[M, D]` of pairs."""
+    if mixing.x.is_cuda:
+        return mix_in_kernel(mixing, order)
+    tokens, means = _find_rows(mixing, order)  # [M, D]
+    return means.lerp_(tokens, mixing.weights.flatten()[order, None]).to(mixing.x.dtype)
+
+
+def mix_in_kernel(mixing: Mixing, order: Tensor) -> Tensor:
+    """The same, in a kernel."""
     x, weights, index, *means = (value.contiguous() for value in mixing)
     rows = x.new_empty(len(order), x.shape[1])  # [M, D]
     grid = (len(rows), -(-rows.shape[1] // _find_block(rows.shape[1])))
@@ -69,7 +77,15 @@ def mix_pairs(mixing: Mixing, order: Tensor) -> Tensor:
 
 
 def sum_pairs(values: Tensor, weights: Tensor, order: Tensor) -> Tensor:
-    """Sums `[S, D]` of the values `[M, D]` of a token's pairs by weights `[S, K]`, added in float32, in a kernel."""
+    """Sums `[S, D]` of the values `[M, D]` of a token's pairs by weights `[S, K]`, added in float32."""
+    if values.is_cuda:
+        return sum_in_kernel(values, weights, order)
+    by_token = torch.empty_like(values).index_copy_(0, order, values).unflatten(0, weights.shape)  # [S, K, D]
+    return (weights[:, None].float() @ by_token.float())[:, 0].to(values.dtype)
+
+
+def sum_in_kernel(values: Tensor, weights: Tensor, order: Tensor) -> Tensor:
+    """The same, in a kernel."""
     places = torch.empty_like(order)  # [M]
     places[order] = torch.arange(len(order), device=order.device)
     result = values.new_empty(len(weights), values.shape[1])  # [S, D]
@@ -80,11 +96,29 @@ def sum_pairs(values: Tensor, weights: Tensor, order: Tensor) -> Tensor:
 
 
 def dot_pairs(grad_rows: Tensor, mixing: Mixing, order: Tensor) -> Tensor:
-    """Gradients `[S, K]` of the mixing weights from those of the mixtures `[M, D]`, in a kernel."""
+    """Gradients `[S, K]` of the mixing weights from those of the mixtures `[M, D]`."""
+    if grad_rows.is_cuda:
+        return dot_in_kernel(grad_rows, mixing, order)
+    tokens, means = _find_rows(mixing, order)  # [M, D]
+    dots = torch.empty_like(mixing.weights)  # [S, K]
+    dots.view(-1)[order] = torch.linalg.vecdot(grad_rows.float(), tokens.sub_(means)).to(dots.dtype)
+    return dots
+
+
+def dot_in_kernel(grad_rows: Tensor, mixing: Mixing, order: Tensor) -> Tensor:
+    """The same, in a kernel."""
     x, weights, index, *means = (value.contiguous() for value in mixing)
     dots = torch.empty_like(weights)  # [S, K]
     _launch(_dot_kernel, (len(order), 1), grad_rows, x, order, index, *means, dots, x.shape[1], index.shape[1])
     return dots
+
+
+def _find_rows(mixing: Mixing, order: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens of pairs, and what their experts expect beside them, both `[M, D]`, in float32."""
+    tokens = order // mixing.index.shape[1]  # [M]
+    means = mixing.mean_input.index_select(0, mixing.index.flatten()[order])  # [M, D]
+    means += mixing.input_shift.index_select(0, mixing.buckets[tokens])
+    return mixing.x.index_select(0, tokens).float(), means
 
 
 def _find_block(width: int) -> int:
@@ -154,9 +188,12 @@ if is_triton_available():
 __all__ = [
     "Mixing",
     "Pairs",
+    "dot_in_kernel",
     "dot_pairs",
     "has_pair_kernels",
+    "mix_in_kernel",
     "mix_pairs",
     "sort_pairs",
+    "sum_in_kernel",
     "sum_pairs",
 ]

@@ -2,8 +2,9 @@
 
 An expert that a token selects runs on the token mixed with its expected companions, so that the K experts of a token
 have K different inputs. Pairs of a token and an expert are sorted by expert. On a CPU mixtures exist for one expert at
-a time; on a GPU a kernel makes them where token choice would copy the tokens. The backward pass makes them again. Kept
-are gates and values alone: the gradient of an output's weight, `<grad, output>`, is `<grad @ down_proj, hidden>`.
+a time, unless all of them are small; on a GPU a kernel makes them where token choice would copy the tokens. The
+backward pass makes them again. Kept are gates and values alone: the gradient of an output's weight, `<grad, output>`,
+is `<grad @ down_proj, hidden>`.
 
 Axes: S tokens, E experts, K experts per token, M = S * K pairs of a token and an expert, n pairs of one expert, D
 model width, F expert width, P position buckets.
@@ -31,6 +32,9 @@ from .pairs_mot import Mixing, Pairs, dot_pairs, has_pair_kernels, mix_pairs, so
 
 # Vectors `[D]` that mode per_sequence passes to transformers' experts interface at once on a CPU.
 _CPU_CHUNK_VECTORS = 8192
+
+# Elements of the mixtures of one expert in training, up to which a CPU makes those of all experts at once.
+_CPU_ELEMENTS_OF_EXPERT = 2**14
 
 RunRouted = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -207,9 +211,19 @@ class _MixAndRunSelected(torch.autograd.Function):
 def _run(inputs: _Inputs, activation: Activation, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, and for the backward pass gates `[M, 2F]`, the order of pairs `[M]` and their ends `[E]`."""
     pairs = sort_pairs(inputs.index, len(inputs.gate_up_proj))
-    run = _run_in_groups if has_pair_kernels(inputs.x.device, inputs.x.dtype) else _run_one_by_one
+    in_groups = has_pair_kernels(inputs.x.device, inputs.x.dtype) or (needs_grad and _are_few(inputs))
+    run = _run_in_groups if in_groups else _run_one_by_one
     output, gates = run(inputs, pairs, activation, needs_grad)
     return output, gates, pairs.order, pairs.ends
+
+
+def _are_few(inputs: _Inputs) -> bool:
+    """Whether all mixtures together are so small on a CPU that a loop over experts would take longer than they do."""
+    (num_tokens, width), (num_experts, num_features, _) = inputs.x.shape, inputs.gate_up_proj.shape
+    is_aligned = all(size * inputs.x.element_size() % 16 == 0 for size in (width, num_features // 2))
+    if inputs.x.dtype != torch.float32 or not is_aligned:
+        return False
+    return num_tokens * inputs.index.shape[1] * width <= _CPU_ELEMENTS_OF_EXPERT * num_experts
 
 
 def _run_in_groups(inputs: _Inputs, pairs: Pairs, activation: Activation, needs_grad: bool) -> tuple[Tensor, Tensor]:
@@ -245,7 +259,8 @@ def _run_backward(
     needed: list[bool],
 ) -> list[Tensor]:
     """The gradients of the first five tensors; those of experts that are not needed are empty."""
-    run = _run_backward_in_groups if has_pair_kernels(inputs.x.device, inputs.x.dtype) else _run_backward_one_by_one
+    in_groups = has_pair_kernels(inputs.x.device, inputs.x.dtype) or _are_few(inputs)
+    run = _run_backward_in_groups if in_groups else _run_backward_one_by_one
     return run(grad, inputs, gates, Pairs(order, ends), activation, needed)
 
 

@@ -11,7 +11,15 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from mot_hf import MoTForCausalLM
 from mot_hf.modeling import gates_mot, modeling_mot, selected_mot
-from mot_hf.modeling.pairs_mot import Mixing, dot_pairs, mix_pairs, sort_pairs, sum_pairs
+from mot_hf.modeling.pairs_mot import (
+    Mixing,
+    dot_in_kernel,
+    dot_pairs,
+    mix_in_kernel,
+    mix_pairs,
+    sort_pairs,
+    sum_in_kernel,
+)
 from mot_hf.modeling.selected_mot import OwnMixtures, mix_and_run_selected
 from scripts.benchmarks.measuring import measure_peak_memory
 from tests.interpreting import needs_triton, run_in_interpreter
@@ -146,37 +154,10 @@ def test_neither_mixtures_nor_outputs_are_kept() -> None:
     assert own == num_pairs * (6 + 1) * 8 + NUM_EXPERTS * 4  # gates, order and ends
 
 
-def find_means(mixing: Mixing, order: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens of pairs and what their experts expect beside them, both `[M, D]`, in float32."""
-    tokens = order // mixing.index.shape[1]  # [M]
-    means = mixing.mean_input[mixing.index.flatten()[order]] + mixing.input_shift[mixing.buckets[tokens]]
-    return mixing.x[tokens].float(), means
-
-
-def mix_plainly(mixing: Mixing, order: Tensor) -> Tensor:
-    tokens, means = find_means(mixing, order)
-    return means.lerp(tokens, mixing.weights.flatten()[order, None]).to(mixing.x.dtype)
-
-
-def sum_plainly(values: Tensor, weights: Tensor, order: Tensor) -> Tensor:
-    weighted = values.float() * weights.flatten()[order, None]  # [M, D]
-    sums = torch.zeros(len(weights), values.shape[1]).index_add(0, order // weights.shape[1], weighted)
-    return sums.to(values.dtype)
-
-
-def dot_plainly(grad_rows: Tensor, mixing: Mixing, order: Tensor) -> Tensor:
-    tokens, means = find_means(mixing, order)
-    dots = torch.empty_like(mixing.weights)
-    dots.view(-1)[order] = (grad_rows.float() * (tokens - means)).sum(dim=-1)
-    return dots
-
-
 @pytest.fixture
 def in_groups(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Run as on a GPU, with its kernels in torch's own operations."""
     monkeypatch.setattr(selected_mot, "has_pair_kernels", lambda device, dtype: True)
-    for name, plain in [("mix_pairs", mix_plainly), ("sum_pairs", sum_plainly), ("dot_pairs", dot_plainly)]:
-        monkeypatch.setattr(selected_mot, name, plain)
     return monkeypatch
 
 
@@ -192,6 +173,27 @@ def test_groups_of_pairs_give_the_values_and_gradients_of_the_loop(
         assert (actual - expected).norm() < 1e-5 * expected.norm()
 
 
+def test_a_cpu_trains_on_few_pairs_in_groups_and_on_many_by_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Selected(num_tokens=9, k=2, width=16, num_features=16, dtype=torch.float32)
+    seen = []
+
+    def watch(*arguments: Any) -> Tensor:
+        seen.append(len(arguments[1]))
+        return mix_pairs(*arguments)
+
+    monkeypatch.setattr(selected_mot, "mix_pairs", watch)
+    gradients = []
+    for elements in (9 * 2 * 16 // NUM_EXPERTS + 1, 9 * 2 * 16 // NUM_EXPERTS - 1):
+        monkeypatch.setattr(selected_mot, "_CPU_ELEMENTS_OF_EXPERT", elements)
+        gradients.append(torch.autograd.grad(project(case.run(*case.leaves)), case.leaves))
+    assert seen == [18, 18]  # forward and backward of the first
+    for actual, expected in zip(*gradients, strict=True):
+        assert (actual - expected).norm() < 1e-5 * expected.norm()
+    with torch.no_grad():  # an answer is the same in any batch
+        case.run(*case.leaves)
+    assert seen == [18, 18]
+
+
 def test_the_backward_pass_of_groups_frees_what_it_has_used(in_groups: pytest.MonkeyPatch) -> None:
     used: list[weakref.ref[Tensor]] = []
 
@@ -202,7 +204,7 @@ def test_the_backward_pass_of_groups_frees_what_it_has_used(in_groups: pytest.Mo
 
     def dot(*arguments: Any) -> Tensor:
         assert [reference() for reference in used] == [None] * 3
-        return dot_plainly(*arguments)
+        return dot_pairs(*arguments)
 
     in_groups.setattr(selected_mot, "run_weighted_gates_backward", run)
     in_groups.setattr(selected_mot, "dot_pairs", dot)
@@ -287,12 +289,12 @@ def check_kernels_on(x: Tensor) -> None:
     means = mean_input[index] + input_shift[buckets][:, None]  # [S, K, D]
     differences = x[:, None].float() - means
     mixtures = (means + weights[..., None] * differences).flatten(0, 1)  # [M, D]
-    rows = mix_pairs(mixing, order)
+    rows = mix_in_kernel(mixing, order)
     torch.testing.assert_close(rows.float(), mixtures[order], atol=tolerance, rtol=tolerance)
     values = torch.empty_like(rows)
     values[order] = rows
     by_token = values.float().unflatten(0, index.shape)  # [S, K, D]
     sums = (weights[..., None] * by_token).sum(dim=1)
-    torch.testing.assert_close(sum_pairs(rows, weights, order).float(), sums, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(sum_in_kernel(rows, weights, order).float(), sums, atol=tolerance, rtol=tolerance)
     dots = (by_token * differences).sum(dim=-1)
-    torch.testing.assert_close(dot_pairs(rows, mixing, order), dots, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(dot_in_kernel(rows, mixing, order), dots, atol=1e-4, rtol=1e-4)

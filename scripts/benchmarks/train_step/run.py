@@ -212,8 +212,7 @@ def measure_monitor(candidate: Candidate, ids: Tensor, args: Arguments) -> float
 
         return run
 
-    make_recorder, monitor.on_log = monitor._make_recorder, clocked(monitor.on_log)
-    monitor._make_recorder = lambda layer: clocked(make_recorder(layer))
+    monitor.on_log, monitor.record = clocked(monitor.on_log), clocked(monitor.record)
     context = (TrainingArguments(report_to="none"), TrainerState(logging_steps=1), TrainerControl())
     monitor.on_train_begin(*context, model=candidate.model)
     for _ in range(args.num_rounds + 1):

@@ -31,7 +31,7 @@ demo: $(VENV)/.demo  ## train, compare and generate on a small scale (ARGS="..."
 	$(VENV)/bin/python scripts/demo.py $(ARGS)
 
 # Each command goes on where an earlier run of it was interrupted.
-checkpoint: $(VENV)/.dev  ## train a small model to share, with card, report, Qwen3-MoE twin and chat; within an hour
+checkpoint: $(VENV)/.dev  ## train a small model to share, with card, report, Qwen3-MoE twin and chat; about an hour
 	$(VENV)/bin/mot train small_clm --output_dir $(CHECKPOINT)/mot --resume_from_checkpoint true $(ARGS)
 	$(VENV)/bin/mot evaluate $(CHECKPOINT)/mot
 	$(VENV)/bin/mot report $(CHECKPOINT)/mot

@@ -13,7 +13,8 @@ from transformers import Trainer, TrainingArguments
 from mot_hf import MoTConfig
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 from scripts.benchmarks.comparison import ComparisonArguments
-from scripts.benchmarks.method.grid import count_method_flops, make_method_model, prepare_trainer
+from scripts.benchmarks.headline import run as headline
+from scripts.benchmarks.method.grid import Grid, Plan, count_method_flops, make_method_model, prepare_trainer
 from scripts.benchmarks.method.methods import METHODS, Method
 from scripts.benchmarks.method.run import Arguments, summarise
 from scripts.benchmarks.method.sharpening import choose_by_experts, entmax, mix_best, scale_logits, scale_outputs
@@ -137,6 +138,28 @@ def test_flops_are_those_of_the_mode_at_the_end() -> None:
     flops = {name: count_method_flops(METHODS[name], TINY) for name in METHODS}
     assert flops["dense"] < flops["moe"] == flops["Qwen3-MoE"] == flops["per_sequence, normalised"]
     assert flops["cross_example"] == flops["cross_example, entmax"] > flops["moe"]
+
+
+def test_runs_of_two_precisions_are_not_compared(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    grid = Grid(TINY, args, None, None)
+    for seed, changes in enumerate(({}, {"bf16": True})):
+        run = grid.make_run(Plan("moe", seed, 1e-3))
+        run.path.parent.mkdir(exist_ok=True)
+        content = {"method": "moe", "seed": seed, "learning_rate": 1e-3, "settings": {**run.settings, **changes}}
+        run.path.write_text(json.dumps(content))
+        if not changes:
+            assert [each["seed"] for each in grid.read_runs()] == [0]
+    with pytest.raises(ValueError, match="bf16 is True there, not set here"):
+        grid.read_runs()
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    for arguments in (Arguments, headline.Arguments):
+        with pytest.raises(ValueError, match=r"`device='cuda'`, but torch .* finds no GPU: use --device cpu"):
+            arguments(device="cuda")
 
 
 @pytest.mark.slow

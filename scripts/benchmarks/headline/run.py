@@ -38,7 +38,7 @@ from mot_hf.data.corpus import load_corpus
 from mot_hf.training import parse_arguments
 from scripts.benchmarks.comparison import ComparisonArguments, load_text, make_step
 from scripts.benchmarks.measuring import describe_machine, summarize_times, time_in_turn
-from scripts.benchmarks.method.grid import Grid, Plan, count_method_flops, make_method_model
+from scripts.benchmarks.method.grid import Grid, Plan, check_device, count_method_flops, make_method_model
 from scripts.benchmarks.method.methods import METHODS
 from scripts.benchmarks.results import describe_arguments, write_json, write_results
 from scripts.benchmarks.runs import digest_rows, make_settings, read_run
@@ -87,6 +87,7 @@ class Arguments:
             )
         if self.jobs < 1:
             raise ValueError(f"`jobs={self.jobs}` must be at least 1.")
+        check_device(self.device)
 
 
 class Headline:

@@ -38,8 +38,10 @@ class Plan(NamedTuple):
     learning_rate: float
 
 
-# The settings in which the runs of a folder may differ: where they were trained, and what a plan and its method say.
-_FREE = {"device", "num_devices", "bf16", *Plan._fields, "share", "mode", "config"}
+# The settings in which the runs of a folder may differ from each other, as a plan and its method say, and those in
+# which they may differ from the process that reads them.
+_OF_PLANS = {*Plan._fields, "share", "mode", "config"}
+_OF_PLACES = {"device", "num_devices", "bf16"}
 
 
 class Grid:
@@ -75,12 +77,14 @@ class Grid:
         """All runs in the folder, by method, learning rate and seed.
 
         Raises:
-            ValueError: A file was made with other settings.
+            ValueError: A file was made with other settings than this grid's, or than another file.
         """
         settings = make_settings(self.comparison, self.training_args, self.digest)
-        ignored = _FREE if self.digest else {*_FREE, "text"}
-        paths = (Path(self.training_args.output_dir) / "runs").glob("*_*.json")
+        ignored = {*_OF_PLANS, *_OF_PLACES} if self.digest else {*_OF_PLANS, *_OF_PLACES, "text"}
+        paths = sorted((Path(self.training_args.output_dir) / "runs").glob("*_*.json"))
         runs = [read_run(path, settings, ignored) for path in paths]
+        for path, _ in zip(paths, runs, strict=True):
+            read_run(path, runs[0]["settings"], _OF_PLANS)  # losses of another precision or text are not compared
         order = list(METHODS)
         return sorted(runs, key=lambda run: (order.index(run["method"]), run["learning_rate"], run["seed"]))
 
@@ -130,6 +134,16 @@ class Grid:
             with ProcessPoolExecutor(num_jobs, get_context("spawn"), _prepare_process, shared) as pool:
                 for done in as_completed([pool.submit(_finish_run, plan) for plan in plans]):
                     yield done.result()
+
+
+def check_device(device: str) -> None:
+    """Refuse a GPU that is not there: the runs would be trained on a CPU.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"`device='cuda'`, but torch {torch.__version__} finds no GPU: use --device cpu.")
 
 
 def make_method_model(method: Method, comparison: ComparisonArguments) -> PreTrainedModel:

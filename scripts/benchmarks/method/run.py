@@ -25,13 +25,12 @@ from itertools import product
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from transformers import TrainingArguments
 
 from mot_hf.data.corpus import load_corpus
 from mot_hf.training import parse_arguments
 from scripts.benchmarks.comparison import ComparisonArguments, load_text
-from scripts.benchmarks.method.grid import Grid, Plan, count_method_flops
+from scripts.benchmarks.method.grid import Grid, Plan, check_device, count_method_flops
 from scripts.benchmarks.method.methods import METHODS
 from scripts.benchmarks.results import describe_arguments, write_results
 from scripts.benchmarks.runs import digest_rows
@@ -60,8 +59,7 @@ class Arguments:
                 raise ValueError(f"`methods` has {name!r}, which must be one of: {'; '.join(METHODS)}.")
         if self.jobs < 1:
             raise ValueError(f"`jobs={self.jobs}` must be at least 1.")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"`device='cuda'`, but torch {torch.__version__} finds no GPU: use --device cpu.")
+        check_device(self.device)
 
 
 def summarise(runs: list[dict[str, Any]], flops: dict[str, int]) -> list[dict[str, Any]]:

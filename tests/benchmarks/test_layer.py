@@ -51,7 +51,8 @@ def test_candidates_have_the_flops_of_the_dense_layer_but_for_router_and_mixing(
     assert flops["dense"] == 3 * 2 * num_tokens * width * 96  # 96 is 2.75 * 32 as a multiple of 16
     assert flops["qwen3_moe"] == flops["moe"] == flops["dense"] + router
     assert flops["einsum"] == flops["dense"] + router + 2 * mixing
-    assert flops["per_sequence"] == flops["dense"] + 2 * router  # the mean outputs of experts that are not run
+    mean_outputs, adding_up = router, 2 * num_tokens * 2 * width  # of experts that are not run; of two that are
+    assert flops["per_sequence"] == flops["dense"] + router + mean_outputs + adding_up
     num_sums = 2 * (1 + NUM_POSITION_BUCKETS)  # of mixtures and outputs, over all groups and by bucket
     statistics = 2 * num_tokens // 8 * num_experts * (num_sums * width + 1)
     assert flops["cross_example"] == flops["einsum"] + statistics

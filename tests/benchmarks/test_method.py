@@ -3,6 +3,7 @@
 import json
 from math import log
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from mot_hf import MoTConfig
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 from scripts.benchmarks.comparison import ComparisonArguments
 from scripts.benchmarks.headline import run as headline
+from scripts.benchmarks.method import run as method_benchmark
 from scripts.benchmarks.method.grid import Grid, Plan, count_method_flops, make_method_model, prepare_trainer
 from scripts.benchmarks.method.methods import METHODS, Method
 from scripts.benchmarks.method.run import Arguments, summarise
@@ -154,12 +156,12 @@ def test_runs_of_two_precisions_are_not_compared(tmp_path: Path) -> None:
         grid.read_runs()
 
 
-def test_a_gpu_that_is_not_there_is_refused() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    for arguments in (Arguments, headline.Arguments):
-        with pytest.raises(ValueError, match=r"`device='cuda'`, but torch .* finds no GPU: use --device cpu"):
-            arguments(device="cuda")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+@pytest.mark.parametrize("script", [method_benchmark, headline])
+def test_a_gpu_that_is_not_there_is_refused(script: ModuleType, tmp_path: Path) -> None:
+    training_args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=r"`device='cuda'`, but torch .* finds no GPU: use --device cpu"):
+        script.main(script.Arguments(device="cuda"), TINY, training_args)
 
 
 @pytest.mark.slow

@@ -2,14 +2,15 @@
 
 from functools import partial
 from threading import Barrier, Thread
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mot_hf import MoTForCausalLM
 from mot_hf.modeling.companions_mot import NUM_POSITION_BUCKETS, MoTCompanions
-from mot_hf.training import statistics
 from mot_hf.training.statistics import average_companions
 from tests.models import companions_of, tiny_config, trained
 
@@ -21,18 +22,18 @@ class Processes:
         self.barrier = Barrier(num_processes, timeout=60)
         self.given: list[Tensor] = []
 
-    def reduce(self, value: Tensor, reduction: str) -> Tensor:
+    def all_reduce(self, value: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
         self.given.append(value.clone())
         self.barrier.wait()
-        reduced = {"sum": torch.sum, "max": torch.amax}[reduction](torch.stack(self.given), dim=0)
+        value.copy_({dist.ReduceOp.SUM: torch.sum, dist.ReduceOp.MAX: torch.amax}[op](torch.stack(self.given), dim=0))
         if self.barrier.wait() == 0:
             self.given.clear()
         self.barrier.wait()
-        return reduced
 
 
 def average(models: list[MoTForCausalLM], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "reduce", Processes(len(models)).reduce)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", Processes(len(models)).all_reduce)
     threads = [Thread(target=partial(average_companions, model)) for model in models]
     for thread in threads:
         thread.start()

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -371,11 +372,15 @@ def test_an_upload_whose_process_is_killed_goes_on_where_it_stopped(hub: HubServ
         sys.argv = ["mot", "push", str(model_dir), "tester/small"]
         run()
 
+    num_uploads = count()  # files are uploaded side by side
+
     def kill(method: str, path: str) -> int | None:
-        if method == "PUT" and hub.objects:
-            os.kill(int((model_dir.parent / "process").read_text()), signal.SIGKILL)
-            return 500
-        return None
+        if method != "PUT" or not next(num_uploads):
+            return None
+        while not hub.objects:
+            time.sleep(0.01)
+        os.kill(int((model_dir.parent / "process").read_text()), signal.SIGKILL)
+        return 500
 
     hub.fault = kill
     status, written = run_forked(model_dir.parent, push)

@@ -37,6 +37,7 @@ def test_names() -> None:
         "OptimizerCheck",
         "ResumeCheck",
         "RunPlan",
+        "ThresholdBalancing",
         "TransitionTuning",
         "VocabularyCheck",
         "add_callbacks",

@@ -87,7 +87,6 @@ class Arguments:
             )
         if self.jobs < 1:
             raise ValueError(f"`jobs={self.jobs}` must be at least 1.")
-        check_device(self.device)
 
 
 class Headline:
@@ -274,6 +273,7 @@ def draw(methods: list[dict[str, Any]]) -> Figure:
 
 def main(args: Arguments, comparison: ComparisonArguments, training_args: TrainingArguments) -> None:
     """Train, time steps, and write the results."""
+    check_device(args.device)
     headline = Headline(args, comparison, replace(training_args, use_cpu=args.device == "cpu"))
     if "training" in args.parts:
         headline.train()

@@ -59,7 +59,6 @@ class Arguments:
                 raise ValueError(f"`methods` has {name!r}, which must be one of: {'; '.join(METHODS)}.")
         if self.jobs < 1:
             raise ValueError(f"`jobs={self.jobs}` must be at least 1.")
-        check_device(self.device)
 
 
 def summarise(runs: list[dict[str, Any]], flops: dict[str, int]) -> list[dict[str, Any]]:
@@ -137,6 +136,7 @@ def write(grid: Grid) -> str:
 
 def main(args: Arguments, comparison: ComparisonArguments, training_args: TrainingArguments) -> None:
     """Do all runs, and write the results."""
+    check_device(args.device)
     training_args = replace(training_args, use_cpu=args.device == "cpu")
     text = None
     if not args.only_summary:

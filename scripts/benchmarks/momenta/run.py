@@ -4,11 +4,9 @@ Prints the loss in mode per_sequence with the statistics of every momentum and w
 the loss in cross_example, and writes them to `momenta.json`. The second command keeps the learning rate at its peak,
 so that the weights still move fast at the end. Their results are stored as decaying.json and constant.json.
 
-    python -m scripts.benchmarks.momenta.run small_clm --output_dir runs/momenta --max_steps 1000
+    python -m scripts.benchmarks.momenta.run small_clm --output_dir runs/momenta --max_steps 600
     python -m scripts.benchmarks.momenta.run small_clm --output_dir runs/momenta_constant \
-        --max_steps 1000 --lr_scheduler_type constant_with_warmup --lr_scheduler_kwargs "{}"
-
-The stored results come from models that started with the paper's controllers: `--router_initializer_range 0.02`.
+        --max_steps 600 --lr_scheduler_type constant_with_warmup --lr_scheduler_kwargs "{}"
 """
 
 import copy

@@ -5,16 +5,13 @@ token, mode per_sequence at up to the dense layer's FLOPs with another constant 
 per_sequence after exact calibration, and mode moe without tuning. All on the same validation rows, no two of which
 overlap. Writes `modes.md`, `modes.png` and `modes.json` to the output folder. The stored results:
 
-    KEEP="--save_steps 1000 --save_total_limit 8"
+    KEEP="--max_steps 1000 --save_steps 250 --save_total_limit 4"
     python scripts/train_clm.py small_clm $KEEP --output_dir runs/clm32
     python scripts/train_clm.py small_clm $KEEP --output_dir runs/clm256 --num_experts 256
     python scripts/train_mlm.py small_mlm $KEEP --output_dir runs/mlm32
     python scripts/train_mlm.py small_mlm $KEEP --output_dir runs/mlm256 --num_experts 256
     python -m scripts.benchmarks.modes.run --runs runs/clm32 runs/clm256 runs/mlm32 runs/mlm256 \
-        --output_dir scripts/benchmarks/modes/results
-
-The stored results come from models that started with the paper's controllers: `--router_initializer_range 0.02`; those
-with 32 experts also have `--norm_topk_prob true`, the earlier default, which only mode moe depends on.
+        --max_rows 512 --output_dir scripts/benchmarks/modes/results
 """
 
 from collections.abc import Iterator
@@ -49,7 +46,7 @@ class Arguments:
 
     runs: list[str] = field(metadata={"help": "output folders of training, with checkpoints"})
     output_dir: str = field(default="runs/modes", metadata={"help": "folder for the results"})
-    steps: list[int] = field(default_factory=lambda: [1000, 2000, 4000], metadata={"help": "checkpoints of a run"})
+    steps: list[int] = field(default_factory=lambda: [250, 1000], metadata={"help": "checkpoints of a run"})
     block_length: int = field(default=64, metadata={"help": "tokens in a row, as in training"})
     source: str | None = field(default=None, metadata={"help": "text; by default Python's standard library"})
     max_rows: int = field(default=1024, metadata={"help": "validation rows, a multiple of 4 groups"})

@@ -5,12 +5,10 @@ leave them as they are. So int8 is measured for linear layers, and for linear la
 embeddings and head are never quantized. All on the same validation rows in mode per_sequence. Writes `quantization.md`
 and `quantization.json` to the output folder. Needs torchao and bitsandbytes. The stored results:
 
-    python scripts/train_clm.py small_clm --output_dir runs/clm32
-    python scripts/train_clm.py small_clm --output_dir runs/clm256 --num_experts 256
+    python scripts/train_clm.py small_clm --max_steps 1000 --output_dir runs/clm32
+    python scripts/train_clm.py small_clm --max_steps 1000 --output_dir runs/clm256 --num_experts 256
     python -m scripts.benchmarks.quantization.run --models runs/clm32 runs/clm256 \
         --output_dir scripts/benchmarks/quantization/results
-
-The stored results come from models that started with the paper's controllers: `--router_initializer_range 0.02`.
 """
 
 import logging

@@ -1,22 +1,18 @@
 r"""Compare transition tuning with the untuned run and with token choice from scratch: over steps, and at the end.
 
-All runs have the same number of steps. First, for E = G = 32 (and the same with --num_experts 256, where all runs keep
-norm_topk_prob at its default, which is true there):
+All runs have the same number of steps. First, for E = G = 32 (and the same with --num_experts 256):
 
-    python scripts/train_clm.py small_clm --output_dir runs/untuned
-    python scripts/train_clm.py small_clm --output_dir runs/tuned \
-        --transition_share 0.9 --eval_steps 25 --norm_topk_prob false
-    python scripts/train_clm.py small_clm --output_dir runs/scratch --mixing moe \
-        --inference_mixing moe --output_router_logits true --norm_topk_prob false
+    python scripts/train_clm.py small_clm --max_steps 1000 --output_dir runs/clm32
+    python scripts/train_clm.py small_clm --max_steps 1000 --output_dir runs/tuned \
+        --transition_share 0.75 --eval_steps 50
+    python scripts/train_clm.py small_clm --max_steps 1000 --output_dir runs/scratch --mixing moe \
+        --inference_mixing moe --output_router_logits true
 
 Writes transition.json, transition.md and transition.png. The stored results, with runs named UNTUNED:TUNED:SCRATCH:
 
     python -m scripts.benchmarks.transition.run --output_dir scripts/benchmarks/transition/results \
-        --runs runs/untuned:runs/tuned:runs/scratch \
-        runs/untuned_256:runs/tuned_256:runs/scratch_256
-
-The stored results come from models that started with the paper's controllers: `--router_initializer_range 0.02`. The
-untuned run for E = 32 also has `--norm_topk_prob true`, the earlier default; only its loss in mode moe depends on it.
+        --runs runs/clm32:runs/tuned:runs/scratch \
+        runs/clm256:runs/tuned_256:runs/scratch_256
 """
 
 from dataclasses import dataclass, field
@@ -44,7 +40,7 @@ class Arguments:
     output_dir: str = field(default="runs/transition", metadata={"help": "folder for the results"})
     source: str | None = field(default=None, metadata={"help": "text; by default Python's standard library"})
     block_length: int = field(default=64, metadata={"help": "tokens T of a row"})
-    share: float = field(default=0.9, metadata={"help": "share of the steps before the switch"})
+    share: float = field(default=0.75, metadata={"help": "share of the steps before the switch"})
     num_batches: int = field(default=32, metadata={"help": "validation batches of 32 rows"})
 
 

@@ -5,13 +5,14 @@ grid is the same for all models. The other seeds use this rate. MoT models are t
 evaluated in every mode; mode per_sequence decides on the learning rate. Writes `finetuning.md` and `finetuning.json`
 to the output folder. The stored results (`benchmarks/modes` says how the MoT models were trained):
 
-    python scripts/train_clm.py small_clm --output_dir runs/dense \
+    python scripts/train_clm.py small_clm --max_steps 1000 --output_dir runs/dense \
         --mlp_layer_types dense dense dense dense
     python -m scripts.benchmarks.finetuning.run --models runs/clm32 runs/dense runs/clm256 \
-        --recipes finetune/sequence finetune/tokens \
-        --output_dir scripts/benchmarks/finetuning/results
-
-The stored results come from models that started with the paper's controllers: `--router_initializer_range 0.02`.
+        --learning_rates 1e-3 3e-3 --recipes finetune/sequence --max_steps 125 \
+        --output_dir scripts/benchmarks/finetuning/results/sequence
+    python -m scripts.benchmarks.finetuning.run --models runs/clm32 runs/dense runs/clm256 \
+        --learning_rates 1e-3 3e-3 --recipes finetune/tokens --max_steps 60 \
+        --output_dir scripts/benchmarks/finetuning/results/tokens
 """
 
 from dataclasses import dataclass, field

@@ -33,7 +33,7 @@ from .pairs_mot import Mixing, Pairs, dot_pairs, has_pair_kernels, mix_pairs, so
 # Vectors `[D]` that mode per_sequence passes to transformers' experts interface at once on a CPU.
 _CPU_CHUNK_VECTORS = 8192
 
-# Elements of the mixtures of one expert in training, up to which a CPU makes those of all experts at once.
+# Elements of the mixtures of one expert, up to which a CPU makes those of all experts at once.
 _CPU_ELEMENTS_OF_EXPERT = 2**14
 
 RunRouted = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -211,7 +211,7 @@ class _MixAndRunSelected(torch.autograd.Function):
 def _run(inputs: _Inputs, activation: Activation, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, and for the backward pass gates `[M, 2F]`, the order of pairs `[M]` and their ends `[E]`."""
     pairs = sort_pairs(inputs.index, len(inputs.gate_up_proj))
-    in_groups = has_pair_kernels(inputs.x.device, inputs.x.dtype) or (needs_grad and _are_few(inputs))
+    in_groups = has_pair_kernels(inputs.x.device, inputs.x.dtype) or _are_few(inputs)
     run = _run_in_groups if in_groups else _run_one_by_one
     output, gates = run(inputs, pairs, activation, needs_grad)
     return output, gates, pairs.order, pairs.ends

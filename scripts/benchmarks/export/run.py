@@ -8,8 +8,6 @@ needs:
     python -m scripts.benchmarks.export.run --output_dir scripts/benchmarks/export/results \
         --models runs/tuned_256 runs/tuned runs/sparse_256 \
         --llama_cpp .venv/llama_cpp_python-*/vendor/llama.cpp
-
-The stored results come from models that started with the paper's controllers: `--router_initializer_range 0.02`.
 """
 
 import json

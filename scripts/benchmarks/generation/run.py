@@ -1,12 +1,14 @@
-"""Measure the speed of generation: prefill and decode of MoT against Qwen3-MoE and dense Qwen3, side by side.
+r"""Measure the speed of generation: prefill and decode of MoT against Qwen3-MoE and dense Qwen3, side by side.
 
 All models have the same attention, embeddings and number of FLOPs per token. Qwen3-MoE has the weights of the MoT
 model, and the dense model's feed-forward layers are as wide as the K experts that a token uses. A round times every
 model once, in turn. A figure is the median over rounds, of times and of ratios to Qwen3-MoE in the same round. Close
 other programs. Writes `generate.json` to the output folder, with absolute speeds only on a GPU. The stored results:
 
-    python -m scripts.benchmarks.generation.run --output_dir scripts/benchmarks/generation/results/256
-    python -m scripts.benchmarks.generation.run --output_dir scripts/benchmarks/generation/results/32 --num_experts 32
+    python -m scripts.benchmarks.generation.run --num_rounds 5 \
+        --output_dir scripts/benchmarks/generation/results/256
+    python -m scripts.benchmarks.generation.run --num_rounds 5 --num_experts 32 \
+        --output_dir scripts/benchmarks/generation/results/32
 
 On a GPU:
 

@@ -124,14 +124,16 @@ def time_passes(args: Arguments, ids: Any) -> dict[str, Any]:
 
 
 def load_headers(args: Arguments, seed: int) -> DatasetDict:
-    """The rows to learn and to validate on; the latter are the same for every seed."""
+    """The rows to learn and to validate on; if there are few of the latter, they are the same for every seed."""
     tokenizer, config = AutoTokenizer.from_pretrained(args.model), MoTConfig.from_pretrained(args.model)
     source = args.source or str(Path(sysconfig.get_paths()["include"]) / "**" / "*.h")
     rows = load_rows(
         tokenizer, source, block_length=config.max_position_embeddings, group_size=config.group_size, seed=seed
     ).with_format("torch")
-    for split, wanted in (("train", args.num_rows), ("validation", args.num_eval_rows)):
-        rows[split] = rows[split].select(range(min(wanted, len(rows[split]))))
+    if len(rows["train"]) < args.num_rows:  # fewer would also be fewer steps than the table says
+        raise ValueError(f"`num_rows={args.num_rows}`, but the text has {len(rows['train'])} rows: give fewer.")
+    rows["train"] = rows["train"].select(range(args.num_rows))
+    rows["validation"] = rows["validation"].select(range(min(args.num_eval_rows, len(rows["validation"]))))
     return rows
 
 

@@ -33,7 +33,8 @@ def test_every_topic_has_a_page_with_its_stored_tables_and_pictures(site: Path) 
 
 def test_what_a_record_lacks_is_said(tmp_path: Path) -> None:
     (stored,) = find_stored("settings")
-    assert stored.origin()["date"] == ""
+    bare = {name: value for name, value in stored.record.items() if name not in ("date", "commit")}
+    assert stored._replace(record=bare).origin()["date"] == ""
     known = {"date": "2026-01-02", "commit": "abc", "command": "x --output_dir y -z"}
     new = stored._replace(record={**stored.record, **known})
     assert new.origin() | {"machine": "", "versions": ""} == {

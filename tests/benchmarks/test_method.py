@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from mot_hf import MoTConfig
+from mot_hf.modeling.mixing_mot import MixingContext
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 from scripts.benchmarks.comparison import ComparisonArguments
 from scripts.benchmarks.headline import run as headline
@@ -19,7 +20,14 @@ from scripts.benchmarks.method import run as method_benchmark
 from scripts.benchmarks.method.grid import Grid, Plan, count_method_flops, make_method_model, prepare_trainer
 from scripts.benchmarks.method.methods import METHODS, Method
 from scripts.benchmarks.method.run import Arguments, summarise
-from scripts.benchmarks.method.sharpening import choose_by_experts, entmax, mix_best, scale_logits, scale_outputs
+from scripts.benchmarks.method.sharpening import (
+    choose_by_experts,
+    entmax,
+    mix_best,
+    reduce_groups,
+    scale_logits,
+    scale_outputs,
+)
 from tests.scripts.running import REPOSITORY, run_script
 
 RECIPE = REPOSITORY / "scripts" / "benchmarks" / "method" / "recipes" / "grid.yaml"
@@ -121,6 +129,20 @@ def test_an_expert_takes_its_one_best_token(tmp_path: Path) -> None:
     assert torch.allclose(alone, run_layer(make_prepared(None, tmp_path), "per_sequence")[1])
 
 
+def test_a_share_of_the_groups_is_reduced_in_training(tmp_path: Path) -> None:
+    trainer = make_prepared(reduce_groups(1 / 2), tmp_path)
+    x, mixed, block = run_layer(trainer)
+    _, alone, _ = run_layer(trainer, "per_sequence")
+    assert torch.equal(mixed, run_layer(make_prepared(None, tmp_path))[1])
+    context = MixingContext("cross_example", torch.zeros(4, 6, dtype=torch.long))
+    with torch.no_grad():
+        outputs = [block.train()(x, context) for _ in range(50)]
+    reduced = torch.stack([(output - alone).abs().amax(dim=(0, 2)) < 1e-6 for output in outputs])  # [50, T]
+    kept = torch.stack([(output - mixed).abs().amax(dim=(0, 2)) < 1e-6 for output in outputs])
+    assert (reduced ^ kept).all()
+    assert 0.35 < reduced.float().mean() < 0.65  # of 300
+
+
 def test_logits_and_outputs_are_scaled(tmp_path: Path) -> None:
     _, output, _ = run_layer(make_prepared(None, tmp_path))
     assert torch.allclose(run_layer(make_prepared(scale_outputs(0.25), tmp_path))[1], output / 4, atol=1e-7)
@@ -182,4 +204,6 @@ def test_finished_runs_are_kept(tmp_path: Path) -> None:
     assert [len(run["losses"]) for run in first["results"]] == [2, 2]
     assert all(method["busiest"] and method["idle"] for method in first["methods"])
     run_script(tmp_path, "method", RECIPE, *options, "--jobs", "2")
-    assert json.loads((tmp_path / "out" / "method.json").read_text()) == first
+    again = json.loads((tmp_path / "out" / "method.json").read_text())
+    assert again.pop("command") == first.pop("command") + " --jobs 2"
+    assert again == first

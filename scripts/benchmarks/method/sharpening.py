@@ -97,6 +97,28 @@ def take_turns() -> Change:
     return lambda trainer: trainer.add_callback(_EachStep(set_mode))
 
 
+def reduce_groups(share: float) -> Change:
+    """In training, a share of a layer's groups is reduced to one token each, with its expected companions.
+
+    The rows of a column are reduced together, other columns in every step and layer.
+    """
+
+    def forward(self: MoTSparseBlock, hidden_states: Tensor, context: MixingContext) -> Tensor:
+        output = MoTSparseBlock.forward(self, hidden_states, context)
+        if context.mode != "cross_example" or not self.training:
+            return output
+        alone = MixingContext("per_sequence", context.buckets, context.token_mask, gathers=False)
+        alone.companions = context.companions
+        reduced = torch.rand(hidden_states.shape[1], 1, device=hidden_states.device) < share  # [T, 1]
+        return torch.where(reduced, MoTSparseBlock.forward(self, hidden_states, alone), output)
+
+    def change(trainer: Trainer) -> None:
+        for block in find_blocks(trainer):
+            block.forward = MethodType(forward, block)
+
+    return change
+
+
 def _change_logits_of_groups(change_logits: Callable[[Tensor], Tensor]) -> Change:
     """Mode `cross_example` mixes by changed logits `[A, G, T, E]`, moved back to the same logsumexp over the group."""
 

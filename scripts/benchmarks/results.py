@@ -1,10 +1,14 @@
 """What a benchmark leaves in its folder: numbers with what they were measured with, a table and a picture."""
 
 import json
+import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +18,7 @@ if TYPE_CHECKING:  # benchmarks without a picture do not need it
     from matplotlib.figure import Figure
 
 # Paths on this machine. Results name models and recipes without their folders; `describe_corpus` names the text.
-_PATHS = {"output_dir", "source", "validation_source", "models", "model_dir", "runs", "recipes", "llama_cpp"}
+_PATHS = {"output_dir", "source", "validation_source", "models", "model_dir", "runs", "recipes", "llama_cpp", "python"}
 
 
 def describe_arguments(*arguments: Any) -> dict[str, Any]:
@@ -30,19 +34,35 @@ def describe_arguments(*arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in _PATHS}
 
 
-def describe_origin() -> dict[str, str]:
-    """Describes when and by which commit results are made.
+def describe_command() -> str:
+    """Describes how this process was started.
 
     Returns:
-        `dict`: The `date`, and the `commit`, with `-dirty` if files differ from it. No commit outside of a clone.
+        `str`: The command, whose paths on this machine are cut to their last part.
     """
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["-m", spec.name] if spec else sys.argv[:1]
+    words = ["python", *program, *sys.argv[1:]]
+    return shlex.join(re.sub(r"(^|=)/(?:\S*/)?(?=[^/])", r"\1", word) for word in words)
+
+
+def describe_origin() -> dict[str, str]:
+    """Describes when, by which commit and by which command results are made.
+
+    Returns:
+        `dict`: The `date`, the `commit`, with `-dirty` if code or recipes differ from it, and the `command`. No commit
+        outside of a clone.
+    """
+    origin = {"date": date.today().isoformat(), "command": describe_command()}
+    git = partial(subprocess.run, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = git(["git", "rev-parse", "--short", "HEAD"])
+        changes = git(["git", "diff", "--quiet", "HEAD", "--", "*.py", "*.yaml"])
     except OSError:  # no git
-        return {"date": date.today().isoformat()}
-    commit = {"commit": done.stdout.strip()} if done.returncode == 0 else {}
-    return {"date": date.today().isoformat()} | commit
+        return origin
+    if commit.returncode:
+        return origin
+    return origin | {"commit": commit.stdout.strip() + ("-dirty" if changes.returncode else "")}
 
 
 def write_results(

@@ -2,8 +2,10 @@
 
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 from datetime import date
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from mot_hf.data.corpus import load_corpus, make_batches
 from mot_hf.data.default_corpus import default_corpus_info
 from mot_hf.data.tokenizer import train_tokenizer
 from scripts.benchmarks.measuring import describe_machine
-from scripts.benchmarks.results import describe_arguments, write_json, write_results
+from scripts.benchmarks.results import describe_arguments, describe_command, write_json, write_results
 from scripts.benchmarks.rows import describe_corpus, load_rows
 from tests.scripts.running import REPOSITORY
 
@@ -42,6 +44,27 @@ def test_arguments_are_described_without_the_paths_of_a_machine() -> None:
     assert describe_arguments(Arguments(), Sizes()) == {"max_rows": 3, "hidden_size": 8}
 
 
+@pytest.mark.parametrize(
+    ("module", "words", "command"),
+    [
+        (
+            "scripts.benchmarks.modes.run",
+            ["--num_rounds", "5"],
+            "python -m scripts.benchmarks.modes.run --num_rounds 5",
+        ),
+        (None, ["--models", "runs/a", "/home/me/b"], "python scripts/modes.py --models runs/a b"),
+        (None, ["--source=/home/me/*.py", "a b"], "python scripts/modes.py '--source=*.py' 'a b'"),
+    ],
+)
+def test_a_command_is_described_without_the_folders_of_a_machine(
+    module: str | None, words: list[str], command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ModuleSpec(module, None) if module else None
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys, "argv", ["scripts/modes.py", *words])
+    assert describe_command() == command
+
+
 def test_numbers_table_and_picture_are_written_beside_each_other(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "results"
     write_results(folder, "topic", {"results": [1]}, "| a |\n", Figure())
@@ -49,6 +72,7 @@ def test_numbers_table_and_picture_are_written_beside_each_other(tmp_path: Path)
     assert record.pop("date") == date.today().isoformat()
     if (REPOSITORY / ".git").exists():
         assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?", record.pop("commit"))
+    assert "pytest" in record.pop("command")
     assert record == {"results": [1]}
     assert (folder / "topic.md").read_text() == "| a |\n"
     assert (folder / "topic.png").read_bytes().startswith(b"\x89PNG")

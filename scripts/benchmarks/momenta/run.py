@@ -86,7 +86,8 @@ def main(
         losses[f"momentum {momentum:g}"] = evaluate(trainer, "per_sequence")
     calibrate(trainer.model, islice(trainer.get_train_dataloader(), args.calibration_batches))
     losses["calibrated"] = evaluate(trainer, "per_sequence")
-    training = {name: getattr(training_args, name) for name in ("max_steps", "learning_rate", "seed")}
+    names = ("max_steps", "learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "seed")
+    training = {name: getattr(training_args, name) for name in names}
     record = {
         "results": losses,
         "arguments": describe_arguments(args, corpus_args) | model_args.config_fields() | training,

@@ -10,6 +10,7 @@ stored results:
     python -m scripts.benchmarks.serving.run --output_dir scripts/benchmarks/serving/results
 """
 
+import subprocess
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,6 +189,12 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def find_version(python: str) -> str:
+    """The version of vLLM under a Python, empty if there is none."""
+    code = "from importlib.metadata import *; print(version(packages_distributions()['vllm'][0]))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
+
+
 def main(args: Arguments) -> None:
     """Serve all models, then write and print the results."""
     if not Path(args.python).is_file():
@@ -199,7 +206,9 @@ def main(args: Arguments) -> None:
         engines = start_engines(args, folder, stack)
         speeds, compared = measure_speed(args, engines), compare_answers(args, engines, folder)
     results = {name: compared[name] | speeds[name] for name in engines}
-    record = {"results": results, "arguments": describe_arguments(args), "machine": describe_machine("cpu")}
+    machine = describe_machine("cpu")
+    machine["versions"]["vllm"] = find_version(args.python)
+    record = {"results": results, "arguments": describe_arguments(args), "machine": machine}
     write_results(args.output_dir, "serving", record, make_table(results))
     print(make_table(results))
 

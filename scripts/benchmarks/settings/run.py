@@ -2,10 +2,10 @@ r"""Train MoT models that each differ in one setting on the same rows: what do E
 
 A variant is a list of fields of `ComparisonArguments` (sizes, `router_initializer_range`) or `TrainingArguments` with
 their values, such as `num_experts=64` or `group_size=16,num_experts=64`; `base` changes nothing, and `dense` is the
-dense model of equal FLOPs. Every run is a file in OUTPUT_DIR/runs and is not repeated if the file exists; a file that
-was made with other settings is refused. Writes settings.json, settings.md and settings.png: validation losses (mode
-`per_sequence`) at the end and at the first evaluation past half of the steps, parameters, and FLOPs of the training
-pass relative to the first variant. The stored results:
+dense model of about equal FLOPs. Every run is a file in OUTPUT_DIR/runs and is not repeated if the file exists; a file
+that was made with other settings is refused. Writes settings.json, settings.md and settings.png: validation losses
+(mode `per_sequence`) at the end and at the first evaluation past half of the steps, parameters, and FLOPs of the
+training pass relative to the first variant. The stored results:
 
     python -m scripts.benchmarks.settings.run scripts/benchmarks/settings/recipes/cpu.yaml
 """
@@ -23,7 +23,7 @@ from transformers import TrainingArguments, set_seed
 
 from mot_hf.training import parse_arguments
 from scripts.benchmarks.comparison import ComparisonArguments, load_text, make_model, train_model
-from scripts.benchmarks.measuring import count_flops
+from scripts.benchmarks.measuring import count_flops, describe_machine
 from scripts.benchmarks.results import describe_arguments, write_results
 from scripts.benchmarks.runs import Run, digest_rows, make_settings
 
@@ -122,7 +122,11 @@ def main(args: Arguments, comparison: ComparisonArguments, training_args: Traini
     results = []
     for run in runs:
         results.append(run.finish())
-        record = {"results": results, "arguments": describe_arguments(comparison) | training}
+        record = {
+            "results": results,
+            "arguments": describe_arguments(comparison) | training,
+            "machine": describe_machine(str(training_args.device)),
+        }
         write_results(training_args.output_dir, "settings", record, make_table(results), draw(results))
     print(make_table(results))
 

@@ -114,7 +114,7 @@ class _MixedLinear(torch.autograd.Function):
     """Tokens `[S, D]` of half precision times weights `[E, D]` in float32, at the speed of half precision.
 
     Products of half precision are exact in float32, so that the result is that of factors cast to float32, of which a
-    GPU computes products ten times slower.
+    GPU computes products more slowly.
     """
 
     @staticmethod

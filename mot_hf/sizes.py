@@ -64,7 +64,7 @@ def count_in_experts(model: MoTPreTrainedModel) -> int:
 def count_flops(model: MoTPreTrainedModel, num_columns: int, mixing: str = "cross_example") -> float:
     """Counts the FLOPs per token of a forward pass. Training takes three times as many.
 
-    Those of the running statistics are among them, about 1 % with many experts.
+    Those of the running statistics are among them.
 
     Args:
         model ([`MoTPreTrainedModel`]): The model, preferably on the meta device, where nothing is computed.

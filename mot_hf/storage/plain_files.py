@@ -49,7 +49,7 @@ def read_json(path: Path, *, largest: int = _LARGEST) -> Any:
     Args:
         path (`Path`): The file.
         largest (`int`, *optional*, defaults to 16 MiB): Maximum size of the file, in bytes. In memory, its values take
-            up to twenty times as many.
+            many times as many.
 
     Returns:
         `Any`: Its content.

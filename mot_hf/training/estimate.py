@@ -102,8 +102,8 @@ def estimate_run(
 ) -> list[dict[str, Any]]:
     """Estimates what a training run costs.
 
-    Memory is that of the tensors of a step, tracked without computing anything; libraries take some more, on a GPU
-    about 1 GB. Times are those of matrix products at full speed, so a real step takes longer.
+    Memory is that of the tensors of a step, tracked without computing anything; libraries take some more. Times are
+    those of matrix products at full speed, so a real step takes longer.
 
     Args:
         model_args ([`ModelArguments`]): Architecture of a new model.

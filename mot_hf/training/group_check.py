@@ -209,8 +209,8 @@ def explain_short_groups(config: MoTConfig, num_rows: int, num_last_rows: int = 
             f"The batch of one device has {num_rows} rows, which is not a multiple of group_size={group_size}: "
             f"{_cost(num_rows, group_size)} Set per_device_train_batch_size to {sizes} (if memory is short, together "
             "with gradient_checkpointing, or activation_checkpointing from transformers 5.24 on). To fine-tune in "
-            "smaller batches, set mixing='per_sequence' (--mixing per_sequence): it forms no groups, computes less, "
-            "and learns as well. Only a new model can have a smaller group_size: a trained one is worse with it."
+            "smaller batches, set mixing='per_sequence' (--mixing per_sequence): it forms no groups and learns about "
+            "as well. Only a new model can have a smaller group_size: a trained one is worse with it."
         )
     if num_last_rows % group_size:
         messages.append(

@@ -72,8 +72,8 @@ def tune_on_instructions(
     them. Its generation settings then end an answer at the end of a turn.
 
     A MoT model in mode `cross_example` is trained in mode `per_sequence` if the batches do not fill its groups, unless
-    `args.mixing` says otherwise: it learns as much from them and computes less. The load-balancing loss, which TRL
-    adds to the loss of any model with experts, is left out unless the model itself or `training_args` asks for it.
+    `args.mixing` says otherwise: it learns about as much from them and computes less. The load-balancing loss, which
+    TRL adds to the loss of any model with experts, is left out unless the model itself or `training_args` asks for it.
 
     Args:
         args ([`InstructionArguments`]): Model and conversations.

@@ -1,4 +1,4 @@
-"""Dense, MoT and Qwen3-MoE models of equal FLOPs, trained the same way on the same rows."""
+"""Dense, MoT and Qwen3-MoE models of about equal FLOPs, trained the same way on the same rows."""
 
 import dataclasses
 import sysconfig
@@ -114,7 +114,7 @@ def make_model(architecture: str, args: ComparisonArguments) -> PreTrainedModel:
     moe_config.output_router_logits = True
     model = Qwen3MoeForCausalLM(moe_config).train()
     for router in [module for module in model.modules() if isinstance(module, Qwen3MoeTopKRouter)]:
-        # Its own start, 0.02, would leave more experts idle and cost it some of its loss.
+        # A comparison of methods, not of how they begin.
         nn.init.normal_(router.weight, std=config.router_initializer_range)
     return model
 

@@ -39,7 +39,7 @@ class PartArguments:
 
     @property
     def dtype(self) -> str:
-        """The dtype of measurements; a CPU may be a hundred times slower in bfloat16."""
+        """The dtype of measurements; many a CPU is slow in bfloat16."""
         return "bfloat16" if self.on_gpu else "float32"
 
     def scaled(self, size: int, step: int) -> int:

@@ -8,7 +8,8 @@ Four parts, each in its own process and with its own time limit, so that none st
   decoding, CUDA graphs, caches, attention and experts implementations, training in bfloat16, saving;
 - `layer` (120 s): one layer against the dense layer, plain einsums and Qwen3-MoE, eager and compiled;
 - `model` (60 s): a training step and generation of whole models against the same;
-- `training` (the rest): dense, MoT and Qwen3-MoE models of equal FLOPs, trained on the Python code that is installed.
+- `training` (the rest): dense, MoT and Qwen3-MoE models of about equal FLOPs, trained on the Python code that is
+  installed.
 
 Every part stores each result at once, in checks.json, layer.json, model.json and training.json in --output_dir; beside
 them are checks.xml (JUnit), training.png, log.txt with everything that was printed, and summary.txt. The exit code is

@@ -18,8 +18,8 @@ CPU:
         --bf16 true --parts training
     python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/medium.yaml --parts timing summary
 
-Models of width 32 with many tokens for every parameter, which take about twenty minutes a run on a CPU's core; and the
-paper's proof of concept (250 000 steps; give it the C4 data set):
+Models of width 32 with many tokens for every parameter; and the paper's proof of concept (250 000 steps; give it the
+C4 data set):
 
     python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/cpu.yaml --jobs 2
     python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/paper.yaml --source "C4_DIR/*.jsonl"

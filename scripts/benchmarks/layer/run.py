@@ -10,15 +10,20 @@ The candidates have the same input, about the same FLOPs and, except for the den
 
 They take turns, round after round, in a forward pass without gradients and in a forward and a backward pass. Each turn
 begins with a run that is not timed: it gets back the memory that the system took from an idle candidate. A time is the
-median over rounds of the ratio to the dense layer in the same round. FLOPs are those of matrix products; the share of
-the matmul rate is their speed relative to one large product. Peak memory is what a run takes beyond parameters and
-input; a backward pass includes the gradients of all parameters. Close other programs. Writes layer.json, layer.md and
-layer.png into --output_dir, with absolute times only on a GPU. The stored results:
+median over rounds of the ratio to the dense layer in the same round. FLOPs are those of matrix products that torch
+sees, which are not those in kernels of Triton; the share of the matmul rate is their speed relative to one large
+product. Peak memory is what a run takes beyond parameters and input; a backward pass includes the gradients of all
+parameters. Close other programs. Writes layer.json, layer.md and layer.png into --output_dir, with absolute times only
+on a GPU. The stored results:
 
     python -m scripts.benchmarks.layer.run --hidden_sizes 256 512 --num_rounds 5 \
         --output_dir scripts/benchmarks/layer/results/cpu
 
-On a GPU, eager and compiled:
+    python -m scripts.benchmarks.layer.run --device cuda --dtype bfloat16 --hidden_sizes 2048 --num_tokens 65536 \
+        --candidates cross_example qwen3_moe per_sequence moe --phases forward+backward --num_rounds 5 \
+        --output_dir scripts/benchmarks/layer/results/h100
+
+All sizes on a GPU, eager and compiled:
 
     python -m scripts.benchmarks.layer.run --device cuda --dtype bfloat16 --num_tokens 16384 65536 \
         --output_dir scripts/benchmarks/layer/results/gpu_eager

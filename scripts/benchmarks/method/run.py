@@ -8,10 +8,10 @@ method.json, method.md and, with matplotlib, method.png from all files. The text
 
     python -m scripts.benchmarks.method.run scripts/benchmarks/method/recipes/grid.yaml --seeds 0 1 2 --jobs 2
 
-A run of the grid takes about six minutes of a CPU's core. On a GPU, several runs side by side use it better than one:
+On a GPU, several runs side by side use it better than one. The stored results:
 
     python -m scripts.benchmarks.method.run scripts/benchmarks/method/recipes/grid.yaml --device cuda --jobs 8 \
-        --seeds 0 1 2 --output_dir runs/method
+        --bf16 true --seeds 0 1 2
 
 Where the package is not installed, link it into a folder and start the file itself:
 

@@ -1,7 +1,6 @@
 r"""Train dense, MoT and Qwen3-MoE models in lower and lower precision: which degrades least?
 
-All have the same FLOPs, rows and steps, as in `benchmarks/headline`, and the learning rates that were best there. The
-precisions:
+All have about the same FLOPs, and the same rows and steps. The precisions:
 
 - `float32`: parameters and computation;
 - `mixed`: autocast to bfloat16, with parameters, gradients and optimizer in float32, as `--bf16 true` trains;

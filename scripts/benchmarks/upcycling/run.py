@@ -1,8 +1,8 @@
 r"""Train MoT models made from a dense Qwen3 model, and that model itself, on the same rows: how good, and how soon?
 
-Every start is made from the dense model by `mot_hf.conversion.upcycle`, has feed-forward layers of the same FLOPs, and
-is trained by the stock `Trainer` with the same arguments. Writes upcycling.json, upcycling.md and upcycling.png into
---output_dir. `save_dense.py` makes the dense model of the stored results.
+Every start is made from the dense model by `mot_hf.conversion.upcycle`, has experts with the FLOPs of the dense
+layers, and is trained by the stock `Trainer` with the same arguments. Writes upcycling.json, upcycling.md and
+upcycling.png into --output_dir. `save_dense.py` makes the dense model of the stored results.
 
 How fast the starts get back to the dense loss:
 
@@ -10,7 +10,7 @@ How fast the starts get back to the dense loss:
         --output_dir scripts/benchmarks/upcycling/results/recovery \
         --max_steps 300 --eval_steps 25 --starts dense slices copies std_0.5 std_1 std_4 std_8 all_layers last_layer
 
-and what further training at equal FLOPs brings (the same with 1e-3, without copies):
+and what further training brings (the same with 1e-3, without copies):
 
     python -m scripts.benchmarks.upcycling.run --model_dir runs/qwen3 \
         --output_dir scripts/benchmarks/upcycling/results/further_3e-3 \

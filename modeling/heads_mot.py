@@ -25,7 +25,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .arguments_mot import CACHE_NAME, known_arguments_only
 from .configuration_mot import MoTConfig
-from .mixing_mot import find_padding
+from .mixing_mot import find_padding, is_of_tokens
 from .modeling_mot import MoTModel, MoTPreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -250,7 +250,7 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
         """The tokens `[B, T]` of a generation step that are neither padding nor after the end of their row."""
         tokens = torch.ones(num_rows, num_columns, dtype=torch.bool, device=self.device)
         # For a static cache the model gets a 4-D mask, in which padding cannot be told from tokens; this one is 2-D.
-        if attention_mask is not None and attention_mask.ndim == 2:
+        if is_of_tokens(attention_mask):
             tokens &= attention_mask[:, -num_columns:].to(self.device, torch.bool)
         if row_ends is not None:
             tokens &= row_ends.mask(num_columns)

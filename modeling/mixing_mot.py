@@ -11,7 +11,7 @@ the signature of transformers' experts interface. With `own=mixtures` they run o
 
 from collections.abc import Callable
 from math import log
-from typing import Any, cast, get_args
+from typing import Any, TypeGuard, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -50,11 +50,14 @@ class MixingContext:
         buckets (`torch.Tensor` of shape `[B, T]`):
             Position bucket of every token, see [`find_position_buckets`].
         token_mask (`torch.Tensor` of shape `[B, T]`, *optional*):
-            `True` for tokens, `False` for padding. `None` if there is no padding.
+            `True` for tokens, `False` for padding. `None` if there is no padding, or nobody asked yet.
         gathers (`bool`, *optional*, defaults to `True`):
             Whether statistics of this batch are gathered.
 
     Attributes:
+        masks (`tuple`, *optional*):
+            Arguments of [`find_padding`] that [`~MixingContext.find_tokens`] calls: in modes that mix no rows, only
+            those who watch a training need to know which tokens are padding.
         groups (`Groups`, *optional*):
             How the tokens form groups. If `None`, each layer forms them itself.
         companions (`dict[int, RunningStatistics]`):
@@ -67,9 +70,16 @@ class MixingContext:
 
     def __init__(self, mode: str, buckets: Tensor, token_mask: Tensor | None = None, *, gathers: bool = True) -> None:
         self.mode, self.buckets, self.token_mask = mode, buckets, token_mask
+        self.masks: tuple[Tensor, Any, Tensor | None] | None = None
         self.groups: Groups | None = None
         self.companions: dict[int, RunningStatistics] = {}
         self.sums: dict[int, GroupSums] | None = {} if gathers else None
+
+    def find_tokens(self) -> Tensor | None:
+        """The mask `[B, T]` of the tokens, or `None` if there is no padding."""
+        if self.masks is not None:
+            self.token_mask, self.masks = find_padding(*self.masks), None
+        return self.token_mask
 
     def get_groups(self, group_size: int, device: torch.device) -> Groups:
         """The groups, on a layer's device."""
@@ -162,7 +172,12 @@ def mix_across_examples(
 
     Returns:
         `tuple(torch.Tensor, GroupSums)`: The output `[B, T, D]`, 0 for padding, and what the statistics need.
+
+    Raises:
+        ValueError: Weights shall be normalised in float16.
     """
+    if norm_mixing_weights:
+        _refuse_float16(hidden_states)
     x, l = cut_rows(hidden_states, group_size), cut_rows(logits, group_size)  # [A, G, T, D], [A, G, T, E]
     options: dict[str, Tensor] = {"counts": groups.counts} if gathers else {}
     if groups.present is not None:  # full groups have no absent companions: nothing to mask, and no copies
@@ -184,6 +199,18 @@ def mix_across_examples(
     # The log mass is the largest logit minus the logarithm of its weight. A logsumexp would make two copies of `l`.
     largest = (value.detach().amax(dim=1).flatten(0, 1) for value in (l, w))  # [N, E]
     return output, GroupSums(*largest, mixed.sums, mixed.bucket_sums)
+
+
+def _refuse_float16(hidden_states: Tensor) -> None:
+    """Raise if a layer would divide weights that float16 has rounded to a few bits, or to 0, by their sum."""
+    device, dtype = hidden_states.device.type, hidden_states.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if dtype == torch.float16:
+        raise ValueError(
+            "norm_mixing_weights=True divides mixing weights by their sum, and float16 holds small ones with few bits "
+            "or not at all: use bfloat16 or float32, or mixing='per_sequence'."
+        )
 
 
 def _add_expected_companions(
@@ -333,7 +360,7 @@ def find_position_buckets(
 ) -> Tensor:
     """The position buckets `[B, T]` of this call's tokens, by their positions in their own sequence."""
     num_rows, num_columns = inputs_embeds.shape[:2]
-    if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+    if position_ids is None and is_of_tokens(attention_mask):
         # Padding on the left does not count: it must not change a row's results.
         position_ids = attention_mask.long().cumsum(dim=1)[:, -num_columns:] - 1  # [B, T]
     elif position_ids is None:
@@ -345,7 +372,7 @@ def find_position_buckets(
 
 def find_padding(inputs_embeds: Tensor, attention_mask: Tensor | None, token_mask: Tensor | None) -> Tensor | None:
     """The mask `[B, T]` of this call's tokens, or `None` if there is known to be no padding."""
-    if token_mask is None and attention_mask is not None and attention_mask.ndim == 2:
+    if token_mask is None and is_of_tokens(attention_mask):
         token_mask = attention_mask[:, -inputs_embeds.shape[1] :]
     if token_mask is None:
         return None
@@ -353,6 +380,11 @@ def find_padding(inputs_embeds: Tensor, attention_mask: Tensor | None, token_mas
     # One look at the data for the whole model, as transformers takes it for attention, spares every layer the masked
     # path. A graph cannot look.
     return None if not is_tracing(token_mask) and token_mask.all() else token_mask
+
+
+def is_of_tokens(attention_mask: Any) -> TypeGuard[Tensor]:
+    """Whether a mask says of every token whether it is padding; flex attention has masks that are no tensors."""
+    return isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
 
 
 def refuse_flattened_rows(

@@ -49,6 +49,7 @@ from .mixing_mot import (
     route_tokens,
 )
 from .parallel_mot import average_companions, call_experts, check_sharding, name_own_style
+from .products_mot import fit_grouped_mm
 from .selected_mot import OwnMixtures, can_run_selected, copy_and_run, mix_and_run_selected
 
 logger = logging.get_logger(__name__)
@@ -114,8 +115,7 @@ class MoTExperts(Qwen3MoeExperts):
 
     def _fits_grouped_mm(self) -> bool:
         """Whether the rows of both weights are multiples of 16 bytes."""
-        weights = (self.gate_up_proj, self.down_proj)
-        return all(weight.shape[-1] * weight.element_size() % 16 == 0 for weight in weights)
+        return fit_grouped_mm(self.gate_up_proj, self.down_proj)
 
 
 def _reaches_own_forward(experts: nn.Module) -> bool:
@@ -463,12 +463,12 @@ class MoTModel(MoTPreTrainedModel):
         # training mode.
         is_live = self.training and torch.is_grad_enabled() and self.config.live_companions
         gathers = context.mode == "per_sequence" and (is_live or self.is_calibrated)
-        if gathers or self.training or context.mode == "cross_example":  # who watches training counts tokens
-            context.token_mask = find_padding(inputs_embeds, attention_mask, token_mask)
         if gathers or context.mode == "cross_example":
+            context.token_mask = find_padding(inputs_embeds, attention_mask, token_mask)
             context.groups = form_groups(context.buckets, context.token_mask, self.config.group_size)
         else:
             context.sums = None
+            context.masks = (inputs_embeds, attention_mask, token_mask) if self.training else None
 
     def _check_companions(self) -> None:
         """Warn once per model if the statistics that stand in for other rows were never gathered."""

@@ -81,7 +81,8 @@ def sum_pairs(values: Tensor, weights: Tensor, order: Tensor) -> Tensor:
     if values.is_cuda:
         return sum_in_kernel(values, weights, order)
     by_token = torch.empty_like(values).index_copy_(0, order, values).unflatten(0, weights.shape)  # [S, K, D]
-    return (weights[:, None].float() @ by_token.float())[:, 0].to(values.dtype)
+    sums = weights[:, None].float() @ by_token.float()  # [S, 1, D]
+    return sums.to(values.dtype).squeeze(1).clone()  # a view would not let a hook change it in place
 
 
 def sum_in_kernel(values: Tensor, weights: Tensor, order: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ def dot_pairs(grad_rows: Tensor, mixing: Mixing, order: Tensor) -> Tensor:
     if grad_rows.is_cuda:
         return dot_in_kernel(grad_rows, mixing, order)
     tokens, means = _find_rows(mixing, order)  # [M, D]
-    dots = torch.empty_like(mixing.weights)  # [S, K]
+    dots = mixing.weights.new_empty(mixing.weights.shape)  # [S, K]
     dots.view(-1)[order] = torch.linalg.vecdot(grad_rows.float(), tokens.sub_(means)).to(dots.dtype)
     return dots
 

@@ -14,11 +14,21 @@ from .mixing_kernels_mot import has_mixing_kernels, run_mix, run_products
 _LARGEST_EXACT = 256
 
 
+def fit_grouped_mm(*weights: Tensor) -> bool:
+    """Whether `grouped_mm` takes weights `[E, ..., ...]`: rows of multiples of 16 bytes, without gaps in them."""
+    return all(
+        weight.stride(-1) == 1
+        and all(size * weight.element_size() % 16 == 0 for size in (*weight.stride()[:-1], weight.shape[-1]))
+        for weight in weights
+    )
+
+
 def new_rows(rows: Tensor) -> Tensor:
     """New memory for rows `[A, H, T, D]`, on a CPU in the order of groups."""
     num_groups, num_rows, num_columns, width = rows.shape
-    if rows.device.type == "cpu":
-        return rows.new_empty(num_groups, num_columns, num_rows, width).transpose(1, 2)
+    if rows.device.type == "cpu":  # by strides: a transposed tensor would be a view, which no hook may change in place
+        strides = (num_columns * num_rows * width, width, num_rows * width, 1)
+        return rows.new_empty_strided(rows.shape, strides)
     return rows.new_empty(rows.shape)
 
 

@@ -29,12 +29,16 @@ from .autograd_mot import (
 )
 from .gates_mot import Activation, run_gates, run_gates_forward, run_weighted_gates_backward
 from .pairs_mot import Mixing, Pairs, dot_pairs, has_pair_kernels, mix_pairs, sort_pairs, sum_pairs
+from .products_mot import fit_grouped_mm
 
 # Vectors `[D]` that mode per_sequence passes to transformers' experts interface at once on a CPU.
 _CPU_CHUNK_VECTORS = 8192
 
 # Elements of the mixtures of one expert, up to which a CPU makes those of all experts at once.
 _CPU_ELEMENTS_OF_EXPERT = 2**14
+
+# Experts for every pair, up to which that is faster: it looks at all experts, a loop at those with a pair.
+_CPU_EXPERTS_OF_PAIR = 50
 
 RunRouted = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -219,11 +223,12 @@ def _run(inputs: _Inputs, activation: Activation, needs_grad: bool) -> tuple[Ten
 
 def _are_few(inputs: _Inputs) -> bool:
     """Whether all mixtures together are so small on a CPU that a loop over experts would take longer than they do."""
-    (num_tokens, width), (num_experts, num_features, _) = inputs.x.shape, inputs.gate_up_proj.shape
-    is_aligned = all(size * inputs.x.element_size() % 16 == 0 for size in (width, num_features // 2))
-    if inputs.x.dtype != torch.float32 or not is_aligned:
+    num_pairs, width, num_experts = inputs.index.numel(), inputs.x.shape[1], len(inputs.gate_up_proj)
+    if inputs.x.dtype != torch.float32 or not fit_grouped_mm(inputs.gate_up_proj, inputs.down_proj):
         return False
-    return num_tokens * inputs.index.shape[1] * width <= _CPU_ELEMENTS_OF_EXPERT * num_experts
+    if num_experts > _CPU_EXPERTS_OF_PAIR * num_pairs:
+        return False
+    return num_pairs * width <= _CPU_ELEMENTS_OF_EXPERT * num_experts
 
 
 def _run_in_groups(inputs: _Inputs, pairs: Pairs, activation: Activation, needs_grad: bool) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.utils import _apply_to_tensors
+from torch.nn.attention.flex_attention import create_block_mask
 
+from mot_hf import MoTForCausalLM
+from mot_hf.modeling import modeling_mot
 from mot_hf.modeling.companions_mot import NUM_POSITION_BUCKETS, RunningStatistics, form_groups
 from mot_hf.modeling.configuration_mot import MoTConfig
 from mot_hf.modeling.mixing_mot import MixingContext, find_position_buckets
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
 from tests import naive
+from tests.models import random_ids, tiny_config
 
 
 class Case(NamedTuple):
@@ -348,3 +352,36 @@ def test_wrappers_of_a_layer_neither_copy_nor_cast_what_layers_leave_their_sums_
     arguments = _apply_to_tensors(lambda value: value.bfloat16(), {"mixing_context": context})
     assert arguments["mixing_context"] is context
     assert context.groups.num_tokens.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", ["per_sequence", "moe"])
+def test_training_takes_the_masks_of_flex_attention(mode: str) -> None:
+    model = MoTForCausalLM(tiny_config(mixing=mode))
+    ids = random_ids(2, 16)
+    expected = model.train()(ids).logits
+    model.set_attn_implementation("flex_attention")
+    mask = create_block_mask(lambda b, h, query, key: query >= key, 2, None, 16, 16, device="cpu")
+    with torch.no_grad():  # on a CPU flex attention has no gradients
+        logits = model(ids, attention_mask=mask, use_cache=False).logits
+    assert torch.allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["per_sequence", "moe"])
+def test_training_without_mixing_looks_at_no_mask(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MoTForCausalLM(tiny_config(mixing=mode))
+    monkeypatch.setattr(modeling_mot, "find_padding", lambda *arguments: pytest.fail("the device is waited for"))
+    model.train()(random_ids(2, 6), attention_mask=torch.ones(2, 6, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_are_not_normalised_in_float16(dtype: torch.dtype) -> None:
+    model = MoTForCausalLM(tiny_config(norm_mixing_weights=True)).to(dtype)
+    plain = MoTForCausalLM(tiny_config(norm_mixing_weights=True))
+    if dtype == torch.bfloat16:
+        model.train()(random_ids(4, 6))
+        return
+    with pytest.raises(ValueError, match="norm_mixing_weights=True divides mixing weights by their sum, and float16"):
+        model.train()(random_ids(4, 6))
+    with pytest.raises(ValueError, match="use bfloat16 or float32"), torch.autocast("cpu", torch.float16):
+        plain.train()(random_ids(4, 6))
+    model.eval()(random_ids(4, 6))  # in mode per_sequence

@@ -1,6 +1,7 @@
 """Selected experts on mixtures of their own against a loop over pairs, values and derivatives, and who runs them."""
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -193,6 +194,58 @@ def test_a_cpu_runs_few_pairs_in_groups_and_many_by_the_loop(monkeypatch: pytest
     with torch.no_grad():  # so do steps of decoding
         case.run(*case.leaves)
     assert seen == [18, 18, 18]
+
+
+def widen(weight: Tensor, by: int) -> Tensor:
+    """The same values as a slice of a wider tensor."""
+    wide = torch.zeros(*weight.shape[:-1], weight.shape[-1] + by, dtype=weight.dtype)
+    wide[..., : weight.shape[-1]] = weight.detach()
+    return wide[..., : weight.shape[-1]].requires_grad_()
+
+
+def scatter(weight: Tensor) -> Tensor:
+    """The same values with a gap after each of them."""
+    return torch.stack([weight.detach()] * 2, dim=-1)[..., 0].requires_grad_()
+
+
+@pytest.mark.parametrize("change", [lambda weight: widen(weight, 1), lambda weight: widen(weight, 4), scatter])
+@pytest.mark.parametrize("place", [2, 3])
+def test_weights_may_lie_in_memory_in_any_way(place: int, change: Callable[[Tensor], Tensor]) -> None:
+    case = Selected(num_tokens=9, k=2, width=16, num_features=16, dtype=torch.float32)
+    gradients = [torch.autograd.grad(project(case.run(*case.leaves)), case.leaves)]
+    case.leaves[place] = change(case.leaves[place])
+    assert not case.leaves[place].is_contiguous()
+    gradients.append(torch.autograd.grad(project(case.run(*case.leaves)), case.leaves))
+    for actual, expected in zip(*gradients, strict=True):
+        assert (actual - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize(("num_experts", "in_groups"), [(100, True), (101, False)])
+def test_one_token_of_very_many_experts_runs_by_the_loop(
+    num_experts: int, in_groups: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(selected_mot, "mix_pairs", lambda *arguments: seen.append(1) or mix_pairs(*arguments))
+    weights = torch.randn(num_experts, 32, 16), torch.randn(num_experts, 16, 16)
+    own = OwnMixtures(torch.rand(1, 2), torch.zeros(1).long(), torch.randn(num_experts, 16), torch.randn(1, 16))
+    mix_and_run_selected(torch.randn(1, 16), torch.tensor([[3, 7]]), torch.rand(1, 2), own, *weights, F.silu)
+    assert bool(seen) is in_groups
+
+
+@pytest.mark.parametrize("num_rows", [1, 600])  # few pairs, which run in groups, and many
+@pytest.mark.parametrize("mode", ["per_sequence", "moe", "cross_example"])
+def test_a_hook_may_change_an_output_in_place(mode: str, num_rows: int) -> None:
+    logits = []
+    for change in (lambda module, inputs, output: output.mul_(2), lambda module, inputs, output: output * 2):
+        torch.manual_seed(0)
+        model = MoTForCausalLM(tiny_config(mixing=mode))
+        block = model.model.layers[-1].mlp
+        # Experts that mix return several tensors.
+        for module in (block,) if mode == "cross_example" else (block, block.experts):
+            module.register_forward_hook(change)
+        logits.append(model.train()(random_ids(num_rows, 8)).logits)
+        logits[-1].sum().backward()
+    assert torch.equal(*logits)
 
 
 def test_the_backward_pass_of_groups_frees_what_it_has_used(in_groups: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,10 @@ def _calibrate_copy(
         calibration = work(model, tokenizer)
         statistics = _list_statistics(model)
         for name in reader.names:
-            writer.add(name, statistics[name] if name in statistics else reader.load(name))
+            if not _is_statistic(name):
+                writer.add(name, reader.load(name))
+        for name, value in statistics.items():
+            writer.add(name, value)
         for path in reader.folder.iterdir():
             if path.name == CHAT_TEMPLATES:
                 shutil.copytree(path, writer.folder / path.name)
@@ -157,7 +160,11 @@ def _calibrate_copy(
 
 
 def _list_statistics(model: MoTPreTrainedModel) -> dict[str, Tensor]:
-    return {name: value.cpu() for name, value in model.state_dict().items() if ".mlp.companions." in name}
+    return {name: value.cpu() for name, value in model.state_dict().items() if _is_statistic(name)}
+
+
+def _is_statistic(name: str) -> bool:
+    return ".mlp.companions." in name
 
 
 def _replace_statistics(folder: Path, statistics: Mapping[str, Tensor]) -> None:
@@ -176,15 +183,23 @@ def _replace_statistics(folder: Path, statistics: Mapping[str, Tensor]) -> None:
 
 def _replace_in_shards(folder: Path, statistics: Mapping[str, Tensor]) -> None:
     """Point the index to new shards, then rename these as soon as nothing reads the old ones."""
-    index = (folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8")
-    weight_map = json.loads(index)["weight_map"]
-    names = sorted({weight_map[tensor] for tensor in statistics})
+    index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+    weight_map = index["weight_map"]
+    places = {name: _find_shard(name, weight_map) for name in statistics}
+    names = sorted(set(places.values()))
     for name in filter(_MARK.search, names):
         logger.warning("%s in %s was named by a run that was killed, and gets its usual name back.", name, folder)
-    marked = {name: _write_marked(folder / name, statistics) for name in names}
-    marked_index = index
-    for name, path in marked.items():
-        marked_index = marked_index.replace(json.dumps(name), json.dumps(path.name))
+    marked: dict[str, Path] = {}
+    for name in names:
+        own = {statistic: value for statistic, value in statistics.items() if places[statistic] == name}
+        marked[name] = _write_marked(folder / name, own)
+    if "total_size" in (sizes := index.get("metadata") or {}):
+        sizes["total_size"] += sum(value.nbytes for name, value in statistics.items() if name not in weight_map)
+    index["weight_map"] = {
+        name: marked[shard].name if shard in marked else shard
+        for name, shard in sorted({**weight_map, **places}.items())
+    }
+    marked_index = json.dumps(index, indent=2) + "\n"
     _write_index(folder, marked_index)
     for name, path in marked.items():
         final = folder / _MARK.sub("", name)
@@ -194,7 +209,12 @@ def _replace_in_shards(folder: Path, statistics: Mapping[str, Tensor]) -> None:
         except OSError:
             shutil.copyfile(path, final)
         sync(final)
-    _write_index(folder, _MARK.sub("", index))
+    _write_index(folder, _MARK.sub("", marked_index))
+
+
+def _find_shard(name: str, weight_map: Mapping[str, str]) -> str:
+    """The shard of a statistic: where it is, or where its layer's controller is if the checkpoint has none."""
+    return weight_map.get(name) or weight_map[f"{name.partition('.companions.')[0]}.gate.weight"]
 
 
 def _write_index(folder: Path, index: str) -> None:
@@ -206,7 +226,7 @@ def _write_index(folder: Path, index: str) -> None:
 
 
 def _write_marked(path: Path, statistics: Mapping[str, Tensor]) -> Path:
-    """Write a weight file with other statistics, under a new name."""
+    """Write a weight file with other or further statistics, under a new name."""
     token = token_hex(4)
     stem = _MARK.sub("", path.name).removesuffix(".safetensors")
     marked = path.with_name(f"{stem}.calibrated-{token}.safetensors")
@@ -216,8 +236,7 @@ def _write_marked(path: Path, statistics: Mapping[str, Tensor]) -> Path:
         with safe_open(path, framework="pt") as shard:
             tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118, not a dict
             metadata = shard.metadata()
-        tensors |= {name: value for name, value in statistics.items() if name in tensors}
-        save_file(tensors, scratch / marked.name, metadata)
+        save_file({**tensors, **statistics}, scratch / marked.name, metadata)
     except SafetensorError as error:
         raise OSError(f"Cannot write to {str(path.parent)!r}: {error}") from error
     shutil.copymode(path, scratch / marked.name)

@@ -1,5 +1,6 @@
 """Statistics that are replaced in a model's folder, and nothing else there, whatever ends the work."""
 
+import json
 import math
 import os
 import shutil
@@ -240,3 +241,26 @@ def test_a_kill_before_any_step_leaves_old_or_new_statistics(
     assert found == sorted(found, reverse=True)  # first old ones, then new ones
     assert {*found} == {"old", "new"}
     assert LOCK_NAME not in contents(model_dir)
+
+
+def remove_statistics(model_dir: Path) -> None:
+    """Leave what a checkpoint without statistics has."""
+    for path in model_dir.glob("*.safetensors"):
+        save_file({name: value for name, value in load_file(path).items() if ".companions." not in name}, path)
+    if (index := model_dir / INDEX).is_file():
+        content = json.loads(index.read_text())
+        places = content["weight_map"]
+        content["weight_map"] = {name: file for name, file in places.items() if ".companions." not in name}
+        index.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("into_copy", [False, True])
+def test_a_checkpoint_without_statistics_gets_them(model_dir: Path, tmp_path: Path, into_copy: bool) -> None:
+    remove_statistics(model_dir)
+    expected = expect(model_dir)
+    assert any(".companions." in name for name in expected)
+    output = tmp_path / "copy" if into_copy else model_dir
+    calibrate_folder(model_dir, load_batches, output_dir=output)
+    assert is_same(load(output), expected)
+    loaded = companions_of(MoTForCausalLM.from_pretrained(output))
+    assert is_same(loaded, {name: value for name, value in expected.items() if name in loaded})

@@ -3,6 +3,7 @@
 Axes: B rows, T columns, S = B * T tokens, E experts, K experts per token.
 """
 
+from math import inf
 from typing import Any, cast
 
 import torch
@@ -32,14 +33,14 @@ class ThresholdBalancing(LayerWatch):
         rate (`float`, *optional*, defaults to 0.01): What a threshold changes by in a step, in units of the logits.
 
     Raises:
-        ValueError: `rate` is not positive, the trainer's model has no MoT layers, or its thresholds are running
-            statistics (`config.live_companions`), which would undo what this does.
+        ValueError: `rate` is not positive and finite, the trainer's model has no MoT layers, or its thresholds are
+            running statistics (`config.live_companions`), which would undo what this does.
     """
 
     def __init__(self, trainer: Trainer, rate: float = 0.01) -> None:
         backbones = [module for module in cast(nn.Module, trainer.model).modules() if isinstance(module, MoTModel)]
-        if not rate > 0:
-            raise ValueError(f"`balance_rate={rate}` must be greater than 0; leave it out to balance nothing.")
+        if not 0 < rate < inf:
+            raise ValueError(f"`balance_rate={rate}` must be greater than 0 and finite; leave it out.")
         if not backbones or not find_layers(backbones[0].config, "sparse"):
             raise ValueError(
                 f"`balance_rate={rate}`, but `trainer.model` ({type(trainer.model).__name__}) has no MoT layers to "
@@ -52,7 +53,14 @@ class ThresholdBalancing(LayerWatch):
             )
         super().__init__()
         self.rate = rate
-        self.loads: dict[int, Tensor] = {}
+        self.loads: dict[tuple[int, torch.device], Tensor] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Hook into the MoT layers, and forget a step that an earlier training broke off."""
+        super().on_train_begin(args, state, control, model, **kwargs)
+        self.loads.clear()
 
     def wants(self, context: MixingContext) -> bool:
         """Only passes in mode `per_sequence` count."""
@@ -61,8 +69,10 @@ class ThresholdBalancing(LayerWatch):
     def record(self, layer: MoTSparseBlock, context: MixingContext, tokens: Tensor, logits: Tensor) -> None:
         """Count the tokens of every expert; twice with gradient checkpointing, which changes no sign."""
         log_mass = layer.find_companions(context).log_mass  # [E]
-        loads = count_choices(logits, context.token_mask, log_mass, cast(int, layer.config.num_experts_per_tok))  # [E]
-        self.loads[layer.layer_idx] = self.loads.get(layer.layer_idx, 0) + loads
+        num_experts_per_tok = cast(int, layer.config.num_experts_per_tok)
+        loads = count_choices(logits, context.find_tokens(), log_mass, num_experts_per_tok)  # [E]
+        place = (layer.layer_idx, loads.device)
+        self.loads[place] = self.loads[place] + loads if place in self.loads else loads
 
     @torch.no_grad()
     def on_step_end(
@@ -71,10 +81,15 @@ class ThresholdBalancing(LayerWatch):
         """Move the thresholds."""
         if not self.loads:
             return
-        indices = sorted(self.loads)
-        loads = cast(Tensor, reduce(torch.stack([self.loads[index] for index in indices]), "sum"))  # [L, E]
+        device = next(iter(self.loads.values())).device
+        of_layers: dict[int, Tensor] = {}
+        for (index, _), loads in sorted(self.loads.items(), key=lambda item: item[0][0]):
+            of_layers[index] = of_layers.get(index, 0) + loads.to(device)  # [E]
         self.loads.clear()
+        indices = list(of_layers)
+        loads = cast(Tensor, reduce(torch.stack(list(of_layers.values())), "sum"))  # [L, E]
         changes = self.rate * (loads - loads.mean(dim=1, keepdim=True)).sign()
         for index, change in zip(indices, changes, strict=True):
             companions = self.layers[index].companions
-            companions.log_mass.copy_(companions.expected().log_mass + change)
+            log_mass = companions.expected().log_mass  # [E]
+            companions.log_mass.copy_(log_mass + change.to(log_mass.device))

@@ -58,7 +58,7 @@ class MixingMonitor(LayerWatch):
         super().__init__()
         self.log = trainer.log
         self.is_recording = False
-        self.pending: dict[int, dict[str, Tensor]] = {}
+        self.pending: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self.totals: dict[int, list[dict[str, Tensor]]] = defaultdict(list)
         self.expected_inputs: dict[int, Tensor] = {}
 
@@ -76,15 +76,15 @@ class MixingMonitor(LayerWatch):
 
     def record(self, layer: MoTSparseBlock, context: MixingContext, tokens: Tensor, logits: Tensor) -> None:
         """Measure a pass, but not a second time."""
-        index, config = layer.layer_idx, layer.config
-        if index in self.pending:
+        place, config = (layer.layer_idx, tokens.device), layer.config
+        if place in self.pending:
             return
         if context.mode == "cross_example":
-            self.pending[index] = measure_mixing(tokens, logits, context.token_mask, config.group_size)
+            self.pending[place] = measure_mixing(tokens, logits, context.token_mask, config.group_size)
             return
         log_mass = layer.find_companions(context).log_mass if context.mode == "per_sequence" else None
-        loads = count_choices(logits, context.token_mask, log_mass, cast(int, config.num_experts_per_tok))
-        self.pending[index] = {"loads": loads}
+        loads = count_choices(logits, context.find_tokens(), log_mass, cast(int, config.num_experts_per_tok))
+        self.pending[place] = {"loads": loads}
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,8 +98,10 @@ class MixingMonitor(LayerWatch):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Add a micro-batch to the totals once it can no longer be recomputed."""
-        for index, values in self.pending.items():
-            self.totals[index].append(values)
+        for (index, device), values in self.pending.items():
+            totals = self.totals[index]
+            home = next(iter(totals[0].values())).device if totals else device
+            totals.append({name: value.to(home) for name, value in values.items()})
         self.pending.clear()
 
     def on_step_end(
@@ -134,6 +136,8 @@ class MixingMonitor(LayerWatch):
             if before.any():  # all zero until the first update
                 values["companion_drift"] = (now - before).norm() / before.norm()
             self.expected_inputs[index] = now
+        device = next(iter(layers[min(layers)].values())).device  # with a `device_map`, layers are on several
+        layers = {index: {key: one.to(device) for key, one in values.items()} for index, values in layers.items()}
         full_groups = [values.pop("full_groups") for values in layers.values() if "full_groups" in values]
         logs = {"mixing/full_groups": torch.stack(full_groups).mean()} if full_groups else {}
         for indices in split_layers(list(layers)):
@@ -202,7 +206,7 @@ def count_choices(
     """
     score = logits if log_mass is None else logits - log_mass  # [S, E]
     index = score.topk(num_experts_per_tok, dim=-1).indices  # [S, K]
-    counted = torch.ones_like(index) if token_mask is None else token_mask.view(-1, 1).expand_as(index)  # [S, K]
+    counted = torch.ones_like(index) if token_mask is None else token_mask.reshape(-1, 1).expand_as(index)  # [S, K]
     loads = torch.zeros(logits.shape[-1], device=logits.device)  # [E]
     return loads.index_add_(0, index.flatten(), counted.flatten().to(loads.dtype))
 

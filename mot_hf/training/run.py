@@ -57,14 +57,16 @@ def add_callbacks(trainer: Trainer, args: MethodArguments | None = None, *, num_
     if args.transition_share is not None:
         trainer.add_callback(TransitionTuning(trainer, args.transition_share, args.transition_mode))
     if args.balance_rate is not None:
+        balancing = ThresholdBalancing(trainer, args.balance_rate)
         _refuse_balancing_of_other_modes(trainer, args)
-        trainer.add_callback(ThresholdBalancing(trainer, args.balance_rate))
+        trainer.add_callback(balancing)
 
 
 def _refuse_balancing_of_other_modes(trainer: Trainer, args: MethodArguments) -> None:
-    switched = args.transition_share is not None
-    modes = {args.transition_mode} if switched else {cast(Any, trainer.model).config.mixing}
-    if modes != {"per_sequence"}:
+    modes = set() if args.transition_share is None else {args.transition_mode}
+    if args.transition_share != 0:  # before the switch, if there is one
+        modes.add(cast(Any, trainer.model).config.mixing)
+    if "per_sequence" not in modes:
         raise ValueError(
             f"`balance_rate={args.balance_rate}` balances experts in mode per_sequence, and this run never trains in "
             "it: add `--transition_share 0 --transition_mode per_sequence`, or leave `balance_rate` out."

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -18,7 +19,8 @@ class LayerWatch(TrainerCallback):
 
     def __init__(self) -> None:
         self.layers: dict[int, MoTSparseBlock] = {}
-        self._contexts: dict[int, MixingContext] = {}
+        # By device too: under `DataParallel`, copies of a layer on several devices run at the same time.
+        self._contexts: dict[tuple[int, torch.device], MixingContext] = {}
         self._hooks: list[Any] = []
 
     def wants(self, context: MixingContext) -> bool:
@@ -54,11 +56,11 @@ class LayerWatch(TrainerCallback):
 
     def _keep_context(self, layer: MoTSparseBlock, inputs: tuple[Tensor, MixingContext]) -> None:
         if layer.training and self.wants(inputs[1]):
-            self._contexts[layer.layer_idx] = inputs[1]
+            self._contexts[layer.layer_idx, inputs[0].device] = inputs[1]
 
     def _make_hook(self, layer: MoTSparseBlock) -> Any:
         def hook(router: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
-            if (context := self._contexts.pop(layer.layer_idx, None)) is not None:
+            if (context := self._contexts.pop((layer.layer_idx, inputs[0].device), None)) is not None:
                 self.record(layer, context, inputs[0], logits)
 
         return hook

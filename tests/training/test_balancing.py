@@ -1,5 +1,6 @@
 """Balanced experts in runs of the real `Trainer`."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from mot_hf import MoTForCausalLM
 from mot_hf.modeling.companions_mot import MoTCompanions
-from mot_hf.modeling.mixing_mot import MoTRouter
+from mot_hf.modeling.mixing_mot import MixingContext, MoTRouter
 from mot_hf.training import (
     CorpusArguments,
     MethodArguments,
@@ -23,6 +24,7 @@ from mot_hf.training import (
     parse_arguments,
     train_language_model,
 )
+from mot_hf.training.monitor import count_choices
 from tests.models import companions_of, tiny_config
 from tests.processes import launch
 from tests.scripts.running import write_texts
@@ -142,8 +144,14 @@ def test_nothing_is_balanced_before_the_mode_changes(tmp_path: Path) -> None:
 
 def test_what_cannot_be_balanced_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(MoTForCausalLM(tiny_config(mixing="per_sequence")), tmp_path)
-    with pytest.raises(ValueError, match=r"`balance_rate=0` must be greater than 0"):
-        ThresholdBalancing(trainer, 0)
+    for rate in (0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=rf"`balance_rate={rate}` must be greater than 0 and finite"):
+            ThresholdBalancing(trainer, rate)
+    stock = make_trainer(Qwen3ForCausalLM(Qwen3Config(**tiny_config().to_dict())), tmp_path)
+    with pytest.raises(ValueError, match=r"`trainer.model` \(Qwen3ForCausalLM\) has no MoT layers to balance"):
+        add_callbacks(stock, MethodArguments(balance_rate=0.01))
+    # Three quarters of the steps are in the mode.
+    add_callbacks(trainer, MethodArguments(balance_rate=0.01, transition_share=0.75, transition_mode="moe"))
     dense = make_trainer(MoTForCausalLM(tiny_config(mlp_layer_types=["dense"] * 4)), tmp_path)
     with pytest.raises(ValueError, match="has no MoT layers to balance"):
         ThresholdBalancing(dense)
@@ -171,3 +179,25 @@ def test_two_processes_balance_and_save_as_one(tmp_path: Path) -> None:
     thresholds = [name for name in expected if name.endswith("log_mass")]
     assert all(expected[name].abs().max() >= 2 * RATE for name in thresholds)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+def test_layers_and_copies_on_several_devices_are_counted_apart(tmp_path: Path) -> None:
+    trainer = make_balanced(tmp_path, max_steps=2)
+    balancing = trainer.callback_handler.callbacks[-1]
+    balancing.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    first, _ = balancing.layers.values()
+    context = MixingContext("per_sequence", torch.zeros(1, 4).long())
+    elsewhere = copy.deepcopy(first).to("meta")  # as `DataParallel` has a copy on every device
+    for layer in (first, elsewhere, first):
+        device = layer.gate.weight.device
+        tokens, logits = torch.zeros(1, 4, 32, device=device), torch.arange(32.0, device=device).view(4, 8)
+        balancing.record(layer, context, tokens, logits)
+    assert [int(loads.sum()) for loads in balancing.loads.values() if not loads.is_meta] == [2 * 4 * 2]
+    assert {device.type for _, device in balancing.loads} == {"cpu", "meta"}
+    balancing.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert balancing.loads == {}  # of a step that was broken off
+
+
+def test_a_mask_may_lie_in_memory_in_any_way() -> None:
+    logits, mask = torch.randn(8, 5), torch.tensor([[True, True, False, True]]).expand(2, 4)
+    assert count_choices(logits, mask, None, 2).sum() == 2 * 6

@@ -63,6 +63,13 @@ class GroupSizeCheck(TrainerCallback):
         if self._watch is not None and not is_compiled:
             self._watch.watch_passes()
 
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget the passes of an evaluation that another callback does at the beginning of the step."""
+        if self._watch is not None:
+            self._watch.forget_answers()
+
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -145,6 +152,9 @@ class _Watch:
         # DataParallel copies the backbone, but not its configuration.
         elif module.config is self._backbone.config and not self._batch.num_rows:
             self._batch.mode, self._batch.num_rows = mode, len(output[0])
+
+    def forget_answers(self) -> None:
+        self._batch.answer_modes.clear()
 
     def end(self, num_shares: int) -> FirstBatch:
         """Stop watching. Each batch that is collated is shared by `num_shares` devices of one process."""

@@ -167,13 +167,14 @@ def check_resumed(
         model (`PreTrainedModel`): The model, without adapters.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         args (`TrainingArguments`): Arguments of the `Trainer`.
-        method_args ([`MethodArguments`]): Rank and scale of adapters.
+        method_args ([`MethodArguments`]): Rank and scale of adapters, and whether the mode changes.
         checkpoint (`str`): Folder of the checkpoint.
 
     Raises:
         ValueError: They differ. The message names what does.
     """
-    check_settings(model.config, type(model).__name__, checkpoint)
+    changing = () if method_args.transition_share is None else TRANSITION_FIELDS
+    check_settings(model.config, type(model).__name__, checkpoint, changing=changing)
     check_adapters(method_args.lora_rank, method_args.lora_alpha, checkpoint)
     if saved := load_checkpoint_tokenizer(checkpoint):
         check_meanings(tokenizer, saved, name="The model's tokenizer", own_name=f"the checkpoint {checkpoint!r}")

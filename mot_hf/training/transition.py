@@ -5,7 +5,14 @@ from contextlib import contextmanager
 from typing import Any, Literal, cast, get_args
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from mot_hf.modeling import MoTModel, MoTPreTrainedModel
 from mot_hf.modeling.configuration_mot import find_layers
@@ -18,11 +25,11 @@ class TransitionTuning(TrainerCallback):
     """Switches a run to mode `moe` or `per_sequence` after a given fraction of its steps, and logs every mode's loss.
 
     To mode `moe`, this is the transition tuning of arXiv 2310.15961: parameters and optimizer state are kept, and the
-    controller becomes the router. After the switch, training adds the load-balancing loss with weight
-    `config.router_aux_loss_coef`. In mode `per_sequence`, it adds none; the running statistics go on being updated if
-    `config.live_companions` is true. After the switch, `config.mixing` and `config.inference_mixing` are the new mode,
-    including in all checkpoints saved from then on. The mode depends only on the number of the step, so a resumed run
-    switches at the same step.
+    controller becomes the router. After the switch, language models add the load-balancing loss with weight
+    `config.router_aux_loss_coef` in training. In mode `per_sequence`, it adds none; the running statistics go on being
+    updated if `config.live_companions` is true. After the switch, `config.mixing` and `config.inference_mixing` are
+    the new mode, including in all checkpoints saved from then on. The mode depends only on the number of the step, so
+    a resumed run switches at the same step.
 
     If the trainer evaluates, `eval_<mode>_loss` is logged for every mode at each evaluation and before the first step
     in the new mode. It does not include the load-balancing loss.
@@ -57,13 +64,14 @@ class TransitionTuning(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Set the mode of the step, and evaluate before the switch."""
-        switch = round(self.share * state.max_steps)
+        switch = min(round(self.share * state.max_steps), state.max_steps - 1)
+        if state.global_step >= switch:
+            for config in _configs(model):
+                config.mixing = config.inference_mixing = self.mode
         if state.global_step == switch:
             self.evaluate_modes(model)
         for config in _configs(model):
             config.output_router_logits = self.mode == "moe" and state.global_step >= switch
-            if state.global_step >= switch:
-                config.mixing = config.inference_mixing = self.mode
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -88,9 +96,16 @@ class TransitionTuning(TrainerCallback):
         if self.trainer.eval_dataset is None:
             return
         self.is_evaluating = True
-        for mode in MIXING_MODES:
-            with _inference_mixing(model, mode):
-                self.trainer.evaluate(metric_key_prefix=f"eval_{mode}")
+        # Early stopping looks for the loss of the usual evaluation, and says that it is off where there is none.
+        handler = self.trainer.callback_handler
+        callbacks = handler.callbacks
+        handler.callbacks = [each for each in callbacks if not isinstance(each, EarlyStoppingCallback)]
+        try:
+            for mode in MIXING_MODES:
+                with _inference_mixing(model, mode):
+                    self.trainer.evaluate(metric_key_prefix=f"eval_{mode}")
+        finally:
+            handler.callbacks = callbacks
         self.is_evaluating = False
 
 

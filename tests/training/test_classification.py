@@ -4,9 +4,10 @@ import csv
 import gzip
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -31,9 +32,10 @@ from mot_hf.data.classification import (
 )
 from mot_hf.data.sources import is_held_out
 from mot_hf.data.tokenizer import train_tokenizer
+from mot_hf.training import MethodArguments
 from mot_hf.training.classification import compute_metrics, finetune_classification
 from tests.models import companions_of, tiny_config
-from tests.training.trainers import model_of
+from tests.training.trainers import losses_of, model_of
 
 WORDS = {"animal": ["cat", "dog", "horse"], "colour": ["red", "blue", "green"]}
 
@@ -305,7 +307,14 @@ def texts_of_words(of_tokens: bool) -> list[dict]:
     return rows
 
 
-def finetune(checkpoint: Path, folder: Path, task: str, max_steps: int = 40) -> Trainer:
+def finetune(
+    checkpoint: Path,
+    folder: Path,
+    task: str,
+    max_steps: int = 40,
+    method_args: MethodArguments | None = None,
+    **arguments: Any,
+) -> Trainer:
     args = write_rows(folder / "rows.jsonl", texts_of_words(task == "tokens"))
     training_args = TrainingArguments(
         output_dir=str(folder / "tuned"),
@@ -313,12 +322,13 @@ def finetune(checkpoint: Path, folder: Path, task: str, max_steps: int = 40) -> 
         learning_rate=1e-2,
         per_device_train_batch_size=16,
         dataloader_pin_memory=False,
-        save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
+        **({"save_strategy": "no"} | arguments),
     )
-    return finetune_classification(str(checkpoint), load_classification_data(replace(args, task=task)), training_args)
+    data = load_classification_data(replace(args, task=task))
+    return finetune_classification(str(checkpoint), data, training_args, method_args)
 
 
 def test_sequence_classification_learns_and_answers_in_a_pipeline(checkpoint: Path, tmp_path: Path) -> None:
@@ -397,3 +407,14 @@ def test_a_tokenizer_without_padding_is_refused(
     (tmp_path / "tokenizer" / "config.json").write_text((checkpoint / "config.json").read_text())
     with pytest.raises(ValueError, match=r"has no padding token: set `tokenizer.pad_token`"):
         finetune(tmp_path / "tokenizer", tmp_path, "sequence")
+
+
+@pytest.mark.parametrize("mode", ["moe", "per_sequence"])
+def test_a_run_that_has_switched_its_mode_is_resumed(mode: Any, checkpoint: Path, tmp_path: Path) -> None:
+    method_args = MethodArguments(transition_share=0.5, transition_mode=mode)
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
+    whole = finetune(checkpoint, tmp_path, "sequence", 4, method_args, **saving)
+    shutil.rmtree(tmp_path / "tuned" / "checkpoint-4")
+    resumed = finetune(checkpoint, tmp_path, "sequence", 4, method_args, resume_from_checkpoint="true", **saving)
+    assert resumed.model.config.mixing == mode  # pyright: ignore[reportOptionalMemberAccess]
+    assert losses_of(resumed) == losses_of(whole)

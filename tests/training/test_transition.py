@@ -1,15 +1,16 @@
 """Transition tuning in runs of the real `Trainer`."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback, TrainerState
 
 from mot_hf import MoTForCausalLM, MoTForMaskedLM
-from mot_hf.training import TransitionTuning
-from tests.models import MODES, tiny_config
+from mot_hf.training import GroupSizeCheck, TransitionTuning
+from tests.models import MODES, tiny_config, trained
 from tests.training.trainers import ROWS, losses_of, make_trainer
 
 
@@ -136,3 +137,29 @@ def test_the_switch_is_at_the_nearest_step_whatever_the_rounding_of_the_share(tm
         tuning.on_step_begin(trainer.args, state, trainer.control, model=model)
         modes.append(model.config.mixing)
     assert modes == ["cross_example", "moe"]
+
+
+@pytest.mark.parametrize("share", [0.94, 0.99])
+def test_the_last_step_at_least_is_in_the_new_mode(share: float, tmp_path: Path) -> None:
+    seen = ModesSeen()
+    trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path, [seen], max_steps=4)
+    trainer.add_callback(TransitionTuning(trainer, share))
+    trainer.train()
+    assert [mode for mode, _ in seen.seen] == ["cross_example"] * 3 + ["moe"]
+
+
+@pytest.mark.parametrize("mode", ["moe", "per_sequence"])
+def test_evaluations_at_the_switch_make_no_other_callback_warn(
+    mode: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = trained(MoTForCausalLM(tiny_config()))
+    trainer = make_trainer(model, tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer.args.metric_for_best_model, trainer.args.greater_is_better = "loss", False
+    trainer.args.load_best_model_at_end = True
+    trainer.add_callback(GroupSizeCheck())
+    trainer.add_callback(EarlyStoppingCallback(5))
+    trainer.add_callback(TransitionTuning(trainer, 0.0, mode))
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert [record.getMessage() for record in caplog.records] == []
+    assert any(isinstance(each, EarlyStoppingCallback) for each in trainer.callback_handler.callbacks)

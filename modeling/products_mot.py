@@ -25,7 +25,7 @@ def fit_grouped_mm(*weights: Tensor) -> bool:
 
 def new_rows(rows: Tensor) -> Tensor:
     """New memory for rows `[A, H, T, D]`, on a CPU in the order of groups."""
-    num_groups, num_rows, num_columns, width = rows.shape
+    num_rows, num_columns, width = rows.shape[1:]
     if rows.device.type == "cpu":  # by strides: a transposed tensor would be a view, which no hook may change in place
         strides = (num_columns * num_rows * width, width, num_rows * width, 1)
         return rows.new_empty_strided(rows.shape, strides)

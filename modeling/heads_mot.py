@@ -5,6 +5,7 @@ Axes: B rows, T columns, S = B * T tokens, E experts.
 
 import copy
 import inspect
+import threading
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,6 +30,8 @@ from .mixing_mot import find_padding, is_of_tokens
 from .modeling_mot import MoTModel, MoTPreTrainedModel
 
 logger = logging.get_logger(__name__)
+
+_generating = threading.RLock()
 
 # What each Auto class loads from a checkpoint that comes with this code.
 AUTO_MAP = {
@@ -201,14 +204,16 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
         known = {*inspect.signature(super().generate_batch).parameters, "max_new_tokens", "input_ids"} - {"kwargs"}
         for name in kwargs.keys() - known:
             _refuse_dropped(name, kwargs[name], generation_config)
-        # In the configuration, because the background thread calls the model without further arguments.
+        # In the configuration, because the background thread calls the model without further arguments. So calls from
+        # several threads take turns.
         name = "mixing" if self.training else "inference_mixing"
-        configured = getattr(self.config, name)
-        setattr(self.config, name, mode)
-        try:
-            return super().generate_batch(*args, **kwargs)
-        finally:
-            setattr(self.config, name, configured)
+        with _generating:
+            configured = getattr(self.config, name)
+            setattr(self.config, name, mode)
+            try:
+                return super().generate_batch(*args, **kwargs)
+            finally:
+                setattr(self.config, name, configured)
 
     def _sample(
         self, input_ids: Tensor, *args: Any, stopping_criteria: StoppingCriteriaList, **kwargs: Any
@@ -259,7 +264,7 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
 
 def _refuse_dropped(name: str, value: Any, generation_config: GenerationConfig | None) -> None:
     """Raise for an argument of `generate_batch` that transformers would drop, unless that makes no difference."""
-    if name == "attention_mask" and not value.all():
+    if name == "attention_mask" and value is not None and not torch.as_tensor(value).all():
         raise ValueError(
             "`attention_mask` has padding, which continuous batching would take for tokens. Give the prompts without "
             "padding: generate_batch([[1, 2], [3, 4, 5]])."

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -266,6 +267,26 @@ def test_continuous_batching_obeys_the_mode_of_a_call(
     assert continue_in_pages(model, prompt, entrance, "moe") == in_moe
     assert continue_in_pages(model, prompt, entrance, None) == in_default
     assert model.config.inference_mixing == "per_sequence"
+
+
+def test_calls_from_several_threads_keep_their_modes(model: MoTForCausalLM, prompts: list[Tensor]) -> None:
+    prompt, modes = prompts[2], ["moe", "per_sequence"] * 2
+    expected = [generate(model, prompt[None], mixing=mode)[0].tokens for mode in modes]
+    assert expected[0] != expected[1]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda mode: continue_in_pages(model, prompt, "generate_batch", mode), modes))
+    assert found == expected
+    assert model.config.inference_mixing == "per_sequence"
+
+
+def test_a_mask_without_padding_may_come_along(model: MoTForCausalLM, prompts: list[Tensor]) -> None:
+    ids = prompts[2].tolist()
+    for mask in (None, [[1] * len(ids)]):
+        model.generate_batch(
+            [ids], max_new_tokens=1, attention_mask=mask, continuous_batching_config=few_small_pages()
+        )
+    with pytest.raises(ValueError, match="`attention_mask` has padding"):
+        model.generate_batch([ids], max_new_tokens=1, attention_mask=[[0] * len(ids)])
 
 
 @pytest.mark.parametrize("entrance", ["generate_batch", "generate"])

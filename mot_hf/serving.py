@@ -26,6 +26,9 @@ MAX_BODY_BYTES = 2 * 2**20  # more than a prompt of 100,000 tokens in any script
 _PROMPTS = {"chat_handler": "messages", "completion_handler": "prompt", "response_handler": "input"}
 _LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _OBJECTS = ("logit_bias", "chat_template_kwargs")
+_MAX_BEAMS = 16  # each has a cache of its own
+# Settings that would end the worker of continuous batching, or change the kind of the answer.
+_NO_SETTINGS = ("watermarking_config", "return_dict_in_generate")
 _NUMBERS = ("temperature", "top_p", "frequency_penalty")
 _UPLOADS = "/v1/audio/"  # recordings are larger than texts
 
@@ -163,6 +166,8 @@ def _guard_handler(handler: Any, prompt_name: str | None) -> None:
     has_own_model = handler.model_manager.force_model is not None
     _guard(handler, "_validate_request", functools.partial(_validating, prompt_name, has_own_model))
     _guard(handler, "_resolve_model", functools.partial(_resolving, prompt_name))
+    if prompt_name is not None:
+        _guard(handler, "_build_generation_config", _refusing_settings)
     if prompt_name in ("messages", "input"):
         _guard(handler, "get_processor_inputs_from_messages", _refusing_messages)
     if prompt_name == "input":
@@ -205,6 +210,16 @@ def _refusing_messages(convert: Callable[..., Any]) -> Callable[..., Any]:
     return check
 
 
+def _refusing_settings(build: Callable[..., Any]) -> Callable[..., Any]:
+    def check(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return build(*args, **kwargs)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise RequestError(f"The settings cannot be followed: {error!r}.", "generation_config") from error
+
+    return check
+
+
 def check_fields(body: dict[str, Any], prompt_name: str) -> None:
     """Refuses fields of a request whose values the server cannot take.
 
@@ -226,16 +241,43 @@ def check_fields(body: dict[str, Any], prompt_name: str) -> None:
         _check(body.get(name) is None or isinstance(body[name], dict), f"`{name}` must be an object.", name)
     for name in _NUMBERS:
         _check(body.get(name) is None or _is_number(body[name], int | float), f"`{name}` must be a number.", name)
+    own_template = "chat_template" in (body.get("chat_template_kwargs") or {})
+    _check(not own_template, "A request cannot bring a chat template of its own.", "chat_template_kwargs")
+    suffix = body.get("suffix")
+    _check(suffix is None or isinstance(suffix, str), "`suffix` must be a text.", "suffix")
     seed = body.get("seed")
     in_range = seed is None or (_is_number(seed, int) and -(2**63) <= seed < 2**63)
     _check(in_range, "`seed` must be an integer of 64 bits.", "seed")
     stop = body.get("stop") or []
     are_texts = isinstance(stop, str) or (isinstance(stop, list) and all(isinstance(text, str) for text in stop))
     _check(are_texts, "`stop` must be a text or a list of texts.", "stop")
-    settings = body.get("generation_config")
-    is_object = settings is None or (isinstance(settings, str) and isinstance(json.loads(settings), dict))
-    _check(is_object, "`generation_config` must be the JSON text of an object.", "generation_config")
+    if (settings := body.get("generation_config")) is not None:
+        _check_settings(settings)
     _asked_length.set(next((name for name in _LENGTHS if body.get(name) is not None), None))
+
+
+def _check_settings(text: Any) -> None:
+    """Refuse a `generation_config` that is no object, or that generation could not follow."""
+    from transformers import GenerationConfig
+
+    try:
+        settings = json.loads(text)
+    except (TypeError, RecursionError):
+        settings = None
+    _check(isinstance(settings, dict), "`generation_config` must be the JSON text of an object.", "generation_config")
+    for name, value in settings.items():
+        is_setting = name not in _NO_SETTINGS and not callable(getattr(GenerationConfig, name, None))
+        _check(is_setting, f"`{name}` of `generation_config` cannot be chosen by a request.", "generation_config")
+        if name.endswith("_token_id"):
+            is_token = value is None or _is_number(value, int) or _are_numbers(value)
+            _check(is_token, f"`{name}` must be a token id.", "generation_config")
+    beams = settings.get("num_beams", 1)
+    are_few = beams is None or (_is_number(beams, int) and 1 <= beams <= _MAX_BEAMS)
+    _check(are_few, f"`num_beams` must be from 1 to {_MAX_BEAMS}.", "generation_config")
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(_is_number(each, int) for each in value)
 
 
 def check_text(body: dict[str, Any], prompt_name: str, model: "PreTrainedModel", processor: Any) -> None:
@@ -250,8 +292,7 @@ def check_text(body: dict[str, Any], prompt_name: str, model: "PreTrainedModel",
     Raises:
         RequestError: The text holds halves of characters, is too long, or no chat template is there for it.
     """
-    settings = body.get("chat_template_kwargs") or {}
-    if prompt_name != "prompt" and not (getattr(processor, "chat_template", None) or "chat_template" in settings):
+    if prompt_name != "prompt" and not getattr(processor, "chat_template", None):
         raise RequestError(
             "The model's tokenizer has no chat template: ask /v1/completions, or save a template with the tokenizer.",
             "model",

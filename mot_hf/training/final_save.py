@@ -4,12 +4,12 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from mot_hf.modeling import MoTPreTrainedModel
 from mot_hf.storage.checkpoints import TRAINER_STATE_NAME
@@ -23,6 +23,9 @@ UNFINISHED = "_unfinished"
 # What a loader opens: the single file of weights, or else the index of a sharded model.
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+# What a loader takes besides, if it is there: adapters in place of the model's weights, templates of the tokenizer.
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
+_TEMPLATES = ("chat_template.jinja", "additional_chat_templates")
 
 # Arguments that are listed in the record of a run, and therefore in its model card.
 _HYPERPARAMETERS = (
@@ -110,6 +113,24 @@ def save_run(trainer: Trainer, text_name: str | None, text: Mapping[str, Any] | 
             # PEFT writes its own card for adapters.
             if isinstance(trainer.accelerator.unwrap_model(trainer.model), MoTPreTrainedModel):
                 write_record(_make_record(trainer, text_name, text or {}), folder)
+            else:
+                _explain_adapters(cast(Any, trainer.model).config)
+
+
+def _explain_adapters(config: PreTrainedConfig) -> None:
+    """Say which settings of a model its adapters do not hold: who loads them begins with those of the base model."""
+    try:
+        base = AutoConfig.from_pretrained(config.name_or_path)
+    except (OSError, ValueError):  # made by hand, or gone
+        return
+    own = {name: getattr(config, name, None) for name in ("inference_mixing", "id2label")}
+    settings = ", ".join(f"{name}={value!r}" for name, value in own.items() if value != getattr(base, name, None))
+    if settings:
+        logger.warning(
+            "Adapters do not hold %s, and the base model has other values: give these to `from_pretrained` whenever "
+            "you load the adapters.",
+            settings,
+        )
 
 
 def _make_record(trainer: Trainer, text_name: str | None, text: Mapping[str, Any]) -> TrainingRecord:
@@ -168,10 +189,18 @@ def _move_files(source: Path, target: Path) -> None:
     for name in (*others, *shards, *entries):
         _move(source / name, target / name)
     if entries:
-        stale = [path for path in target.iterdir() if path.name == _INDEX or _SHARD.fullmatch(path.name)]
-        for path in stale:
-            if path.name not in names:
-                path.unlink()
+        stale = {path.name for path in target.iterdir() if path.name == _INDEX or _SHARD.fullmatch(path.name)}
+        _remove(target, {*stale, *_ADAPTERS}.difference(names))
+    if "tokenizer_config.json" in names:
+        _remove(target, set(_TEMPLATES).difference(names))
+
+
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _move(source: Path, target: Path) -> None:

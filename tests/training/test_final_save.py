@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from mot_hf import MoTForCausalLM
+from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.storage.record import TrainingRecord, read_record, write_record
 from mot_hf.training import add_lora, final_save, run_training
 from mot_hf.training.final_save import save_run
@@ -92,6 +94,27 @@ def test_a_whole_model_beside_adapters_stays(tmp_path: Path) -> None:
     run_training(make_trainer(add_lora(make_model(1), rank=1), tmp_path, max_steps=1), None)
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_a_whole_model_takes_the_place_of_adapters(tmp_path: Path) -> None:
+    make_model(1).save_pretrained(tmp_path / "base")
+    adapted = add_lora(MoTForCausalLM.from_pretrained(tmp_path / "base"), rank=1)
+    run_training(make_trainer(adapted, tmp_path / "run", max_steps=1), None)
+    assert (tmp_path / "run" / "adapter_config.json").is_file()
+    model = make_model(2)
+    run_training(make_trainer(model, tmp_path / "run", max_steps=1), None)
+    assert not list((tmp_path / "run").glob("adapter_*"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert same_tensors(loaded.state_dict(), model.state_dict())
+
+
+def test_a_tokenizer_without_a_chat_template_takes_that_of_the_one_before_away(tmp_path: Path) -> None:
+    for has_template in (True, False):
+        tokenizer = train_tokenizer(["some words and some more"], 280, chat_template=has_template)
+        trainer = make_trainer(make_model(1), tmp_path, max_steps=1)
+        trainer.processing_class = tokenizer
+        run_training(trainer, None)
+        assert (AutoTokenizer.from_pretrained(tmp_path).chat_template is not None) is has_template
 
 
 def test_someones_card_of_adapters_stays(tmp_path: Path) -> None:
@@ -198,3 +221,20 @@ def test_a_run_that_is_uploaded_tells_nobody_where_files_lie(tmp_path: Path) -> 
         record = read_record(tmp_path)
         assert record is not None
         assert record.text == text
+
+
+@pytest.mark.parametrize("mode", ["moe", "per_sequence"])
+def test_adapters_say_which_settings_they_do_not_hold(
+    mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_model(1).save_pretrained(tmp_path / "base")
+    model = MoTForCausalLM.from_pretrained(tmp_path / "base", mixing=mode, inference_mixing=mode)
+    with caplog.at_level(logging.WARNING):
+        adapted = add_lora(model, rank=1, task_type="CAUSAL_LM")
+        run_training(make_trainer(adapted, tmp_path / "run", max_steps=1), None)
+    said = [record.getMessage() for record in caplog.records if "Adapters do not hold" in record.getMessage()]
+    assert len(said) == (mode == "moe")
+    if said:
+        assert "inference_mixing='moe'" in said[0]
+        loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run", inference_mixing="moe")
+        assert loaded.config.inference_mixing == "moe"

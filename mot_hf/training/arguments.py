@@ -207,6 +207,11 @@ class CorpusArguments(GivenArguments):
         default=512, metadata={"help": "maximum number of validation rows to evaluate during training"}
     )
 
+    def __post_init__(self) -> None:
+        """Refuse an evaluation of no rows."""
+        if self.max_eval_rows < 1:
+            raise ValueError(f"`max_eval_rows={self.max_eval_rows}` must be at least 1.")
+
     def text_name(self) -> str:
         """Name of the text in the model card."""
         return name_source(self.source)
@@ -264,3 +269,10 @@ class MethodArguments:
     fsdp_size: int = field(
         default=1, metadata={"help": "processes with batches of their own, among which the weights are divided"}
     )
+
+    def __post_init__(self) -> None:
+        """Refuse a patience that would end every run."""
+        if self.early_stopping_patience < 0:
+            raise ValueError(
+                f"`early_stopping_patience={self.early_stopping_patience}` must be at least 1, or 0 for never."
+            )

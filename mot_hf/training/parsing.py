@@ -55,6 +55,20 @@ class RecipeParser(HfArgumentParser):
         """Raise a `ValueError` in place of the usage and the end of the process."""
         raise ValueError(f"{message.rstrip('.')}. See `--help`.")
 
+    def set_recipe(self, recipe: dict[str, Any]) -> None:
+        """Take the values of a recipe as defaults.
+
+        Args:
+            recipe (`dict[str, Any]`): Values by the names of arguments.
+
+        Raises:
+            ValueError: A value has another type than its argument.
+        """
+        for action in self._actions:
+            if action.dest in recipe:
+                action.default = _convert(action, recipe[action.dest])
+                action.required = False
+
     def names(self) -> set[str]:
         """The names of all arguments."""
         return {action.dest for action in self._actions} - {"help"}
@@ -86,7 +100,7 @@ def parse_arguments(
     if arguments and not arguments[0].startswith("-"):
         path = find_recipe(arguments.pop(0))
         recipe, name = _read_recipe(path, parser.names()), path.stem
-        parser.set_defaults(**recipe)
+        parser.set_recipe(recipe)
     is_run = any(issubclass(each, TrainingArguments) for each in dataclasses)
     if is_run and "output_dir" not in recipe:
         parser.set_defaults(output_dir=f"{_RUNS}/{name}")
@@ -102,6 +116,25 @@ def parse_arguments(
         if isinstance(each, GivenArguments):
             each.from_recipe = frozenset(recipe) - given
     return tuple(parsed)
+
+
+def _convert(action: Action, value: Any) -> Any:
+    """A value of a recipe as its argument's type has it; the parser itself converts texts, and lists stay."""
+    if action.nargs not in (None, "?"):
+        return value
+    if action.choices is not None and value is not None and value not in action.choices:
+        raise ValueError(f"`{action.dest}: {value}` must be one of {', '.join(map(str, action.choices))}.")
+    if action.type is str and isinstance(value, bool):
+        return str(value).lower()  # as on a command line
+    if action.type not in (int, float) or isinstance(value, str):
+        return value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and action.type(value) == value:
+        return action.type(value)
+    if value is None and action.default is None:
+        return None
+    kind = "an integer" if action.type is int else "a number"
+    raise ValueError(f"`{action.dest}: {'null' if value is None else value}` must be {kind}.")
 
 
 def list_recipes() -> dict[str, Path]:
@@ -175,5 +208,5 @@ def _names_given(dataclasses: Sequence[type], arguments: Sequence[str]) -> set[s
     """The names of the arguments that a command line sets, even if to their defaults."""
     parser = RecipeParser(dataclasses)
     for action in parser._actions:
-        action.default = SUPPRESS
+        action.default, action.required = SUPPRESS, False
     return set(vars(parser.parse_known_args(arguments)[0]))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
+from mot_hf.data.classification import ClassificationArguments
 from mot_hf.training import (
     CorpusArguments,
     MethodArguments,
@@ -32,6 +33,18 @@ def test_a_recipe_that_makes_no_sense_is_refused(text: str, message: str, tmp_pa
     recipe.write_text(text)
     with pytest.raises(ValueError, match=message):
         parse_arguments(CLASSES, [str(recipe)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max_eval_rows", "0"], "`max_eval_rows=0` must be at least 1"),
+        (["--early_stopping_patience", "-1"], "`early_stopping_patience=-1` must be at least 1, or 0"),
+    ],
+)
+def test_a_run_without_evaluation_or_an_end_at_once_is_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(CLASSES, arguments)
 
 
 def test_a_recipe_that_does_not_exist_is_named(tmp_path: Path) -> None:
@@ -100,3 +113,31 @@ def test_recipes_are_described_with_their_sizes() -> None:
     small = described["small_clm"]
     assert small[1:] == (10.5, 1.4, 2.4, 0.17, "A small causal model for trying things out on a CPU")
     assert described["transition"].million_parameters is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("max_steps: 10.5", "`max_steps: 10.5` must be an integer"),
+        ("block_length: null", "`block_length: null` must be an integer"),
+        ("learning_rate: [1]", r"`learning_rate: \[1\]` must be a number"),
+        ("hidden_size: true", "`hidden_size: True` must be an integer"),
+        ("mixing: both", "`mixing: both` must be one of cross_example, per_sequence, moe"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(line: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(line)
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(CLASSES, [str(tmp_path / "recipe.yaml")])
+
+
+def test_values_of_a_recipe_are_those_of_a_command_line(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("resume_from_checkpoint: true\nlearning_rate: 1\nmax_steps: 1.0e+2\nhidden_size: null\n")
+    model, _, training, _ = parse_arguments(CLASSES, [str(recipe), "--use_cpu", "true"])
+    assert (training.resume_from_checkpoint, training.learning_rate, training.max_steps) == ("true", 1.0, 100)
+    assert isinstance(training.max_steps, int)
+    assert model.hidden_size is None
+    recipe.write_text("model_name_or_path: runs/clm\n")
+    (arguments,) = parse_arguments((ClassificationArguments,), [str(recipe)])
+    assert arguments.model_name_or_path == "runs/clm"

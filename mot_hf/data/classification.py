@@ -240,7 +240,8 @@ def _leave_out_words(words: list | None, labels: list | None, columns: list[str]
     words, labels = words or [], labels or []
     if len(words) != len(labels):
         raise ValueError(f"A text of {len(words)} words has {len(labels)} labels, give one per word: {words}.")
-    kept = [(word, label) for word, label in zip(words, labels, strict=True) if word and label is not None]
+    labelled = zip(words, labels, strict=True)
+    kept = [(word, label) for word, label in labelled if word and label is not None and str(label) != str(IGNORED)]
     return dict(zip(columns, ([word for word, _ in kept], [label for _, label in kept]), strict=True))
 
 

@@ -280,8 +280,17 @@ def _describe(name: str, path: Path) -> SourceFile:
 
 
 def _list_folder(folder: Path) -> list[tuple[str, Path]]:
-    names = sorted(match.relative_to(folder) for match in folder.rglob("*") if match.is_file())
-    return [(name.as_posix(), folder / name) for name in names if not _is_hidden(name)]
+    names: list[Path] = []
+    seen: set[str] = set()  # a link may lead back to a folder above it
+    for root, folders, files in os.walk(folder, followlinks=True):
+        if (place := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders.sort(key=lambda name, root=root: (os.path.islink(os.path.join(root, name)), name))
+        names += [Path(root, file).relative_to(folder) for file in files]
+    shown = (name for name in sorted(names) if not _is_hidden(name))
+    return [(name.as_posix(), folder / name) for name in shown if (folder / name).is_file()]
 
 
 def _list_glob(path: Path) -> list[tuple[str, Path]]:

@@ -34,7 +34,8 @@ def load_splits(
         `dict[str, Dataset]`: Split `"train"`, and `"validation"` if there is one.
 
     Raises:
-        ValueError: A source cannot be read, or has splits but none called `"train"`.
+        ValueError: A source cannot be read, or has splits but none called `"train"`; `validation_source` has several
+            splits but none called `"validation"` or `"test"`.
         OSError: A source does not exist.
     """
     held_out: dict[str, Dataset] = {}
@@ -44,8 +45,15 @@ def load_splits(
     splits, _ = _read_source(source, "source", config_name, read_files, convert, leave_out=paths)
     if "train" not in splits:
         raise ValueError(f"`source` has the splits {list(splits)} but needs one called 'train': rename one of them.")
-    found = [named[name] for named in (held_out, splits) for name in ("validation", "test") if name in named]
-    found = [held_out["train"]] if held_out and list(held_out) == ["train"] else found
+    of_validation = held_out or splits
+    found = [of_validation[name] for name in ("validation", "test") if name in of_validation]
+    if held_out and not found:
+        if len(held_out) > 1:
+            raise ValueError(
+                f"`validation_source` has the splits {list(held_out)} but needs one called 'validation' or 'test': "
+                "rename one of them."
+            )
+        found = list(held_out.values())
     return {"train": splits["train"], **({"validation": found[0]} if found else {})}
 
 

@@ -227,3 +227,16 @@ def test_files_describe_what_changes_with_their_content(folder: Path) -> None:
     (file,) = find_files(folder)["train"]
     assert (file.name, file.path, file.kind, file.size) == ("rows.JSONL", str(path), "json", path.stat().st_size)
     assert file.modified == path.stat().st_mtime_ns
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("words of a folder elsewhere")
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("words of the folder itself")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "again").symlink_to(folder)
+    (folder / "gone.txt").symlink_to(tmp_path / "nothing")
+    names = [file.name for split in find_files(str(folder), "source").values() for file in split]
+    assert sorted(names) == ["a.txt", "link/b.txt"]

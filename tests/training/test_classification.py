@@ -418,3 +418,25 @@ def test_a_run_that_has_switched_its_mode_is_resumed(mode: Any, checkpoint: Path
     resumed = finetune(checkpoint, tmp_path, "sequence", 4, method_args, resume_from_checkpoint="true", **saving)
     assert resumed.model.config.mixing == mode  # pyright: ignore[reportOptionalMemberAccess]
     assert losses_of(resumed) == losses_of(whole)
+
+
+def test_rows_to_validate_on_are_taken_whatever_their_split_is_called(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"text": f"train {n}", "label": n % 2} for n in range(20)])
+    own = rows.map(lambda row: {"text": row["text"].replace("train", "own")}).select(range(4))
+    DatasetDict(train=rows).save_to_disk(tmp_path / "rows")
+    args = ClassificationArguments("model", source=str(tmp_path / "rows"), validation_source=str(tmp_path / "own"))
+    DatasetDict(eval=own).save_to_disk(tmp_path / "own")
+    assert sorted(load_classification_data(args)["validation"]["text"]) == sorted(own["text"])
+    DatasetDict(train=rows, dev=own).save_to_disk(tmp_path / "two")
+    with pytest.raises(
+        ValueError, match=r"`validation_source` has the splits \['train', 'dev'\] but needs one called"
+    ):
+        load_classification_data(replace(args, validation_source=str(tmp_path / "two")))
+
+
+def test_words_that_losses_leave_out_have_no_class(tmp_path: Path) -> None:
+    rows = [{"text": ["a", "b", f"c{n}"], "label": [-100, 1, 2]} for n in range(20)]
+    args = replace(write_rows(tmp_path / "rows.jsonl", rows), task="tokens")
+    data = load_classification_data(args)
+    assert data["train"].features["labels"].feature.names == ["1", "2"]
+    assert all(text.startswith("b c") for text in data["train"]["text"])

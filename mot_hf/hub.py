@@ -45,8 +45,8 @@ def push_model(
     Args:
         model_dir (`str` or `os.PathLike`): Folder of the model.
         repo_id (`str`): Name on the Hub, such as `"me/my-model"`.
-        private (`bool`, *optional*, defaults to `False`): Whether to create the repository as private. By default
-            your account's setting for new repositories decides.
+        private (`bool`, *optional*, defaults to `False`): Whether to create the repository as private, and to refuse
+            one that exists and is public. By default your account's setting for new repositories decides.
         revision (`str`, *optional*): Branch to upload to, created if it does not exist. Defaults to the main branch.
         message (`str`, *optional*): Commit message.
 
@@ -56,7 +56,7 @@ def push_model(
     Raises:
         OSError: A file of the model is missing, the Hub cannot be reached, or it refuses the upload.
         ValueError: The folder holds no complete MoT model, its files name other people's code or lead out of the
-            folder, or `repo_id` is not a valid name.
+            folder, `repo_id` is not a valid name, or `private` is true and the repository is public.
     """
     saved = read_model(model_dir)
     own_files = list_files(saved)
@@ -66,6 +66,11 @@ def push_model(
     api = HfApi()
     with tempfile.TemporaryDirectory() as folder, _explain_failures(repo_id):
         repo = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if private and not api.model_info(repo.repo_id).private:  # one that exists keeps its visibility
+            raise ValueError(
+                f"`private=True`, but {repo.repo_id!r} exists and is public: make it private on the Hub first, or "
+                "choose another name. Nothing was uploaded."
+            )
         files = own_files | _make_missing_files(saved, own_files, Path(folder), repo.repo_id)
         if revision is not None:
             api.create_branch(repo.repo_id, branch=revision, exist_ok=True)

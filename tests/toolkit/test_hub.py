@@ -354,6 +354,14 @@ def test_what_the_user_can_mend_is_said(hub: HubServer, model_dir: Path, monkeyp
     assert "has no model.safetensors" in push_or_fail(str(model_dir), "tester/small")
 
 
+def test_a_private_model_is_not_pushed_to_a_public_repository(hub: HubServer, model_dir: Path) -> None:
+    push_model(model_dir, "tester/small")
+    before = dict(hub.files["tester/small"])
+    with pytest.raises(ValueError, match="`private=True`, but 'tester/small' exists and is public"):
+        push_model(model_dir, "tester/small", private=True)
+    assert hub.files["tester/small"] == before
+
+
 def test_a_private_model_is_nobody_elses(hub: HubServer, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     push_model(model_dir, "tester/small", private=True)
     monkeypatch.setenv("HF_TOKEN", "hf_someone")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
@@ -17,8 +18,10 @@ from mot_hf.modeling.parallel_mot import check_sharding
 from mot_hf.sizes import count_flops, count_parameters
 from mot_hf.training.activations import track_activations
 from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArguments
-from mot_hf.training.language_modeling import find_masked, make_config
+from mot_hf.training.language_modeling import DEFAULT_VOCAB_SIZE, find_masked, make_config
 from mot_hf.training.layout import Layout, count_gathered_bytes, count_held, count_sent_bytes, count_whole_gradients
+from mot_hf.training.tokenizer_choice import load_named_tokenizer
+from mot_hf.training.vocabulary import count_tokens
 
 Head = MoTForCausalLM | MoTForMaskedLM
 
@@ -66,8 +69,8 @@ class EstimateArguments:
         """Refuse impossible values."""
         if self.devices < 1:
             raise ValueError(f"`devices={self.devices}` must be at least 1.")
-        if self.tflops is not None and self.tflops <= 0:
-            raise ValueError(f"`tflops={self.tflops}` must be greater than 0.")
+        if self.tflops is not None and not 0 < self.tflops < inf:
+            raise ValueError(f"`tflops={self.tflops}` must be greater than 0 and finite.")
 
 
 class Memory(NamedTuple):
@@ -120,10 +123,12 @@ def estimate_run(
     """
     if model_args.model_name_or_path:
         raise ValueError("`model_name_or_path` is given: estimate a new model, as in `mot estimate small_clm`.")
+    method_args = method_args or MethodArguments()
+    _check_run(training_args, method_args)
     config = make_config(model_args, corpus_args.block_length)
-    config.vocab_size = corpus_args.vocab_size or config.vocab_size
+    config.vocab_size = find_vocab_size(corpus_args)
     head = MoTForMaskedLM if find_masked(model_args, None) else MoTForCausalLM
-    layout = find_layout(estimate_args, method_args or MethodArguments(), config)
+    layout = find_layout(estimate_args, method_args, config)
     with torch.device("meta"):
         model = head(config)
     num_columns = corpus_args.block_length
@@ -136,6 +141,41 @@ def estimate_run(
         *_describe_memory(memory),
         *_describe_step(model, num_columns, flops[config.mixing], layout, training_args, tflops),
     ]
+
+
+def _check_run(training_args: TrainingArguments, method_args: MethodArguments) -> None:
+    """Refuse what no run has, and what is not estimated."""
+    if method_args.lora_rank:
+        raise ValueError(f"`lora_rank={method_args.lora_rank}` trains adapters, which is not estimated: leave it out.")
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    values = {name: getattr(training_args, name) for name in names}
+    values |= {name: getattr(method_args, name) for name in ("tp_size", "fsdp_size", "ep_size")}
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"`{name}={value}` must be at least 1.")
+
+
+def find_vocab_size(corpus_args: CorpusArguments) -> int:
+    """Finds the size of the vocabulary that a run would have, at most.
+
+    Args:
+        corpus_args ([`CorpusArguments`]): The size of a new tokenizer, which a run may fall short of on little text;
+            or another tokenizer, which is loaded if no size is given.
+
+    Returns:
+        `int`: Number of token ids.
+
+    Raises:
+        ValueError: `vocab_size` is not positive.
+        OSError: There is no such tokenizer.
+    """
+    size = corpus_args.vocab_size
+    if size is None:
+        name = corpus_args.tokenizer
+        return DEFAULT_VOCAB_SIZE if name is None else count_tokens(load_named_tokenizer(name))
+    if size < 1:
+        raise ValueError(f"`vocab_size={size}` must be at least 1.")
+    return size
 
 
 def find_layout(estimate_args: EstimateArguments, method_args: MethodArguments, config: MoTConfig) -> Layout:

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 # Limit on the documents to train a tokenizer on, as a stream may be endless.
 _MAX_TOKENIZER_DOCUMENTS = 20_000
-_VOCAB_SIZE = 4096
+DEFAULT_VOCAB_SIZE = 4096
 
 
 @dataclass
@@ -203,7 +203,7 @@ def _load_data(
     )
     if tokenizer is None:
         documents = (row["text"] for row in islice(corpus["train"], _MAX_TOKENIZER_DOCUMENTS))
-        tokenizer = train_tokenizer(documents, args.vocab_size or _VOCAB_SIZE, chat_template=args.chat_template)
+        tokenizer = train_tokenizer(documents, args.vocab_size or DEFAULT_VOCAB_SIZE, chat_template=args.chat_template)
     rows = make_blocks(
         corpus,
         tokenizer,

@@ -46,7 +46,7 @@ def find_tokenizer(
         return None
     if checkpoint:
         logger.warning("The checkpoint %r has no tokenizer to compare with the one of %r.", checkpoint, name)
-    tokenizer = _load_tokenizer(name)
+    tokenizer = load_named_tokenizer(name)
     if args.tokenizer and model_args.model_name_or_path:
         _compare_with_model(tokenizer, args.tokenizer, model_args.model_name_or_path)
     tokenizer = complete_tokenizer(tokenizer, masked)
@@ -72,7 +72,7 @@ def _resume_tokenizer(
             "remove chat_template, or start a new run in another folder."
         )
     if args.tokenizer:
-        asked = complete_tokenizer(_load_tokenizer(args.tokenizer), masked)
+        asked = complete_tokenizer(load_named_tokenizer(args.tokenizer), masked)
         check_meanings(asked, saved, name=f"`tokenizer={args.tokenizer!r}`", own_name=f"the checkpoint {checkpoint!r}")
         if len(asked) != len(saved):
             raise ValueError(
@@ -89,7 +89,18 @@ def _resume_tokenizer(
     return saved
 
 
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_named_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer.
+
+    Args:
+        name (`str`): Its folder, or its name on the Hub.
+
+    Returns:
+        `PreTrainedTokenizerBase`: The tokenizer.
+
+    Raises:
+        OSError: There is none.
+    """
     if (tokenizer := load_tokenizer(name)) is None:
         raise OSError(f"{name!r} has no tokenizer: choose one with --tokenizer.")
     return tokenizer

@@ -2,6 +2,7 @@
 
 import json
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,16 @@ from transformers import TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from mot_hf import MoTConfig, MoTForCausalLM
+from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.training import CorpusArguments, MethodArguments, ModelArguments
-from mot_hf.training.estimate import EstimateArguments, Memory, estimate_memory, estimate_run, find_layout
+from mot_hf.training.estimate import (
+    EstimateArguments,
+    Memory,
+    estimate_memory,
+    estimate_run,
+    find_layout,
+    find_vocab_size,
+)
 from mot_hf.training.layout import Layout, count_held, count_sent_bytes
 from scripts.benchmarks.measuring import measure_peak_memory
 from tests.processes import pretend, spread
@@ -183,6 +192,25 @@ def test_rows_of_the_table() -> None:
     json.dumps(rows)
 
 
+def test_the_vocabulary_is_that_of_the_run(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["some words and some more"], vocab_size=280)
+    tokenizer.save_pretrained(tmp_path)
+    assert find_vocab_size(CorpusArguments()) == 4096
+    assert find_vocab_size(CorpusArguments(vocab_size=300, tokenizer="gpt2")) == 300  # nothing is loaded
+    assert find_vocab_size(CorpusArguments(tokenizer=str(tmp_path))) == len(tokenizer)
+    for size in (0, -5):
+        with pytest.raises(ValueError, match=rf"`vocab_size={size}` must be at least 1"):
+            find_vocab_size(CorpusArguments(vocab_size=size))
+
+
+@pytest.mark.parametrize("name", ["per_device_train_batch_size", "gradient_accumulation_steps"])
+def test_a_step_without_rows_is_refused(name: str) -> None:
+    arguments = make_args()
+    setattr(arguments, name, 0)
+    with pytest.raises(ValueError, match=f"`{name}=0` must be at least 1"):
+        estimate_run(ModelArguments(**SIZES), CorpusArguments(), EstimateArguments(tflops=1.0), arguments)
+
+
 @has_expert_plan
 def test_sizes_of_a_run_are_its_devices() -> None:
     arguments = (ModelArguments(**SIZES, num_experts=32), CorpusArguments(block_length=NUM_COLUMNS, vocab_size=512))
@@ -211,6 +239,9 @@ def test_sizes_of_a_run_are_its_devices() -> None:
         ({}, {"ep_size": 8, "fsdp_size": 4}, {}, r"and divide tp_size \* fsdp_size \(4\)"),
         ({}, {"ep_size": 64, "fsdp_size": 64}, {}, r"`ep_size=64` must divide `num_experts` \(32\)"),
         ({}, {"tp_size": 8}, {}, r"`tp_size=8` must divide `num_key_value_heads` \(4\)"),
+        ({}, {"tp_size": 0}, {}, "`tp_size=0` must be at least 1"),
+        ({}, {"lora_rank": 8}, {}, "`lora_rank=8` trains adapters, which is not estimated"),
+        ({"tflops": float("nan")}, {}, {}, "`tflops=nan` must be greater than 0 and finite"),
     ],
 )
 def test_what_does_not_fit_is_refused(

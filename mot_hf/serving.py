@@ -264,7 +264,8 @@ def _check_settings(text: Any) -> None:
         settings = json.loads(text)
     except (TypeError, RecursionError):
         settings = None
-    _check(isinstance(settings, dict), "`generation_config` must be the JSON text of an object.", "generation_config")
+    if not isinstance(settings, dict):
+        raise RequestError("`generation_config` must be the JSON text of an object.", "generation_config")
     for name, value in settings.items():
         is_setting = name not in _NO_SETTINGS and not callable(getattr(GenerationConfig, name, None))
         _check(is_setting, f"`{name}` of `generation_config` cannot be chosen by a request.", "generation_config")

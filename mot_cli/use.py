@@ -92,6 +92,8 @@ def generate(
     model, tokenizer = open_model(model_dir, device=device, dtype=dtype)
     if not isinstance(model, MoTForCausalLM):
         raise ValueError(f"{str(model_dir)!r} is a {type(model).__name__}, which cannot continue a text.")
+    if not prompt.isprintable() and any("\ud800" <= char <= "\udfff" for char in prompt):
+        raise ValueError("`prompt` is not UTF-8.")
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not inputs["input_ids"].numel():
         raise ValueError("`prompt` has no token: give some text.")

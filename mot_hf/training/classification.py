@@ -25,7 +25,7 @@ from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosi
 from mot_hf.data.classification import IGNORED, ClassificationArguments, encode, load_classification_data
 from mot_hf.storage.checkpoints import find_checkpoint
 from mot_hf.training.arguments import MethodArguments
-from mot_hf.training.lora import add_lora
+from mot_hf.training.lora import add_lora, refuse_adapters
 from mot_hf.training.parallelism import check_is_whole
 from mot_hf.training.plan import check_length
 from mot_hf.training.resuming import CheckpointDescription, check_resumed
@@ -119,6 +119,7 @@ def _finetune(
     text_name: str | None,
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
+    refuse_adapters(model_name_or_path)
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
     of_tokens = "starts" in data["train"].column_names

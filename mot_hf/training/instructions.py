@@ -24,7 +24,7 @@ from mot_hf.data.sources import count
 from mot_hf.modeling import MoTConfig
 from mot_hf.storage.checkpoints import find_checkpoint
 from mot_hf.training.arguments import MethodArguments
-from mot_hf.training.lora import add_lora
+from mot_hf.training.lora import add_lora, refuse_adapters
 from mot_hf.training.parallelism import check_is_whole
 from mot_hf.training.plan import check_length
 from mot_hf.training.resuming import CheckpointDescription, check_resumed
@@ -108,6 +108,7 @@ def _tune(
     method_args: MethodArguments,
     callbacks: Sequence[TrainerCallback],
 ) -> SFTTrainer:
+    refuse_adapters(args.model_name_or_path)
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
     config = AutoConfig.from_pretrained(args.model_name_or_path)

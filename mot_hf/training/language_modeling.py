@@ -26,7 +26,7 @@ from mot_hf.metrics import LanguageModelMetrics
 from mot_hf.modeling import MoTConfig, MoTForCausalLM, MoTForMaskedLM
 from mot_hf.storage.checkpoints import find_checkpoint
 from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArguments
-from mot_hf.training.lora import add_lora
+from mot_hf.training.lora import add_lora, refuse_adapters
 from mot_hf.training.parallelism import check_layout, keep_shards, make_layout, resumable, spread_model
 from mot_hf.training.plan import check_length
 from mot_hf.training.resuming import (
@@ -133,6 +133,8 @@ def find_masked(args: ModelArguments, masked: bool | None) -> bool:
     """Whether the model is a masked one: as the command says, the arguments, or the checkpoint."""
     if None not in (masked, args.masked) and masked != args.masked:
         raise ValueError(f"`masked={args.masked}` is not what this command trains: use the one for the other kind.")
+    if args.model_name_or_path:
+        refuse_adapters(args.model_name_or_path)
     masked = args.masked if masked is None else masked
     if masked is None and args.model_name_or_path:
         masked = AutoConfig.from_pretrained(args.model_name_or_path).architectures == ["MoTForMaskedLM"]

@@ -1,6 +1,7 @@
 """LoRA adapters for MoT and dense models, with PEFT."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -15,6 +16,23 @@ if TYPE_CHECKING:
 
 _PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def refuse_adapters(model_name_or_path: str) -> None:
+    """Refuses a folder of adapters where a whole model is to be trained.
+
+    Args:
+        model_name_or_path (`str`): The model.
+
+    Raises:
+        ValueError: The folder holds adapters.
+    """
+    if (Path(model_name_or_path) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"`model_name_or_path={model_name_or_path!r}` holds adapters, not a model: merge them into their model "
+            "(`merge_and_unload` of peft) and save that in another folder, or resume their run with "
+            "--resume_from_checkpoint."
+        )
 
 
 def add_lora(

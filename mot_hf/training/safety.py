@@ -104,6 +104,7 @@ def explain_failures(args: TrainingArguments) -> Iterator[None]:
     Raises:
         OSError: A file could not be written, or the connection to the text broke. The message gives the reason and the
             last good checkpoint.
+        ValueError: `metric_for_best_model` is none of the metrics.
     """
     try:
         yield
@@ -113,6 +114,8 @@ def explain_failures(args: TrainingArguments) -> Iterator[None]:
                 f"Reading the text was interrupted ({error}). The last good checkpoint is "
                 f"{find_last_checkpoint(args.output_dir) or 'none'}: continue with --resume_from_checkpoint true."
             ) from error
+        if isinstance(error, KeyError) and "metric_for_best_model" in str(error):
+            raise ValueError(error.args[0]) from error
         if not _is_failed_write(error):
             raise
         last = find_last_checkpoint(args.output_dir)

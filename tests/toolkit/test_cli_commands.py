@@ -232,3 +232,9 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path, monkeypatch: p
 def test_generate_ends_at_the_length_of_the_model(model_dir: Path) -> None:
     printed = invoke("generate", model_dir, "the fox", "--greedy", "--max-new-tokens", "500")
     assert "tokens more: the model is meant for 64" in printed
+
+
+def test_a_prompt_that_is_not_utf8_is_refused(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "`prompt` is not UTF-8" in fail(["generate", str(model_dir), "caf\udce9"], monkeypatch, capsys)

@@ -440,3 +440,9 @@ def test_words_that_losses_leave_out_have_no_class(tmp_path: Path) -> None:
     data = load_classification_data(args)
     assert data["train"].features["labels"].feature.names == ["1", "2"]
     assert all(text.startswith("b c") for text in data["train"]["text"])
+
+
+def test_adapters_are_no_model_to_fine_tune(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds adapters, not a model: merge them"):
+        finetune(tmp_path, tmp_path, "sequence")

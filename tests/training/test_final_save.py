@@ -14,7 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from mot_hf import MoTForCausalLM
 from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.storage.record import TrainingRecord, read_record, write_record
-from mot_hf.training import add_lora, final_save, run_training
+from mot_hf.training import (
+    CorpusArguments,
+    ModelArguments,
+    add_lora,
+    final_save,
+    run_training,
+    train_language_model,
+)
 from mot_hf.training.final_save import save_run
 from mot_hf.training.run import lock_run
 from tests.models import tiny_config
@@ -238,3 +245,20 @@ def test_adapters_say_which_settings_they_do_not_hold(
         assert "inference_mixing='moe'" in said[0]
         loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run", inference_mixing="moe")
         assert loaded.config.inference_mixing == "moe"
+
+
+def test_adapters_are_no_model_to_train_further(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    args = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none")
+    for masked in (None, False):
+        model_args = ModelArguments(model_name_or_path=str(tmp_path), masked=masked)
+        with pytest.raises(ValueError, match=r"`model_name_or_path=.*` holds adapters, not a model: merge them"):
+            train_language_model(model_args, CorpusArguments(), args)
+
+
+def test_a_metric_that_there_is_not_is_named(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    trainer = make_trainer(make_model(1), tmp_path, max_steps=1, save_strategy="steps", save_steps=1, **settings)
+    trainer.args.metric_for_best_model = "acuracy"
+    with pytest.raises(ValueError, match=r"metric_for_best_model.*eval_acuracy"):
+        run_training(trainer, None)

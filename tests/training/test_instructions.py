@@ -291,3 +291,9 @@ def test_a_model_without_a_tokenizer_is_refused(source: str, tmp_path: Path) -> 
     MoTForCausalLM(tiny_config()).save_pretrained(tmp_path / "base")
     with pytest.raises(OSError, match="has no tokenizer: save the one that the model was trained with"):
         tune(tmp_path / "run", tmp_path / "base", source)
+
+
+def test_adapters_are_no_model_to_tune(source: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds adapters, not a model: merge them"):
+        tune(tmp_path / "run", tmp_path, source)

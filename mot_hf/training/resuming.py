@@ -25,6 +25,7 @@ from transformers.trainer_utils import SaveStrategy
 from mot_hf.storage.checkpoints import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from mot_hf.storage.pickles import read_attributes
 from mot_hf.storage.plain_files import read_object
+from mot_hf.storage.record import read_record
 from mot_hf.storage.tokenizers import has_tokenizer
 from mot_hf.training.arguments import MethodArguments
 from mot_hf.training.vocabulary import check_meanings, load_tokenizer
@@ -179,6 +180,28 @@ def check_resumed(
     if saved := load_checkpoint_tokenizer(checkpoint):
         check_meanings(tokenizer, saved, name="The model's tokenizer", own_name=f"the checkpoint {checkpoint!r}")
     check_arguments(args, checkpoint)
+
+
+def explain_other_text(text: Mapping[str, Any], folder: str) -> None:
+    """Warns that a run goes on with other text than it began with.
+
+    Args:
+        text (`Mapping[str, Any]`): Arguments of [`load_corpus`] that read the text; empty if it is not known.
+        folder (`str`): Folder of the run, whose record says with which text it began.
+    """
+    try:
+        record = read_record(folder)
+    except ValueError:  # damaged: the run writes a new one
+        return
+    before = record.text if record else {}
+    differences = [name for name in before.keys() & text.keys() if before[name] != text[name]]
+    if differences:
+        changes = "; ".join(f"{name}={text[name]!r} in place of {before[name]!r}" for name in sorted(differences))
+        logger.warning(
+            "The run goes on with other text than it began with: %s. It may see rows again, and rows to validate on "
+            "may be rows that it was trained on.",
+            changes,
+        )
 
 
 def check_arguments(args: TrainingArguments, checkpoint: str) -> None:

@@ -23,7 +23,7 @@ from mot_hf.training.monitor import MixingMonitor
 from mot_hf.training.optimizer_check import OptimizerCheck
 from mot_hf.training.parallelism import refuse_compilation
 from mot_hf.training.plan import RunPlan, describe_interruption
-from mot_hf.training.resuming import ResumeCheck
+from mot_hf.training.resuming import ResumeCheck, explain_other_text
 from mot_hf.training.safety import DiskSpaceCheck, FiniteCheck, explain_failures
 from mot_hf.training.statistics import CompanionSynchronization
 from mot_hf.training.transition import TransitionTuning
@@ -139,6 +139,8 @@ def run_training(
                 # Each push would replace the card by the trainer's own.
                 trainer.create_model_card = lambda *args, **kwargs: None
             save_whole(trainer)
+            if checkpoint:
+                explain_other_text(text or {}, trainer.args.output_dir)
             start = continue_run(trainer, checkpoint)
             record_start(trainer, text_name, text)
             try:

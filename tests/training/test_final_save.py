@@ -262,3 +262,16 @@ def test_a_metric_that_there_is_not_is_named(tmp_path: Path) -> None:
     trainer.args.metric_for_best_model = "acuracy"
     with pytest.raises(ValueError, match=r"metric_for_best_model.*eval_acuracy"):
         run_training(trainer, None)
+
+
+def test_a_run_that_goes_on_with_other_text_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_text(tmp_path / "texts")
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+    train(tmp_path / "run", source, max_steps=1, **settings)
+    for fraction in (0.05, 0.25):
+        caplog.clear()
+        corpus = {"validation_fraction": fraction}
+        train(tmp_path / "run", source, corpus=corpus, max_steps=2, resume_from_checkpoint="true", **settings)
+        said = [each.getMessage() for each in caplog.records if "with other text" in each.getMessage()]
+        assert len(said) == (fraction == 0.25)
+    assert "validation_fraction=0.25 in place of 0.05" in said[0]

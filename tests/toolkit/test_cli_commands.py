@@ -237,4 +237,4 @@ def test_generate_ends_at_the_length_of_the_model(model_dir: Path) -> None:
 def test_a_prompt_that_is_not_utf8_is_refused(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "`prompt` is not UTF-8" in fail(["generate", str(model_dir), "caf\udce9"], monkeypatch, capsys)
+    assert "`prompt` is not UTF-8" in fail(["generate", str(model_dir), "word \udce9"], monkeypatch, capsys)

@@ -259,8 +259,8 @@ def test_adapters_are_no_model_to_train_further(tmp_path: Path) -> None:
 def test_a_metric_that_there_is_not_is_named(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     trainer = make_trainer(make_model(1), tmp_path, max_steps=1, save_strategy="steps", save_steps=1, **settings)
-    trainer.args.metric_for_best_model = "acuracy"
-    with pytest.raises(ValueError, match=r"metric_for_best_model.*eval_acuracy"):
+    trainer.args.metric_for_best_model = "f1"
+    with pytest.raises(ValueError, match=r"metric_for_best_model.*eval_f1"):
         run_training(trainer, None)
 
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer,
 
 from mot_hf.modeling import MoTPreTrainedModel
 from mot_hf.storage.checkpoints import TRAINER_STATE_NAME
+from mot_hf.storage.model_files import CHAT_TEMPLATES
 from mot_hf.storage.record import TrainingRecord, write_record
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 # What a loader takes besides, if it is there: adapters in place of the model's weights, templates of the tokenizer.
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
-_TEMPLATES = ("chat_template.jinja", "additional_chat_templates")
+_TEMPLATES = ("chat_template.jinja", CHAT_TEMPLATES)
 
 # Arguments that are listed in the record of a run, and therefore in its model card.
 _HYPERPARAMETERS = (
@@ -113,7 +114,7 @@ def save_run(trainer: Trainer, text_name: str | None, text: Mapping[str, Any] | 
             # PEFT writes its own card for adapters.
             if isinstance(trainer.accelerator.unwrap_model(trainer.model), MoTPreTrainedModel):
                 write_record(_make_record(trainer, text_name, text or {}), folder)
-            else:
+            if hasattr(trainer.model, "peft_config"):
                 _explain_adapters(cast(Any, trainer.model).config)
 
 

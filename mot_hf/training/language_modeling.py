@@ -97,6 +97,8 @@ def train_language_model(
     check_length(training_args)
     if corpus_args.block_length < 2:
         raise ValueError(f"`block_length={corpus_args.block_length}` must be at least 2: one token predicts nothing.")
+    if model_args.model_name_or_path:
+        refuse_adapters(model_args.model_name_or_path)
     masked = find_masked(model_args, masked)
     with lock_run(training_args):
         return _train(model_args, corpus_args, training_args, method_args or MethodArguments(), masked, callbacks)
@@ -133,8 +135,6 @@ def find_masked(args: ModelArguments, masked: bool | None) -> bool:
     """Whether the model is a masked one: as the command says, the arguments, or the checkpoint."""
     if None not in (masked, args.masked) and masked != args.masked:
         raise ValueError(f"`masked={args.masked}` is not what this command trains: use the one for the other kind.")
-    if args.model_name_or_path:
-        refuse_adapters(args.model_name_or_path)
     masked = args.masked if masked is None else masked
     if masked is None and args.model_name_or_path:
         masked = AutoConfig.from_pretrained(args.model_name_or_path).architectures == ["MoTForMaskedLM"]

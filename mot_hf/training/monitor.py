@@ -80,7 +80,7 @@ class MixingMonitor(LayerWatch):
         if place in self.pending:
             return
         if context.mode == "cross_example":
-            self.pending[place] = measure_mixing(tokens, logits, context.token_mask, config.group_size)
+            self.pending[place] = measure_mixing(tokens, logits, context.find_tokens(), config.group_size)
             return
         log_mass = layer.find_companions(context).log_mass if context.mode == "per_sequence" else None
         loads = count_choices(logits, context.find_tokens(), log_mass, cast(int, config.num_experts_per_tok))

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from mot_hf import MoTForCausalLM
 from mot_hf.data.tokenizer import train_tokenizer
@@ -245,6 +253,16 @@ def test_adapters_say_which_settings_they_do_not_hold(
         assert "inference_mixing='moe'" in said[0]
         loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run", inference_mixing="moe")
         assert loaded.config.inference_mixing == "moe"
+
+
+def test_a_dense_model_has_no_adapters_to_speak_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sizes = tiny_config().to_dict()
+    Qwen3ForCausalLM(Qwen3Config(**sizes)).save_pretrained(tmp_path / "base")
+    model = Qwen3ForCausalLM.from_pretrained(tmp_path / "base")
+    model.config.id2label = {0: "bird", 1: "fish"}
+    with caplog.at_level(logging.WARNING):
+        run_training(make_trainer(model, tmp_path / "run", max_steps=1), None)
+    assert "Adapters" not in caplog.text
 
 
 def test_adapters_are_no_model_to_train_further(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArg
 from mot_hf.training.language_modeling import DEFAULT_VOCAB_SIZE, find_masked, make_config
 from mot_hf.training.layout import Layout, count_gathered_bytes, count_held, count_sent_bytes, count_whole_gradients
 from mot_hf.training.tokenizer_choice import load_named_tokenizer
-from mot_hf.training.vocabulary import count_tokens
+from mot_hf.training.vocabulary import complete_tokenizer, count_tokens
 
 Head = MoTForCausalLM | MoTForMaskedLM
 
@@ -126,8 +126,9 @@ def estimate_run(
     method_args = method_args or MethodArguments()
     _check_run(training_args, method_args)
     config = make_config(model_args, corpus_args.block_length)
-    config.vocab_size = find_vocab_size(corpus_args)
-    head = MoTForMaskedLM if find_masked(model_args, None) else MoTForCausalLM
+    masked = find_masked(model_args, None)
+    config.vocab_size = find_vocab_size(corpus_args, masked)
+    head = MoTForMaskedLM if masked else MoTForCausalLM
     layout = find_layout(estimate_args, method_args, config)
     with torch.device("meta"):
         model = head(config)
@@ -155,12 +156,14 @@ def _check_run(training_args: TrainingArguments, method_args: MethodArguments) -
             raise ValueError(f"`{name}={value}` must be at least 1.")
 
 
-def find_vocab_size(corpus_args: CorpusArguments) -> int:
+def find_vocab_size(corpus_args: CorpusArguments, masked: bool = False) -> int:
     """Finds the size of the vocabulary that a run would have, at most.
 
     Args:
         corpus_args ([`CorpusArguments`]): The size of a new tokenizer, which a run may fall short of on little text;
             or another tokenizer, which is loaded if no size is given.
+        masked (`bool`, *optional*, defaults to `False`): Whether the model is a masked one, whose tokenizer gets a
+            token for masking.
 
     Returns:
         `int`: Number of token ids.
@@ -172,7 +175,9 @@ def find_vocab_size(corpus_args: CorpusArguments) -> int:
     size = corpus_args.vocab_size
     if size is None:
         name = corpus_args.tokenizer
-        return DEFAULT_VOCAB_SIZE if name is None else count_tokens(load_named_tokenizer(name))
+        if name is None:
+            return DEFAULT_VOCAB_SIZE
+        return count_tokens(complete_tokenizer(load_named_tokenizer(name), masked))
     if size < 1:
         raise ValueError(f"`vocab_size={size}` must be at least 1.")
     return size

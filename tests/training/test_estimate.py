@@ -25,6 +25,7 @@ from mot_hf.training.estimate import (
 from mot_hf.training.layout import Layout, count_held, count_sent_bytes
 from scripts.benchmarks.measuring import measure_peak_memory
 from tests.processes import pretend, spread
+from tests.training.language_runs import plain_tokenizer
 
 SIZES = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 NUM_ROWS, NUM_COLUMNS = 16, 32
@@ -198,6 +199,10 @@ def test_the_vocabulary_is_that_of_the_run(tmp_path: Path) -> None:
     assert find_vocab_size(CorpusArguments()) == 4096
     assert find_vocab_size(CorpusArguments(vocab_size=300, tokenizer="gpt2")) == 300  # nothing is loaded
     assert find_vocab_size(CorpusArguments(tokenizer=str(tmp_path))) == len(tokenizer)
+    plain = plain_tokenizer()  # training adds a token for padding, and one for masking
+    plain.save_pretrained(tmp_path / "plain")
+    sizes = [find_vocab_size(CorpusArguments(tokenizer=str(tmp_path / "plain")), masked) for masked in (False, True)]
+    assert sizes == [len(plain) + 1, len(plain) + 2]
     for size in (0, -5):
         with pytest.raises(ValueError, match=rf"`vocab_size={size}` must be at least 1"):
             find_vocab_size(CorpusArguments(vocab_size=size))

@@ -29,6 +29,11 @@ _OBJECTS = ("logit_bias", "chat_template_kwargs")
 _MAX_BEAMS = 16  # each has a cache of its own
 # Settings that would end the worker of continuous batching, or change the kind of the answer.
 _NO_SETTINGS = ("watermarking_config", "return_dict_in_generate")
+# Settings that name tokens. An end that is no token is harmless.
+_TOKENS = (
+    *("bad_words_ids", "begin_suppress_tokens", "force_words_ids", "forced_bos_token_id", "forced_eos_token_id"),
+    *("pad_token_id", "sequence_bias", "suppress_tokens"),
+)
 _NUMBERS = ("temperature", "top_p", "frequency_penalty")
 _UPLOADS = "/v1/audio/"  # recordings are larger than texts
 
@@ -180,6 +185,8 @@ def _validating(prompt_name: str | None, has_own_model: bool, validate: Callable
             _check(isinstance(body.get("model"), str) and body["model"], "`model` must be a name.", "model")
         if prompt_name is not None:
             check_fields(body, prompt_name)
+            if body.get("logit_bias"):  # OpenAI takes integers too, transformers does not
+                body["logit_bias"] = {token: float(bias) for token, bias in body["logit_bias"].items()}
         return validate(body)
 
     return check
@@ -194,6 +201,7 @@ def _resolving(prompt_name: str | None, resolve: Callable[..., Any]) -> Callable
             raise RequestError(reason, "model", "model_not_found", status=404) from error
         if prompt_name is not None:
             _, model, processor = resolved
+            check_tokens(body, model.config.get_text_config().vocab_size)
             check_text(body, prompt_name, model, processor)
         return resolved
 
@@ -241,6 +249,8 @@ def check_fields(body: dict[str, Any], prompt_name: str) -> None:
         _check(body.get(name) is None or isinstance(body[name], dict), f"`{name}` must be an object.", name)
     for name in _NUMBERS:
         _check(body.get(name) is None or _is_number(body[name], int | float), f"`{name}` must be a number.", name)
+    are_numbers = all(_is_number(bias, int | float) for bias in (body.get("logit_bias") or {}).values())
+    _check(are_numbers, "`logit_bias` must have a number for every token.", "logit_bias")
     own_template = "chat_template" in (body.get("chat_template_kwargs") or {})
     _check(not own_template, "A request cannot bring a chat template of its own.", "chat_template_kwargs")
     suffix = body.get("suffix")
@@ -279,6 +289,34 @@ def _check_settings(text: Any) -> None:
 
 def _are_numbers(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(_is_number(each, int) for each in value)
+
+
+def check_tokens(body: dict[str, Any], vocab_size: int) -> None:
+    """Refuses tokens that the model does not have: on a GPU, one of them would end the server.
+
+    Args:
+        body (`dict`): The request.
+        vocab_size (`int`): Number of the model's tokens.
+
+    Raises:
+        RequestError: A field of the request, or of its `generation_config`, names such a token.
+    """
+    named = {"logit_bias": [int(token) if token.isdecimal() else token for token in body.get("logit_bias") or {}]}
+    settings = json.loads(body.get("generation_config") or "{}")
+    named |= {name: list(_find_tokens(settings[name])) for name in _TOKENS if name in settings}
+    for name, tokens in named.items():
+        for token in tokens:
+            is_known = _is_number(token, int) and 0 <= token < vocab_size
+            _check(is_known, f"`{name}` has the token {token}, and the model those from 0 to {vocab_size - 1}.", name)
+
+
+def _find_tokens(value: Any) -> Iterator[Any]:
+    """The tokens of a setting: one, or lists of them; biases stand beside theirs and are fractions."""
+    if isinstance(value, list):
+        for part in value:
+            yield from _find_tokens(part)
+    elif value is not None and not isinstance(value, float):
+        yield value
 
 
 def check_text(body: dict[str, Any], prompt_name: str, model: "PreTrainedModel", processor: Any) -> None:

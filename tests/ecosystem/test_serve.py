@@ -290,6 +290,38 @@ REFUSED: dict[str, tuple[str, dict[str, Any], int, str]] = {
         400,
         "must be the JSON text of an object",
     ),
+    "bad_words": (
+        COMPLETIONS,
+        {"prompt": "tokens", "generation_config": '{"bad_words_ids": [[5], [6, 99999]]}'},
+        400,
+        "`bad_words_ids` has the token 99999",
+    ),
+    "suppressed": (
+        COMPLETIONS,
+        {"prompt": "tokens", "generation_config": '{"suppress_tokens": [99999]}'},
+        400,
+        "`suppress_tokens` has the token 99999",
+    ),
+    "forced": (
+        COMPLETIONS,
+        {"prompt": "tokens", "stream": True, "generation_config": '{"forced_eos_token_id": 99999}'},
+        400,
+        "`forced_eos_token_id` has the token 99999",
+    ),
+    "padding": (
+        COMPLETIONS,
+        {"prompt": "tokens", "generation_config": '{"pad_token_id": -7}'},
+        400,
+        "`pad_token_id` has the token -7",
+    ),
+    "biased": (CHAT, {"messages": USER, "logit_bias": {"99999": 1}}, 400, "`logit_bias` has the token 99999"),
+    "biased_by_words": (
+        CHAT,
+        {"messages": USER, "logit_bias": {"5": "much"}},
+        400,
+        "`logit_bias` must have a number for every token",
+    ),
+    "biased_word": (CHAT, {"messages": USER, "logit_bias": {"word": 1}}, 400, "`logit_bias` has the token word"),
     "suffix": (COMPLETIONS, {"prompt": "tokens", "suffix": 5}, 400, "`suffix` must be a text"),
     "temperature": (COMPLETIONS, {"prompt": "tokens", "temperature": "hot"}, 400, "`temperature` must be a number"),
     "seed": (COMPLETIONS, {"prompt": "tokens", "seed": 2**80}, 400, "`seed` must be an integer"),
@@ -315,7 +347,10 @@ def test_what_cannot_be_answered_is_refused_with_the_reason(
     assert server.health() == 200
 
 
-@pytest.mark.parametrize("kind", ["empty", "long_chat", "length", "empty_input", "beams", "model", "end"])
+_PLAIN = ("empty", "long_chat", "length", "empty_input", "beams", "model", "end", "bad_words", "suppressed", "biased")
+
+
+@pytest.mark.parametrize("kind", _PLAIN)
 def test_the_same_without_continuous_batching(plain_server: Server, folders: dict[str, Path], kind: str) -> None:
     path, body, status, reason = REFUSED[kind]
     actual, answer = plain_server.post(path, {"model": str(folders["per_sequence"])} | body)
@@ -323,6 +358,14 @@ def test_the_same_without_continuous_batching(plain_server: Server, folders: dic
     assert reason in answer["error"]["message"]
     request = Request(TEXTS[0], 6, is_streamed=True, is_chat=True)
     assert plain_server.ask(folders["per_sequence"], request) == answer_alone(folders["per_sequence"], request)
+
+
+def test_biases_are_followed_as_openai_takes_them(plain_server: Server, folders: dict[str, Path]) -> None:
+    body = {"model": str(folders["per_sequence"]), "messages": USER, "max_tokens": 3, "logit_bias": {"37": 100}}
+    status, answer = plain_server.post(CHAT, body)
+    assert status == 200
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folders["per_sequence"])
+    assert answer["choices"][0]["message"]["content"] == tokenizer.decode([37] * 3)
 
 
 def test_a_body_that_is_too_long_is_refused(server: Server, folders: dict[str, Path]) -> None:

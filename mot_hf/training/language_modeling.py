@@ -35,6 +35,7 @@ from mot_hf.training.resuming import (
     check_adapters,
     check_arguments,
     check_settings,
+    check_transition,
 )
 from mot_hf.training.run import add_callbacks, lock_run, run_training
 from mot_hf.training.safety import explain_failures
@@ -161,6 +162,7 @@ def _train(
         _set_vocabulary(config, tokenizer, is_new=not model_args.model_name_or_path)
         changing = {"is_causal"} if method_args.transition_share is None else {"is_causal", *TRANSITION_FIELDS}
         check_settings(config, head.__name__, checkpoint, changing=changing)
+        check_transition(config, training_args, method_args, checkpoint)
         check_adapters(method_args.lora_rank, method_args.lora_alpha, checkpoint)
         check_arguments(training_args, checkpoint)
     with explain_failures(training_args), training_args.main_process_first(desc="reading the text"):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -15,11 +15,14 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from mot_hf.storage.checkpoints import SCHEDULER_NAME, TRAINING_ARGS_NAME
@@ -28,6 +31,7 @@ from mot_hf.storage.plain_files import read_object
 from mot_hf.storage.record import read_record
 from mot_hf.storage.tokenizers import has_tokenizer
 from mot_hf.training.arguments import MethodArguments
+from mot_hf.training.transition import find_switch
 from mot_hf.training.vocabulary import check_meanings, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -66,6 +70,29 @@ class ResumeCheck(TrainerCallback):
                 "resumed from them after an interruption. Set save_only_model to False, unless you only compare the "
                 "checkpoints."
             )
+
+
+class NewCallbackStates(TrainerCallback):
+    """Lets a resumed run have callbacks that its checkpoint does not know.
+
+    The `Trainer` takes the list of callbacks with a state from the checkpoint, and its next save fails with `KeyError`
+    if another one, such as early stopping, has been added.
+
+    Args:
+        trainer (`Trainer`): The trainer of the run.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the states of new callbacks."""
+        states = cast(dict[str, Any], state.stateful_callbacks)
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                states.setdefault(type(callback).__name__, callback.state())
 
 
 class CheckpointDescription(TrainerCallback):
@@ -155,6 +182,39 @@ def check_adapters(rank: int, alpha: int, checkpoint: str) -> None:
         _refuse_differences({"lora_rank": (0, rank)}, checkpoint)
 
 
+def check_transition(
+    config: PreTrainedConfig, args: TrainingArguments, method_args: MethodArguments, checkpoint: str
+) -> None:
+    """Refuses to resume on the other side of transition tuning's switch than the one the checkpoint is on.
+
+    Args:
+        config (`PreTrainedConfig`): Configuration of the model before the switch.
+        args (`TrainingArguments`): Arguments of the run.
+        method_args ([`MethodArguments`]): Share of the steps before the switch, and the mode after it.
+        checkpoint (`str`): Folder of the checkpoint. What it does not record is not checked.
+
+    Raises:
+        ValueError: The checkpoint's last step would have been in another mode.
+    """
+    share, mode = method_args.transition_share, method_args.transition_mode
+    state_path, config_path = (
+        Path(checkpoint) / TRAINER_STATE_NAME,
+        _description_of(Path(checkpoint)) / "config.json",
+    )
+    if share is None or not state_path.is_file() or not config_path.is_file():
+        return
+    state = read_object(state_path)
+    step, max_steps = state["global_step"], args.max_steps if args.max_steps > 0 else state["max_steps"]
+    wanted = mode if step > find_switch(share, max_steps) else config.mixing
+    saved = AutoConfig.from_pretrained(config_path).mixing
+    if saved != wanted:
+        raise ValueError(
+            f"`transition_share={share}` with `transition_mode={mode!r}` wants mode {wanted} at step {step} of "
+            f"{max_steps}, and the checkpoint {checkpoint!r} was trained in mode {saved} there: choose a share and a "
+            "mode that agree with the steps that are done."
+        )
+
+
 def check_resumed(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -176,6 +236,7 @@ def check_resumed(
     """
     changing = () if method_args.transition_share is None else TRANSITION_FIELDS
     check_settings(model.config, type(model).__name__, checkpoint, changing=changing)
+    check_transition(model.config, args, method_args, checkpoint)
     check_adapters(method_args.lora_rank, method_args.lora_alpha, checkpoint)
     if saved := load_checkpoint_tokenizer(checkpoint):
         check_meanings(tokenizer, saved, name="The model's tokenizer", own_name=f"the checkpoint {checkpoint!r}")

@@ -23,7 +23,7 @@ from mot_hf.training.monitor import MixingMonitor
 from mot_hf.training.optimizer_check import OptimizerCheck
 from mot_hf.training.parallelism import refuse_compilation
 from mot_hf.training.plan import RunPlan, describe_interruption
-from mot_hf.training.resuming import ResumeCheck, explain_other_text
+from mot_hf.training.resuming import NewCallbackStates, ResumeCheck, explain_other_text
 from mot_hf.training.safety import DiskSpaceCheck, FiniteCheck, explain_failures
 from mot_hf.training.statistics import CompanionSynchronization
 from mot_hf.training.transition import TransitionTuning
@@ -47,8 +47,8 @@ def add_callbacks(trainer: Trainer, args: MethodArguments | None = None, *, num_
     """
     refuse_compilation(trainer)
     args = args or MethodArguments()
-    checks = (VocabularyCheck(), GroupSizeCheck(), FiniteCheck(), DiskSpaceCheck(), ResumeCheck())
-    for callback in (*checks, OptimizerCheck(), CompanionSynchronization(), RunPlan(num_columns)):
+    checks = (VocabularyCheck(), GroupSizeCheck(), FiniteCheck(), DiskSpaceCheck(), ResumeCheck(), OptimizerCheck())
+    for callback in (*checks, NewCallbackStates(trainer), CompanionSynchronization(), RunPlan(num_columns)):
         trainer.add_callback(callback)
     if args.monitor_mixing:
         trainer.add_callback(MixingMonitor(trainer))

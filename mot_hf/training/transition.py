@@ -64,7 +64,7 @@ class TransitionTuning(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Set the mode of the step, and evaluate before the switch."""
-        switch = min(round(self.share * state.max_steps), state.max_steps - 1)
+        switch = find_switch(self.share, state.max_steps)
         if state.global_step >= switch:
             for config in _configs(model):
                 config.mixing = config.inference_mixing = self.mode
@@ -107,6 +107,19 @@ class TransitionTuning(TrainerCallback):
         finally:
             handler.callbacks = callbacks
         self.is_evaluating = False
+
+
+def find_switch(share: float, max_steps: int) -> int:
+    """Returns the number of steps before the switch of a run; its last step is in the new mode at least.
+
+    Args:
+        share (`float`): Fraction of the steps before the switch.
+        max_steps (`int`): All steps of the run.
+
+    Returns:
+        `int`: The number of steps.
+    """
+    return min(round(share * max_steps), max_steps - 1)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,13 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("first")
     train(folder / "run", write_text(folder / "text"), corpus={"vocab_size": 270}, max_steps=2)
     return folder
+
+
+@pytest.fixture(scope="module")
+def switched(first: Path) -> Path:
+    """A run of four steps on that text, the last three in mode moe, with all checkpoints."""
+    train(first / "switched", str(first / "text"), method={"transition_share": 0.25}, save_steps=1)
+    return first / "switched"
 
 
 @pytest.fixture
@@ -132,6 +140,39 @@ class TestSettings:
         assert same_tensors(model_of(resumed).state_dict(), model_of(whole).state_dict())
         with pytest.raises(ValueError, match="inference_mixing='moe' in the checkpoint and 'per_sequence' now"):
             train(tmp_path / "plain", source, resume_from_checkpoint=checkpoint)
+
+    @pytest.mark.parametrize(
+        ("step", "share", "steps", "message"),
+        [
+            (2, 0.75, 4, "share=0.75` .* wants mode cross_example at step 2 of 4, .* in mode moe there"),
+            (2, 0.25, 12, "share=0.25` .* wants mode cross_example at step 2 of 12, .* in mode moe there"),
+            (1, 0.0, 4, "share=0.0` .* wants mode moe at step 1 of 4, .* in mode cross_example there"),
+            (1, 0.75, 4, None),
+            (2, 0.1, 10, None),
+        ],
+    )
+    def test_the_switch_cannot_move_to_the_other_side_of_the_checkpoint(
+        self,
+        step: int,
+        share: float,
+        steps: int,
+        message: str | None,
+        switched: Path,
+        source: str,
+        tmp_path: Path,
+    ) -> None:
+        resume = {"resume_from_checkpoint": str(switched / f"checkpoint-{step}"), "max_steps": steps}
+        with pytest.raises(ValueError, match=message) if message else nullcontext():
+            train(tmp_path / "run", source, method={"transition_share": share}, **resume)
+
+    def test_adapters_are_resumed_after_the_switch(self, tmp_path: Path, source: str) -> None:
+        base = {"model_name_or_path": save_base(tmp_path / "base", train_tokenizer(TEXTS, 280))}
+        method = {"transition_share": 0.25, "lora_rank": 2}
+        train(tmp_path / "run", source, model=base, method=method)
+        resume = {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-2"), "max_steps": 4}
+        train(tmp_path / "again", source, model=base, method=method, **resume)
+        with pytest.raises(ValueError, match="wants mode cross_example at step 2 of 4"):
+            train(tmp_path / "again", source, model=base, method=method | {"transition_share": 0.75}, **resume)
 
     def test_adapters_are_compared_too(self, tmp_path: Path, source: str, checkpoint: str) -> None:
         base = save_base(tmp_path / "base", train_tokenizer(TEXTS, 280))
@@ -280,6 +321,17 @@ class TestDescription:
     def test_a_whole_checkpoint_gets_nothing(self, checkpoint: str) -> None:
         assert not (Path(checkpoint) / "description").exists()
         assert json.loads((Path(checkpoint) / "config.json").read_text())["architectures"] == ["MoTForCausalLM"]
+
+
+def test_early_stopping_can_be_added_to_a_run(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps"}
+    settings |= {"eval_steps": 2, "metric_for_best_model": "loss", "load_best_model_at_end": True}
+    make_trainer(MoTForCausalLM(tiny_config()), tmp_path, **settings).train()
+    trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path, **settings)
+    add_callbacks(trainer, MethodArguments(early_stopping_patience=3))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    saved = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert saved["stateful_callbacks"]["EarlyStoppingCallback"]["args"]["early_stopping_patience"] == 3
 
 
 @pytest.mark.parametrize(

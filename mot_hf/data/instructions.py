@@ -154,7 +154,8 @@ def _make_rows(rows: Iterable[tuple[Mapping[str, Any], str]], columns: dict[str,
         else:
             num_skipped += 1
     if num_skipped:
-        logger.warning("Skipping %s of `%s` without an answer.", count(num_skipped, "row"), argument)
+        names = " and ".join(map(repr, columns.values()))
+        logger.warning("Skipping %s of `%s` without an answer in %s.", count(num_skipped, "row"), argument, names)
     return Dataset.from_list(kept, features=Features({name.removesuffix("_column"): MESSAGES for name in columns}))
 
 

@@ -91,7 +91,7 @@ def test_rows_without_an_answer_are_skipped_and_other_fields_left_out(
     ]
     with caplog.at_level(logging.WARNING, logger="mot_hf"):
         splits = rows_of(load_instruction_data(write(tmp_path / "rows.jsonl", rows)))
-    assert "Skipping 2 rows of `source` without an answer." in caplog.text
+    assert "Skipping 2 rows of `source` without an answer in 'messages'." in caplog.text
     assert sorted(splits["train"] + splits["validation"], key=str) == sorted(CHATS, key=str)
 
 

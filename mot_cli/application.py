@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -150,13 +151,22 @@ def say(text: str, *, err: bool = False) -> None:
 def print_result(rows: "list[dict[str, Any]] | dict[str, Any]", as_json: bool) -> None:
     """Print rows of values as a table, or anything as JSON."""
     if as_json or isinstance(rows, dict):
-        say(json.dumps(rows, indent=2))
+        say(json.dumps(_without_nan(rows), indent=2, allow_nan=False))
         return
     cells = [[_format(value) for value in row.values()] for row in rows]
     names = [name.replace("_", " ") for name in rows[0]]
     widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
     for row in (names, *cells):
         say("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _without_nan(value: Any) -> Any:
+    """The value with null in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _format(value: object) -> str:

@@ -3,6 +3,7 @@
 Axes: R rows, T columns, E experts, M tokens that are kept per expert.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -142,11 +143,11 @@ def _summarise_training(log_history: LogHistory, model: MoTPreTrainedModel) -> d
             "name": name,
             "last": values[-1],
             "last_step": steps[-1],
-            "best": min(values),
-            "best_step": _best(steps, values),
+            "best": values[best],
+            "best_step": steps[best],
         }
         for name, (steps, values) in logged.items()
-        if values
+        if (best := _find_lowest(values)) is not None
     ]
     if not rows:
         return None
@@ -159,8 +160,9 @@ def _summarise_training(log_history: LogHistory, model: MoTPreTrainedModel) -> d
     }
 
 
-def _best(steps: list[int], values: list[float]) -> int:
-    return steps[values.index(min(values))]
+def _find_lowest(values: list[float]) -> int | None:
+    """Place of the lowest value; NaN is the highest. `None` if there are no values."""
+    return min(range(len(values)), key=lambda place: (math.isnan(values[place]), values[place]), default=None)
 
 
 def _draw_mixing_over_time(log_history: LogHistory) -> dict[str, Any] | None:

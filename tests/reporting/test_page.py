@@ -167,6 +167,12 @@ def test_losses_are_listed_with_their_steps(tokenizer: PreTrainedTokenizerFast, 
     assert f"perplexity of {math.exp(4.75):.2f}" in page.text
 
 
+def test_a_loss_that_is_no_number_is_not_the_lowest(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    history = [{"step": 5, "loss": float("nan")}, *HISTORY, {"step": 30, "loss": float("nan")}]
+    page = make_page(tmp_path, make_model(), tokenizer, [], history)
+    assert page.table("logged")[1] == ["training loss", "nan", "30", "4.2500", "20"]
+
+
 @pytest.mark.parametrize("head", [MoTForCausalLM, MoTForMaskedLM])
 def test_tables_hold_what_was_measured(
     head: type[MoTPreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from mot_cli import app, run
-from mot_cli.application import take_debug
+from mot_cli.application import print_result, take_debug
 from mot_hf import MoTForCausalLM, MoTForMaskedLM, MoTForSequenceClassification
 from mot_hf.data.corpus import load_groups
 from mot_hf.data.tokenizer import train_tokenizer
@@ -198,6 +198,13 @@ def test_debug_shows_the_traceback(
 def test_debug_with_a_value_belongs_to_the_trainer(words: list[str], is_there: bool, rest: list[str]) -> None:
     assert take_debug(words) == is_there
     assert words == rest
+
+
+def test_what_is_no_number_is_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    print_result([{"loss": float("nan"), "rest": [1.5, float("inf"), "nan"]}], as_json=True)
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == [
+        {"loss": None, "rest": [1.5, None, "nan"]}
+    ]
 
 
 def test_quiet_prints_nothing_but_the_result(model_dir: Path, tmp_path: Path) -> None:

@@ -141,6 +141,10 @@ def test_a_share_of_the_groups_is_reduced_in_training(tmp_path: Path) -> None:
     kept = torch.stack([(output - mixed).abs().amax(dim=(0, 2)) < 1e-6 for output in outputs])
     assert (reduced ^ kept).all()
     assert 0.35 < reduced.float().mean() < 0.65  # of 300
+    model: Any = trainer.model
+    ids = torch.randint(TINY.vocab_size, (4, 6))
+    model.train()(ids, labels=ids).loss.backward()  # after the running averages have changed
+    assert block.gate.weight.grad is not None
 
 
 def test_logits_and_outputs_are_scaled(tmp_path: Path) -> None:

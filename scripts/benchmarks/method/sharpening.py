@@ -108,7 +108,8 @@ def reduce_groups(share: float) -> Change:
         if context.mode != "cross_example" or not self.training:
             return output
         alone = MixingContext("per_sequence", context.buckets, context.token_mask, gathers=False)
-        alone.companions = context.companions
+        # Copies: the averages change at the end of the pass, before its backward pass.
+        alone.companions = {self.layer_idx: self.companions.snapshot()}
         reduced = torch.rand(hidden_states.shape[1], 1, device=hidden_states.device) < share  # [T, 1]
         return torch.where(reduced, MoTSparseBlock.forward(self, hidden_states, alone), output)
 

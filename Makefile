@@ -126,7 +126,6 @@ fix: $(VENV)/.dev  ## repair what ruff can repair
 	$(RUFF) check --fix --exit-zero .
 	$(RUFF) format .
 
-build: $(VENV)/.dev  ## make the sdist and the wheel in dist/, and check what an index would show of them
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(VENV)/.dev  ## build the documentation in site/; links and anchors that lead nowhere are errors
 	$(VENV)/bin/python -m mkdocs build --strict $(ARGS)
@@ -135,7 +134,7 @@ notebooks: $(VENV)/.dev  ## run the notebooks and the report of the documentatio
 	$(VENV)/bin/python -m scripts.docs.run_notebooks
 	$(VENV)/bin/python -m scripts.docs.make_report
 
-build: $(VENV)/.dev  ## make the sdist and the wheel in dist/
+build: $(VENV)/.dev  ## make the sdist and the wheel in dist/, and check what an index would show of them
 	rm -rf build dist
 	$(VENV)/bin/python -m build --no-isolation
 	$(VENV)/bin/python -m twine check --strict dist/*

@@ -1,18 +1,19 @@
-"""Fine-tune a pretrained MoT model to classify sequences or tokens, and evaluate it on held-out texts.
+r"""Fine-tune a pretrained MoT model to classify sequences or tokens, and evaluate it on held-out texts.
 
 The arguments are those of `TrainingArguments`, plus the model and the texts. A recipe sets their defaults. By default,
 the texts are code from Python's standard library: which package is a function from, or what is the role of each token?
 
     python scripts/finetune_classification.py finetune/sequence \
-        --model_name_or_path runs/clm32 --output_dir runs/finetune/packages
+        --model_name_or_path runs/small_clm --output_dir runs/finetune/packages
     python scripts/finetune_classification.py finetune/tokens \
-        --model_name_or_path runs/clm32 --output_dir runs/finetune/roles
+        --model_name_or_path runs/small_clm --output_dir runs/finetune/roles
 
-To use your own texts, give for example a file of rows such as {"review": "...", "stars": 4}. For `--task tokens`, the
-columns contain lists of words and lists of their labels. Replace `python` by `accelerate launch` to use all devices.
+To use your own texts, give for example a file of rows such as {"review": "...", "stars": 4}. For `finetune/tokens`,
+the columns contain lists of words and lists of their labels. Replace `python` by `accelerate launch` to use all
+devices.
 
     python scripts/finetune_classification.py finetune/sequence \
-        --model_name_or_path runs/clm32 --output_dir runs/finetune/reviews \
+        --model_name_or_path runs/small_clm --output_dir runs/finetune/reviews \
         --source reviews.jsonl --text_column review --label_column stars
 """
 

@@ -7,8 +7,8 @@ finished model:
         --output_dir runs/small_moe
 
 To keep the optimizer's state, tune at the end of the training run instead: resume it from a checkpoint, or start it,
-with `--transition_share`. With `--transition_mode per_sequence`, the mode is that one, which needs no load-balancing
-loss; with `--transition_share 0`, all steps run in it:
+with `--transition_share`. With `--transition_mode per_sequence` it continues in that mode instead, which needs no
+load-balancing loss; with `--transition_share 0` it runs in the new mode from the first step:
 
     python scripts/train_clm.py small_clm --output_dir runs/small_clm --transition_share 0.9
 """

@@ -5,9 +5,21 @@ from typing import Any
 
 import numpy as np
 from datasets import DatasetDict, IterableDatasetDict
-from transformers import PreTrainedTokenizerFast
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from mot_hf.data.progress import hide_bars
+
+
+class RowCollator(DataCollatorForLanguageModeling):
+    """Makes batches of rows of equal length: as in the base class, but every token of a causal row is a label.
+
+    The base class leaves out padding, and with it the ends of texts where a tokenizer pads with its end token.
+    """
+
+    def torch_call(self, examples: list[Any]) -> dict[str, Any]:
+        """Make a batch."""
+        batch = super().torch_call(examples)
+        return batch if self.mlm else {**batch, "labels": batch["input_ids"].clone()}
 
 
 def make_blocks(

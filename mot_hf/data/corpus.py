@@ -7,9 +7,9 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mot_hf.data.blocks import make_blocks, spread_rows
+from mot_hf.data.blocks import RowCollator, make_blocks, spread_rows
 from mot_hf.data.default_corpus import default_corpus_files
 from mot_hf.data.documents import Documents, open_source, split_documents
 from mot_hf.data.progress import hide_bars
@@ -178,6 +178,6 @@ def make_batches(
     Yields:
         `dict[str, torch.Tensor]`: `input_ids` and `labels` `[B, T]`.
     """
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=masked, seed=seed)
+    collator = RowCollator(tokenizer, mlm=masked, seed=seed)
     loader = DataLoader(rows, batch_size=batch_size, collate_fn=collator, drop_last=drop_last)
     yield from islice(loader, num_batches)

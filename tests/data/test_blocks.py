@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 
-from mot_hf.data.blocks import make_blocks
+from mot_hf.data.blocks import RowCollator, make_blocks
 from mot_hf.data.corpus import load_corpus, load_groups
 from mot_hf.data.tokenizer import train_tokenizer
 
@@ -43,3 +44,16 @@ def test_a_stream_is_shuffled_through_a_buffer_of_the_given_size() -> None:
     assert in_order["train"] == in_order["validation"] == shuffled["validation"]
     assert shuffled["train"] != in_order["train"]
     assert sorted(shuffled["train"]) == sorted(in_order["train"])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_ends_are_learned_where_a_tokenizer_pads_with_them(masked: bool) -> None:
+    tokenizer = train_tokenizer(["ends of texts"], 270)
+    tokenizer.pad_token = tokenizer.eos_token
+    rows = [{"input_ids": [5, 6, tokenizer.eos_token_id, 7]}] * 2
+    batch = RowCollator(tokenizer, mlm=masked, seed=0)(rows)
+    if masked:
+        assert (batch["labels"][:, 2] == -100).all()
+    else:
+        assert torch.equal(batch["labels"], batch["input_ids"])
+    assert batch["input_ids"].shape == (2, 4)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from datasets import DatasetDict
 from torch import Tensor
 from transformers import (
@@ -25,9 +26,9 @@ from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosi
 from mot_hf.data.classification import IGNORED, ClassificationArguments, encode, load_classification_data
 from mot_hf.storage.checkpoints import find_checkpoint
 from mot_hf.training.arguments import MethodArguments
+from mot_hf.training.checks import check_run
 from mot_hf.training.lora import add_lora, refuse_adapters
 from mot_hf.training.parallelism import check_is_whole
-from mot_hf.training.plan import check_length
 from mot_hf.training.resuming import CheckpointDescription, check_resumed
 from mot_hf.training.run import add_callbacks, fill_batches, lock_run, run_training
 from mot_hf.training.vocabulary import enlarge_embeddings
@@ -78,7 +79,7 @@ def finetune_classification(
         )
     method_args = method_args or MethodArguments()
     check_is_whole(method_args, "Classifiers")
-    check_length(training_args)
+    check_run(training_args, method_args)
     with lock_run(training_args):
         return _finetune(model_name_or_path, data, training_args, method_args, text_name, callbacks)
 
@@ -182,7 +183,7 @@ def _load_model(
     verbosity = get_verbosity()
     set_verbosity_error()  # a table of the differences between any two heads
     try:
-        model, info = head.from_pretrained(model_name_or_path, output_loading_info=True, **labels)
+        model, info = head.from_pretrained(model_name_or_path, dtype=torch.float32, output_loading_info=True, **labels)
     finally:
         set_verbosity(verbosity)
     new, unused = (", ".join(sorted(info[kind])) or "nothing" for kind in ("missing_keys", "unexpected_keys"))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
+import torch
 from datasets import DatasetDict
 from transformers import (
     AutoConfig,
@@ -24,9 +25,9 @@ from mot_hf.data.sources import count
 from mot_hf.modeling import MoTConfig
 from mot_hf.storage.checkpoints import find_checkpoint
 from mot_hf.training.arguments import MethodArguments
+from mot_hf.training.checks import check_run
 from mot_hf.training.lora import add_lora, refuse_adapters
 from mot_hf.training.parallelism import check_is_whole
-from mot_hf.training.plan import check_length
 from mot_hf.training.resuming import CheckpointDescription, check_resumed
 from mot_hf.training.run import add_callbacks, fill_batches, lock_run, run_training
 from mot_hf.training.safety import explain_failures
@@ -91,7 +92,7 @@ def tune_on_instructions(
         FloatingPointError: The loss or a parameter is not finite.
     """
     method_args = method_args or MethodArguments()
-    check_length(training_args)
+    check_run(training_args, method_args)
     check_is_whole(method_args, "Models that are tuned on conversations")
     if method_args.transition_share is not None:
         raise ValueError(
@@ -116,7 +117,8 @@ def _tune(
     tokenizer = _load_tokenizer(args.model_name_or_path, training_args)
     with explain_failures(training_args), training_args.main_process_first(desc="reading the conversations"):
         data = load_instruction_data(args)
-    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **({"mixing": mode} if mode else {}))
+    settings = {"mixing": mode} if mode else {}
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32, **settings)
     enlarge_embeddings(model, tokenizer, padded=not method_args.lora_rank)
     _end_turns(model, tokenizer)
     _choose_balancing(model.config, training_args)

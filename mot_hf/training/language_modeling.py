@@ -7,10 +7,10 @@ from functools import partial
 from itertools import islice
 from typing import Any, cast
 
+import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import (
     AutoConfig,
-    DataCollatorForLanguageModeling,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -19,16 +19,16 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy
 
-from mot_hf.data.blocks import make_blocks, spread_rows
+from mot_hf.data.blocks import RowCollator, make_blocks, spread_rows
 from mot_hf.data.corpus import load_corpus
 from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.metrics import LanguageModelMetrics
 from mot_hf.modeling import MoTConfig, MoTForCausalLM, MoTForMaskedLM
 from mot_hf.storage.checkpoints import find_checkpoint
 from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArguments
+from mot_hf.training.checks import check_run
 from mot_hf.training.lora import add_lora, refuse_adapters
 from mot_hf.training.parallelism import check_layout, keep_shards, make_layout, resumable, spread_model
-from mot_hf.training.plan import check_length
 from mot_hf.training.resuming import (
     TRANSITION_FIELDS,
     CheckpointDescription,
@@ -95,14 +95,15 @@ def train_language_model(
         OSError: Text or model cannot be read, a checkpoint cannot be written, or another run is writing to the folder.
         FloatingPointError: The loss or a parameter is not finite.
     """
-    check_length(training_args)
+    method_args = method_args or MethodArguments()
+    check_run(training_args, method_args)
     if corpus_args.block_length < 2:
         raise ValueError(f"`block_length={corpus_args.block_length}` must be at least 2: one token predicts nothing.")
     if model_args.model_name_or_path:
         refuse_adapters(model_args.model_name_or_path)
     masked = find_masked(model_args, masked)
     with lock_run(training_args):
-        return _train(model_args, corpus_args, training_args, method_args or MethodArguments(), masked, callbacks)
+        return _train(model_args, corpus_args, training_args, method_args, masked, callbacks)
 
 
 def tune_transition(
@@ -151,6 +152,11 @@ def _train(
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     layout = make_layout(method_args, training_args)
+    if method_args.lora_rank and not model_args.model_name_or_path:
+        raise ValueError(
+            f"`lora_rank={method_args.lora_rank}` trains adapters of a trained model, and only they are saved: give "
+            "the model as --model_name_or_path, or leave lora_rank out."
+        )
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
     config = make_config(model_args, corpus_args.block_length)
@@ -180,9 +186,7 @@ def _train(
             args=training_args,
             train_dataset=data.train,
             eval_dataset=data.validation,
-            data_collator=DataCollatorForLanguageModeling(
-                data.tokenizer, mlm=masked, mlm_probability=corpus_args.mlm_probability
-            ),
+            data_collator=RowCollator(data.tokenizer, mlm=masked, mlm_probability=corpus_args.mlm_probability),
             processing_class=data.tokenizer,
             compute_metrics=metrics.compute_metrics,
             preprocess_logits_for_metrics=metrics.preprocess_logits,
@@ -292,7 +296,8 @@ def _make_model(
     tokenizer: PreTrainedTokenizerBase,
 ) -> MoTForCausalLM | MoTForMaskedLM:
     if args.model_name_or_path:
-        model = head.from_pretrained(args.model_name_or_path, **args.config_fields())
+        # Steps are often too small for weights of 16 bits; `bf16` computes in them.
+        model = head.from_pretrained(args.model_name_or_path, dtype=torch.float32, **args.config_fields())
         enlarge_embeddings(model, tokenizer)
         return model
     _set_vocabulary(config, tokenizer, is_new=True)

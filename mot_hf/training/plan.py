@@ -44,7 +44,7 @@ class RunPlan(TrainerCallback):
         if not state.is_world_process_zero or state.global_step >= state.max_steps:
             return
         num_batches = args.world_size // (getattr(model, "_tp_size", None) or 1)  # tensor parallelism shares them
-        num_rows = args.train_batch_size * num_batches * args.gradient_accumulation_steps
+        num_rows = (state.train_batch_size or args.train_batch_size) * num_batches * args.gradient_accumulation_steps
         logger.warning(
             "Training %s%d steps of %d rows; %s.",
             _describe_rows(getattr(train_dataloader, "dataset", None), self.num_columns, num_rows * state.max_steps),
@@ -90,21 +90,6 @@ def _describe_warmup(num_steps: int, max_steps: int) -> str:
     return f"the learning rate rises during the first {num_steps}"
 
 
-def check_length(args: TrainingArguments) -> None:
-    """Refuses a run without steps.
-
-    Args:
-        args (`TrainingArguments`): Arguments of the `Trainer`.
-
-    Raises:
-        ValueError: `max_steps` is 0 or negative, or, if it is not set, `num_train_epochs` is.
-    """
-    if args.max_steps == 0 or args.max_steps < -1:
-        raise ValueError(f"`max_steps={args.max_steps}` must be at least 1, or -1 to count epochs.")
-    if args.max_steps == -1 and args.num_train_epochs <= 0:
-        raise ValueError(f"`num_train_epochs={args.num_train_epochs:g}` must be greater than 0.")
-
-
 def describe_interruption(trainer: Trainer) -> str:
     """Says where a run was interrupted and how to go on.
 
@@ -124,4 +109,4 @@ def describe_interruption(trainer: Trainer) -> str:
     return f"interrupted at step {state.global_step} of {state.max_steps}: {advice}"
 
 
-__all__ = ["RunPlan", "check_length", "describe_interruption"]
+__all__ = ["RunPlan", "describe_interruption"]

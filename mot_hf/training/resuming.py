@@ -49,12 +49,16 @@ _FIXED = (
     *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("seed", "data_seed", "train_sampling_strategy"),
 )
+# Fixed where both runs have them: the best value so far is that of the old metric.
+_BEST = ("metric_for_best_model", "greater_is_better")
 # What it can change: the schedule, the loss and the gradients.
 _CHANGEABLE = (
     *("max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "label_smoothing_factor"),
-    *("bf16", "fp16"),
+    *("bf16", "fp16", "neftune_noise_alpha", "ignore_data_skip"),
 )
+# Their state is of another kind than that of all others.
+_SCHEDULERS_OF_METRICS = ("reduce_lr_on_plateau", "greedy")
 
 
 class ResumeCheck(TrainerCallback):
@@ -279,11 +283,16 @@ def check_arguments(args: TrainingArguments, checkpoint: str) -> None:
         ValueError: An argument differs.
     """
     settings = _compare_arguments(args, checkpoint)
-    fixed = {name: both for name, both in settings.items() if name in _FIXED}
+    fixed = {name: both for name, both in settings.items() if name in (*_FIXED, *_BEST)}
+    saved_rate = settings.pop("learning_rate", None)
+    if not set(settings.get("lr_scheduler_type", ())).isdisjoint(_SCHEDULERS_OF_METRICS):
+        fixed["lr_scheduler_type"] = settings["lr_scheduler_type"]
     if (rates := _read_learning_rates(checkpoint)) and args.learning_rate not in rates:
         fixed["learning_rate"] = (rates[0], args.learning_rate)
+    elif not rates and saved_rate:
+        fixed["learning_rate"] = saved_rate
     _refuse_differences(fixed, checkpoint)
-    differences = [_describe(name, *both) for name, both in settings.items() if name not in _FIXED]
+    differences = [_describe(name, *both) for name, both in settings.items() if name not in fixed]
     if differences and args.process_index == 0:
         logger.warning(
             "These arguments differ from those of the checkpoint %r, and the new ones hold from there on: %s.",
@@ -304,8 +313,10 @@ def _compare_arguments(args: TrainingArguments, checkpoint: str) -> dict[str, tu
         logger.warning("The arguments of the run are not compared with those of the checkpoint: %s", error)
         return {}
     asked = args.to_dict()
-    both = {name: (saved[name], asked[name]) for name in (*_FIXED, *_CHANGEABLE) if name in saved and name in asked}
-    return {name: values for name, values in both.items() if values[0] != values[1]}
+    names = (*_FIXED, *_BEST, *_CHANGEABLE, "learning_rate")
+    both = {name: (saved[name], asked[name]) for name in names if name in saved and name in asked}
+    differing = {name: values for name, values in both.items() if values[0] != values[1]}
+    return {name: values for name, values in differing.items() if name not in _BEST or None not in values}
 
 
 def _read_learning_rates(checkpoint: str) -> list[float]:

@@ -16,6 +16,7 @@ from mot_hf.storage.locking import lock_folder
 from mot_hf.terminal import messages_above_bars
 from mot_hf.training.arguments import MethodArguments
 from mot_hf.training.balancing import ThresholdBalancing
+from mot_hf.training.checks import choose_direction
 from mot_hf.training.continuation import continue_run, settle_run
 from mot_hf.training.final_save import record_start, remove_unfinished, save_run, save_whole
 from mot_hf.training.group_check import GroupSizeCheck
@@ -46,6 +47,7 @@ def add_callbacks(trainer: Trainer, args: MethodArguments | None = None, *, num_
             [`ThresholdBalancing`].
     """
     refuse_compilation(trainer)
+    choose_direction(trainer.args)
     args = args or MethodArguments()
     checks = (VocabularyCheck(), GroupSizeCheck(), FiniteCheck(), DiskSpaceCheck(), ResumeCheck(), OptimizerCheck())
     for callback in (*checks, NewCallbackStates(trainer), CompanionSynchronization(), RunPlan(num_columns)):

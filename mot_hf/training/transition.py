@@ -55,19 +55,28 @@ class TransitionTuning(TrainerCallback):
                 f"`trainer.model` ({type(trainer.model).__name__}) has no MoT layers to tune: "
                 "`config.mlp_layer_types` needs an entry 'sparse'."
             )
+        if mode == "moe" and trainer.args.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor={trainer.args.label_smoothing_factor}` makes a loss of its own, without the "
+                "load-balancing loss of mode moe: set it to 0, or `router_aux_loss_coef` and it."
+            )
         self.trainer = trainer
         self.share = share
         self.mode = mode
         self.is_evaluating = False
+        self.modes_before: list[tuple[str, str]] | None = None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Set the mode of the step, and evaluate before the switch."""
         switch = find_switch(self.share, state.max_steps)
-        if state.global_step >= switch:
-            for config in _configs(model):
-                config.mixing = config.inference_mixing = self.mode
+        configs = _configs(model)
+        if self.modes_before is None:
+            self.modes_before = [(config.mixing, config.inference_mixing) for config in configs]
+        for config, before in zip(configs, self.modes_before, strict=True):  # a run may begin again
+            modes = (self.mode, self.mode) if state.global_step >= switch else before
+            config.mixing, config.inference_mixing = modes
         if state.global_step == switch:
             self.evaluate_modes(model)
         for config in _configs(model):

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from mot_hf.training import ModelArguments
-from mot_hf.training.plan import check_length
 from tests.training.language_runs import SMALL, train, write_text
 
 
@@ -69,22 +68,6 @@ def test_an_interrupted_run_says_how_to_go_on(
     )
     with pytest.raises(KeyboardInterrupt, match=message):
         train(tmp_path / "run", write_text(tmp_path / "text"))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"max_steps": 0}, "`max_steps=0` must be at least 1"),
-        ({"max_steps": -5}, "`max_steps=-5` must be at least 1"),
-        ({"max_steps": -1, "num_train_epochs": 0}, "`num_train_epochs=0` must be greater than 0"),
-    ],
-)
-def test_a_run_without_steps_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_length(TrainingArguments(str(tmp_path), **settings))
-    with pytest.raises(ValueError, match=message):
-        train(tmp_path / "run", "no text", **settings)
-    assert not (tmp_path / "run").exists()
 
 
 def test_rows_of_one_token_and_rows_longer_than_the_model_are_refused(tmp_path: Path) -> None:

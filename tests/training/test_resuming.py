@@ -174,7 +174,7 @@ class TestSettings:
         with pytest.raises(ValueError, match="wants mode cross_example at step 2 of 4"):
             train(tmp_path / "again", source, model=base, method=method | {"transition_share": 0.75}, **resume)
 
-    def test_adapters_are_compared_too(self, tmp_path: Path, source: str, checkpoint: str) -> None:
+    def test_adapters_are_compared_too(self, tmp_path: Path, source: str) -> None:
         base = save_base(tmp_path / "base", train_tokenizer(TEXTS, 280))
         model, method = {"model_name_or_path": base}, {"lora_rank": 2}
         train(tmp_path / "lora", source, model=model, method=method, max_steps=2)
@@ -194,8 +194,9 @@ class TestSettings:
                 method=method,
                 resume_from_checkpoint=adapters,
             )
+        train(tmp_path / "whole", source, model=model, max_steps=2)
         with pytest.raises(ValueError, match="lora_rank=0 in the checkpoint and 2 now"):
-            train(tmp_path / "run", "-", method=method, resume_from_checkpoint=checkpoint)
+            train(tmp_path / "whole", "-", model=model, method=method, resume_from_checkpoint="true")
         # Still adapters, and no whole model, for whoever loads them.
         loaded = AutoModelForCausalLM.from_pretrained(adapters)
         assert any("lora" in name for name, _ in loaded.named_parameters())
@@ -232,6 +233,26 @@ class TestArguments:
         trainer.train(resume_from_checkpoint=checkpoint)
         for group in cast(Optimizer, trainer.optimizer).param_groups:
             assert (group["weight_decay"], group["betas"], group["eps"]) == (0.0, (0.9, 0.999), 1e-8)
+
+    def test_schedules_that_look_at_a_metric_keep_their_rate_and_kind(self, tmp_path: Path, source: str) -> None:
+        settings: dict[str, Any] = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss"}
+        settings |= {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+        train(tmp_path / "run", source, **settings)
+        resume = settings | {"resume_from_checkpoint": "true", "max_steps": 4}
+        for changed, message in (
+            ({"learning_rate": 0.5}, r"learning_rate=0\.01 in the checkpoint and 0\.5 now"),
+            (
+                {"lr_scheduler_type": "linear"},
+                "lr_scheduler_type='reduce_lr_on_plateau' in the checkpoint",
+            ),
+            (
+                {"metric_for_best_model": "token_loss"},
+                "metric_for_best_model='loss' in the checkpoint",
+            ),
+        ):
+            with pytest.raises(ValueError, match=message):
+                train(tmp_path / "run", "no text is read", **(resume | changed))
+        train(tmp_path / "run", source, **resume)
 
     def test_what_holds_from_now_on_is_named(
         self, tmp_path: Path, source: str, checkpoint: str, caplog: pytest.LogCaptureFixture

@@ -106,6 +106,22 @@ def test_a_run_goes_on_in_mode_per_sequence(share: float, tmp_path: Path) -> Non
     assert counts == {4}  # statistics are gathered in both modes
 
 
+def test_a_run_that_begins_again_mixes_again(tmp_path: Path) -> None:
+    seen = ModesSeen()
+    trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path, [seen], max_steps=4)
+    trainer.add_callback(TransitionTuning(trainer, 0.5))
+    trainer.train()
+    trainer.train()
+    assert [mode for mode, _ in seen.seen] == (["cross_example"] * 2 + ["moe"] * 2) * 2
+
+
+def test_a_loss_that_leaves_out_load_balancing_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match=r"`label_smoothing_factor=0\.1` makes a loss of its own"):
+        TransitionTuning(trainer, 0.5)
+    TransitionTuning(trainer, 0.5, "per_sequence")
+
+
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path)
     with pytest.raises(ValueError, match="`mode='cross_example'` must be one of 'moe', 'per_sequence'"):

@@ -51,7 +51,7 @@ Source = Annotated[
     ),
 ]
 BlockLength = Annotated[
-    int | None, typer.Option(min=1, help="Tokens in a row; by default the model's maximum, at most 128.")
+    int | None, typer.Option(min=2, help="Tokens in a row; by default the model's maximum, at most 128.")
 ]
 
 app = typer.Typer(
@@ -130,11 +130,16 @@ def load_groups(
     drop_last: bool = True,
 ) -> "Iterator[dict[str, Tensor]]":
     """Groups of rows for a language model, masked if it is a masked one."""
+    from mot_hf.data.run_text import warn_of_long_rows
+
+    longest = model.config.max_position_embeddings
+    block_length = block_length or min(128, longest)
+    warn_of_long_rows(block_length, longest)
     return text.load_groups(
         tokenizer,
         split,
         group_size=model.config.group_size,
-        block_length=block_length or min(128, model.config.max_position_embeddings),
+        block_length=block_length,
         num_groups=num_groups,
         masked=not model.config.is_causal,
         drop_last=drop_last,

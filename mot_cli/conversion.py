@@ -86,10 +86,12 @@ def upcycle(
     from functools import partial
 
     from mot_hf.conversion import upcycle as conversion
-    from mot_hf.data.run_text import find_text
+    from mot_hf.data.run_text import find_text, warn_of_long_rows
 
     tokenizer, dense_config = conversion.load_dense_tokenizer(dense_dir), conversion.load_dense_config(dense_dir)
-    block_length = block_length or min(128, dense_config.max_position_embeddings)
+    longest = dense_config.max_position_embeddings
+    block_length = block_length or min(128, longest)
+    warn_of_long_rows(block_length, longest)
     load = partial(
         find_text(dense_dir, source).load_groups, tokenizer, group_size=group_size, block_length=block_length
     )

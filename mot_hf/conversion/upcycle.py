@@ -75,9 +75,11 @@ def upcycle(
     Raises:
         OSError: The checkpoint is incomplete, or `output_dir` cannot be written to.
         ValueError: It is not a Qwen3 model that can be converted, its tensors do not fit its configuration, the sizes
-            do not fit it, or there is no such device or dtype.
+            do not fit it, there is no batch, the seed has more than 64 bits, or there is no such device or dtype.
         StrictDataclassClassValidationError: `group_size`, `num_experts` or `dense_layers` do not fit the model.
     """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"`seed={seed}` must be from 0 to 2**64 - 1.")
     target, precision = find_device(device), find_dtype(dtype)
     placement = {"device": target} if precision == "auto" else {"device": target, "dtype": precision}
     reader, dense_config = CheckpointReader(dense_dir), load_dense_config(dense_dir)
@@ -89,6 +91,12 @@ def upcycle(
     kept = (name for name in reader.names if not (config.tie_word_embeddings and name == "lm_head.weight"))
     writer = CheckpointWriter(output_dir, source=reader.folder, force=force, min_size=reader.count_bytes(kept))
     calibration_batches, validation_batches = list(calibration_batches), list(validation_batches)
+    if not (calibration_batches and validation_batches):
+        name = "validation_batches" if calibration_batches else "calibration_batches"
+        raise ValueError(
+            f"`{name}` are empty, as the text has fewer rows than `group_size={group_size}`: give more text, or a "
+            "smaller --block-length."
+        )
 
     with writer:
         tensors = {}

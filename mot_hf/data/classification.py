@@ -75,8 +75,8 @@ def load_classification_data(args: ClassificationArguments) -> DatasetDict:
 
     The split `"train"` of a data set, or of a folder whose file names say the split, is used for training. Its split
     `"validation"` is used for validation, else `"test"`. If it has neither, a tenth of the texts, but at least one, is
-    held out by a stable hash. Empty texts and words without a label are skipped. If all labels are integers, classes
-    are sorted by number.
+    held out by a stable hash. Empty texts, words without a label, and texts and words with the label -100 are skipped.
+    If all labels are integers, classes are sorted by number.
 
     Args:
         args ([`ClassificationArguments`]): Task and source.
@@ -220,10 +220,12 @@ def _check_cells(cells: set[str | None], args: ClassificationArguments) -> None:
 
 
 def _leave_out_empty(split: Dataset, args: ClassificationArguments) -> Dataset:
-    """Leave out rows without text, and words that are empty or have no label."""
+    """Leave out rows without text or with the label that losses leave out, and words that are empty or unlabelled."""
     columns = list(args.columns().values())
     num_words = 0
-    if args.task == "tokens":
+    if args.task == "sequence":
+        split = _leave_out_ignored(split, args)
+    else:
         num_words = sum(len(words or []) for words in split[args.text_column])
         options = {"fn_kwargs": {"columns": columns}, "features": split.features}
         split = split.map(_leave_out_words, input_columns=columns, **options)
@@ -233,6 +235,15 @@ def _leave_out_empty(split: Dataset, args: ClassificationArguments) -> Dataset:
         logger.warning("Skipping %s without text or label.", count(num_words, "word"))
     for message in describe_losses("`source`", len(split) - len(kept), 0):
         logger.warning(message)
+    return kept
+
+
+def _leave_out_ignored(split: Dataset, args: ClassificationArguments) -> Dataset:
+    kept = split.filter(lambda label: str(label) != str(IGNORED), input_columns=[args.label_column])
+    if num_ignored := len(split) - len(kept):
+        logger.warning(
+            "Skipping %s with the label %d, which stands for no class.", count(num_ignored, "text"), IGNORED
+        )
     return kept
 
 
@@ -309,7 +320,7 @@ def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: in
     Args:
         data (`DatasetDict`): Texts as returned by [`load_classification_data`].
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
-        max_length (`int`): Maximum number of tokens per text; longer texts are truncated.
+        max_length (`int`): Maximum number of tokens per text; longer texts are truncated, with a warning.
 
     Returns:
         `DatasetDict`: The same splits with the tokenizer's columns and `"labels"`: one number, or one per token, with
@@ -327,7 +338,20 @@ def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: in
         return {**inputs, "labels": [align_labels(*row) for row in zip(*columns, strict=True)]}
 
     columns = data["train"].column_names
-    return data.map(encode_words if "starts" in columns else encode_texts, batched=True, remove_columns=columns)
+    rows = data.map(encode_words if "starts" in columns else encode_texts, batched=True, remove_columns=columns)
+    _count_cut(rows, max_length)
+    return rows
+
+
+def _count_cut(data: DatasetDict, max_length: int) -> None:
+    lengths = [len(ids) for split in data.values() for ids in split["input_ids"]]
+    if num_full := sum(length >= max_length for length in lengths):
+        logger.warning(
+            "Of %s, %d fill or exceed the %d tokens that the model is meant for, and are cut there: split long ones.",
+            count(len(lengths), "text"),
+            num_full,
+            max_length,
+        )
 
 
 def align_labels(

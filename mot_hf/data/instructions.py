@@ -149,7 +149,7 @@ def _make_rows(rows: Iterable[tuple[Mapping[str, Any], str]], columns: dict[str,
             name.removesuffix("_column"): read_messages(values[column], name, f"`{name}={column!r}` in {place},")
             for name, column in columns.items()
         }
-        if all(row.values()) and any(message["role"] == "assistant" for message in list(row.values())[-1]):
+        if all(row.values()) and any(map(_is_answer, list(row.values())[-1])):
             kept.append(row)
         else:
             num_skipped += 1
@@ -157,6 +157,10 @@ def _make_rows(rows: Iterable[tuple[Mapping[str, Any], str]], columns: dict[str,
         names = " and ".join(map(repr, columns.values()))
         logger.warning("Skipping %s of `%s` without an answer in %s.", count(num_skipped, "row"), argument, names)
     return Dataset.from_list(kept, features=Features({name.removesuffix("_column"): MESSAGES for name in columns}))
+
+
+def _is_answer(message: Mapping[str, str]) -> bool:
+    return message["role"] == "assistant" and bool(message["content"].strip())
 
 
 def read_messages(value: Any, column: str, where: str) -> list[dict[str, str]]:

@@ -1,9 +1,11 @@
 """The text to try a saved model on: by default the one that it was trained on."""
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from mot_hf.data.corpus import load_groups
 from mot_hf.data.sources import name_source
 from mot_hf.storage.record import read_record
+
+logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -82,3 +86,20 @@ def find_text(model_dir: str | os.PathLike[str], source: str | None = None) -> R
         if record is not None and record.text:
             return RunText(record.text, run_dir)
     return RunText({"source": None})
+
+
+@cache
+def warn_of_long_rows(block_length: int, longest: int) -> None:
+    """Warns of rows that are longer than those that a model is meant for, once.
+
+    Args:
+        block_length (`int`): Tokens in a row.
+        longest (`int`): The model's `max_position_embeddings`.
+    """
+    if block_length > longest:
+        logger.warning(
+            "Rows of `block_length=%d` tokens are longer than the model is meant for: set --block-length to %d or "
+            "less.",
+            block_length,
+            longest,
+        )

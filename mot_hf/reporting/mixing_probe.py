@@ -133,9 +133,14 @@ def measure_losses(
 
     Returns:
         `list[ModeLoss]`: One entry per mode.
+
+    Raises:
+        ValueError: There is no token to predict.
     """
     predicted = [_predicted_tokens(model, batch["labels"]) for batch in batches]
     num_tokens = sum(map(len, predicted))
+    if not num_tokens:
+        raise ValueError("`batches` have no token to predict: give more text, or rows of at least 2 tokens.")
     num_bytes = None if byte_counts is None else int(byte_counts[torch.cat(predicted).cpu()].sum())
     losses = []
     bar = tqdm(

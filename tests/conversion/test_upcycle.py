@@ -334,6 +334,21 @@ def test_sizes_that_do_not_fit_are_refused(options: dict[str, int], message: str
     assert not (tmp_path / "mot").exists()
 
 
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_of_too_many_bits_is_refused(seed: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"`seed={seed}` must be from 0 to 2\*\*64 - 1"):
+        upcycle(tmp_path, tmp_path / "mot", never(), never(), group_size=G, num_experts=E, seed=seed)
+
+
+@pytest.mark.parametrize("name", ["calibration_batches", "validation_batches"])
+def test_text_of_less_than_a_group_is_refused(name: str, tmp_path: Path) -> None:
+    dense_dir = save_dense(tmp_path / "dense")
+    batches = {"calibration_batches": make_batches(1, seed=1), "validation_batches": make_batches(1, seed=2), name: []}
+    with pytest.raises(ValueError, match=f"`{name}` are empty, as the text has fewer rows than `group_size={G}`"):
+        upcycle(dense_dir, tmp_path / "mot", **batches, group_size=G, num_experts=E)
+    assert not (tmp_path / "mot").exists()
+
+
 def test_a_folder_that_is_not_empty_is_kept_unless_forced(tmp_path: Path) -> None:
     dense_dir = save_dense(tmp_path / "dense")
     shutil.copytree(dense_dir, tmp_path / "mot")

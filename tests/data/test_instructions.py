@@ -87,12 +87,19 @@ def test_rows_without_an_answer_are_skipped_and_other_fields_left_out(
         {"messages": [*question, {"role": "assistant", "content": "a 0", "name": "x"}]},
         {"messages": question},
         {"messages": None},
+        {"messages": [*question, {"role": "assistant", "content": " \n"}]},
         *CHATS[1:],
     ]
     with caplog.at_level(logging.WARNING, logger="mot_hf"):
         splits = rows_of(load_instruction_data(write(tmp_path / "rows.jsonl", rows)))
-    assert "Skipping 2 rows of `source` without an answer in 'messages'." in caplog.text
+    assert "Skipping 3 rows of `source` without an answer in 'messages'." in caplog.text
     assert sorted(splits["train"] + splits["validation"], key=str) == sorted(CHATS, key=str)
+
+
+def test_one_of_several_answers_may_be_empty(tmp_path: Path) -> None:
+    talk = [*chat(0)[:1], {"role": "assistant", "content": ""}, *chat(1)]
+    splits = rows_of(load_instruction_data(write(tmp_path / "rows.jsonl", [{"messages": talk}, *CHATS])))
+    assert {"messages": talk} in splits["train"] + splits["validation"]
 
 
 @pytest.mark.parametrize(

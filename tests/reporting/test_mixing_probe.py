@@ -107,3 +107,9 @@ def test_losses_are_means_over_predicted_tokens(head: type[MoTForCausalLM] | typ
         assert result.perplexity == pytest.approx(math.exp(result.loss))
         assert result.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / num_bytes, rel=1e-5)
     assert all(result.bits_per_byte is None for result in measure_losses(model, batches))
+
+
+@pytest.mark.parametrize("batches", [[], [{"input_ids": torch.ones(4, 1, dtype=int), "labels": torch.ones(4, 1)}]])
+def test_a_loss_needs_tokens_to_predict(batches: list[dict[str, torch.Tensor]]) -> None:
+    with pytest.raises(ValueError, match="`batches` have no token to predict: give more text, or rows of at least 2"):
+        measure_losses(MoTForCausalLM(tiny_config()), batches)

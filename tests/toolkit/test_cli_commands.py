@@ -1,6 +1,7 @@
 """The commands of `mot` that train a model and use it."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from mot_cli import app, run
 from mot_cli.application import print_result, take_debug
 from mot_hf import MoTForCausalLM, MoTForMaskedLM, MoTForSequenceClassification
 from mot_hf.data.corpus import load_groups
+from mot_hf.data.run_text import warn_of_long_rows
 from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.sizes import count_parameters
 from mot_hf.storage.saved_model import open_model
@@ -36,7 +38,7 @@ def model_dir(tmp_path: Path) -> Path:
     return folder
 
 
-def invoke(*arguments: str | Path) -> str:
+def invoke(*arguments: str | int | Path) -> str:
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, (result.output, result.exception)
     return result.output
@@ -109,6 +111,32 @@ def test_evaluate_measures_every_mode(model_dir: Path, tmp_path: Path) -> None:
     table = invoke("evaluate", model_dir, "--source", source, "--block-length", "16", "--num-batches", "1")
     assert "the first 4 rows of 16 tokens of the held-out part of text" in table
     assert [line.split()[0] for line in table.splitlines()[-4:]] == ["mode", "cross_example", "per_sequence", "moe"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "calibrate", "report"])
+def test_rows_of_one_token_are_refused(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["mot", command, str(tmp_path), "--block-length", "1"])
+    with pytest.raises(SystemExit, match="2"):
+        run()
+    assert "--block-length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "calibrate"])
+def test_rows_longer_than_the_model_is_meant_for_are_told_once(
+    command: str, model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_long_rows.cache_clear()
+    source = write_text(tmp_path / "text", TEXTS * 4)
+    with caplog.at_level(logging.WARNING, logger="mot_hf.data.run_text"):
+        for length in (64, 65):  # the model's maximum is 64
+            assert not caplog.records
+            copy = ["--output-dir", tmp_path / str(length), "--force"] if command == "calibrate" else []
+            invoke(command, model_dir, *copy, "--source", source, "--num-batches", 1, "--block-length", length)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Rows of `block_length=65` tokens are longer than the model is meant for: set --block-length to 64 or less."
+    ]
 
 
 def test_generate_continues_a_text(model_dir: Path) -> None:

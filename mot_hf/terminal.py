@@ -1,7 +1,10 @@
 """What commands print: errors in one line, and other people's text without characters that control the terminal."""
 
+import linecache
 import logging
+import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,8 +105,8 @@ def report_errors(*, debug: bool = False) -> Iterator[None]:
         debug (`bool`, *optional*, defaults to `False`): Whether to show tracebacks instead.
 
     Raises:
-        SystemExit: In place of an `OSError`, a `ValueError`, a configuration that is refused, a missing package, or a
-            loss that is not finite (exit code 1), and of a `KeyboardInterrupt` (130).
+        SystemExit: In place of an `OSError`, a `ValueError`, a configuration or an argument of the `Trainer` that is
+            refused, a missing package, or a loss that is not finite (exit code 1), and of a `KeyboardInterrupt` (130).
     """
     try:
         yield
@@ -114,11 +117,28 @@ def report_errors(*, debug: bool = False) -> Iterator[None]:
     except Exception as error:
         from huggingface_hub.errors import StrictDataclassError
 
-        expected = (OSError, ValueError, ModuleNotFoundError, FloatingPointError, StrictDataclassError)
-        if debug or not isinstance(error, expected):
+        expected = (OSError, ValueError, FloatingPointError, StrictDataclassError)
+        is_expected = isinstance(error, expected) or _asks_for_package(error)
+        refused = None if is_expected else _find_refused(error)
+        if debug or not (is_expected or refused):
             raise
         reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
-        _end(f"error: {one_line(str(reason or error))}", 1)
+        place = f"`{refused}`: " if refused else ""
+        _end(f"error: {place}{one_line(str(reason or error))}", 1)
+
+
+def _asks_for_package(error: Exception) -> bool:
+    """Check for a missing package, also in a library's own words: Python's name a module where a name is missing."""
+    return isinstance(error, ModuleNotFoundError) or (isinstance(error, ImportError) and error.name is None)
+
+
+def _find_refused(error: Exception) -> str | None:
+    """The argument of the `Trainer` that its own check fails at, such as a wrong key of `accelerator_config`."""
+    *_, (frame, number) = traceback.walk_tb(error.__traceback__)
+    if frame.f_globals.get("__name__") != "transformers.training_args":
+        return None
+    argument = re.search(r"self\.(\w+)", linecache.getline(frame.f_code.co_filename, number))
+    return argument and argument[1]
 
 
 def _end(line: str, code: int) -> NoReturn:

@@ -208,9 +208,13 @@ class CorpusArguments(GivenArguments):
     )
 
     def __post_init__(self) -> None:
-        """Refuse an evaluation of no rows."""
+        """Refuse an evaluation of no rows, and a share of masked tokens that trains nothing."""
         if self.max_eval_rows < 1:
             raise ValueError(f"`max_eval_rows={self.max_eval_rows}` must be at least 1.")
+        if not 0 < self.mlm_probability <= 1:
+            raise ValueError(
+                f"`mlm_probability={self.mlm_probability}` must be greater than 0 and at most 1: 0.15 is usual."
+            )
 
     def text_name(self) -> str:
         """Name of the text in the model card."""

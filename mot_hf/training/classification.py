@@ -101,6 +101,7 @@ def finetune_and_evaluate(
         ValueError: As in [`load_classification_data`] and [`finetune_classification`].
         OSError: Likewise.
     """
+    check_run(training_args, method_args)
     with training_args.main_process_first(desc="reading the texts"):
         data = load_classification_data(args)
     trainer = finetune_classification(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tqdm import tqdm
+from transformers import TrainingArguments
 
 from mot_hf import MoTConfig
 from mot_hf.terminal import clean, clean_messages, messages_above_bars, one_line, report_errors
@@ -104,3 +105,22 @@ def test_a_refused_configuration_is_told_by_its_reason(capsys: pytest.CaptureFix
 def test_a_fault_of_our_own_keeps_its_traceback() -> None:
     with pytest.raises(TypeError), report_errors():
         raise TypeError("a bug")
+
+
+def test_a_package_that_is_missing_is_named_in_a_librarys_own_words(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), report_errors():
+        raise ImportError("You need to install `galore_torch`")
+    assert capsys.readouterr().err == "error: You need to install `galore_torch`\n"
+
+
+def test_a_name_that_is_missing_is_a_fault_of_our_own() -> None:
+    with pytest.raises(ImportError, match="cannot import name"), report_errors():
+        from mot_hf.terminal import absent  # pyright: ignore[reportAttributeAccessIssue]  # noqa: F401
+
+
+def test_an_argument_that_the_trainer_fails_at_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), report_errors():
+        TrainingArguments(output_dir=str(tmp_path), accelerator_config={"foo": 1})
+    assert capsys.readouterr().err.startswith("error: `accelerator_config`: AcceleratorConfig.__init__() got an")
+    with pytest.raises(TypeError), report_errors():
+        TrainingArguments(output_dir=str(tmp_path), no_argument=1)

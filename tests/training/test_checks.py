@@ -22,7 +22,6 @@ from tests.training.trainers import make_trainer, model_of
         ({"max_steps": 0}, "`max_steps=0` must be at least 1"),
         ({"max_steps": -5}, "`max_steps=-5` must be at least 1"),
         ({"max_steps": -1, "num_train_epochs": 0}, "`num_train_epochs=0` must be greater than 0"),
-        ({"max_steps": -1, "num_train_epochs": float("nan")}, "`num_train_epochs=nan` must be greater than 0"),
         ({"gradient_accumulation_steps": -1}, "`gradient_accumulation_steps=-1` must be at least 1"),
         ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size=0` must be at least 1"),
         ({"per_device_eval_batch_size": -3}, "`per_device_eval_batch_size=-3` must be at least 1"),

@@ -136,8 +136,9 @@ class MoTConfig(PreTrainedConfig):
             K is at least 2. A single expert's weight would always be 1, and the loss would not train the controllers.
         output_router_logits (`bool`, *optional*, defaults to `False`):
             Whether to return the controllers' logits and, in mode `moe`, to add the load-balancing loss to the loss.
+            Language models alone do so: classification and question answering have neither.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.01):
-            Weight of the load-balancing loss (mode `moe` only), in units of the loss.
+            Weight of the load-balancing loss (language models in mode `moe` only), in units of the loss.
         mixing (`str`, *optional*, defaults to `"cross_example"`):
             Mixing mode in training: `"cross_example"`, `"per_sequence"` or `"moe"`.
         inference_mixing (`str`, *optional*):
@@ -439,6 +440,26 @@ class MoTConfig(PreTrainedConfig):
         for word in layer_types:
             if word not in ("dense", "sparse"):
                 raise ValueError(f"`mlp_layer_types` may contain 'dense' and 'sparse' (MoT), got {word!r}.")
+
+    def validate_full_attention(self) -> None:
+        """Refuse fields of other models that limit how far attention sees."""
+        # Layers would ignore them, and caches would drop keys and values that layers need.
+        layer_types = getattr(self, "layer_types", None)
+        if any(kind != "full_attention" for kind in layer_types or ()):
+            raise ValueError(
+                f"`layer_types` may contain 'full_attention' only, got {layer_types}: MoT models have no other "
+                "attention. Leave it out."
+            )
+        if getattr(self, "use_sliding_window", None):
+            raise ValueError(
+                f"`use_sliding_window` must be False, got {self.use_sliding_window!r}: MoT models have full attention "
+                "only. Leave it out."
+            )
+        for name in ("sliding_window", "attention_chunk_size"):
+            if (value := getattr(self, name, None)) is not None:
+                raise ValueError(
+                    f"`{name}` must be None, got {value!r}: MoT models have full attention only. Leave it out."
+                )
 
     def validate_rope(self) -> None:
         """Check the type of the rotary embedding and its numbers."""

@@ -7,26 +7,37 @@ import copy
 import inspect
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteriaList
+from transformers.generation import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.generation.utils import GenerateNonBeamOutput
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    MaskedLMOutput,
+    MoeCausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .arguments_mot import CACHE_NAME, known_arguments_only
+from .arguments_mot import CACHE_NAME, known_arguments_only, merge_caches
 from .configuration_mot import MoTConfig
-from .mixing_mot import find_padding, is_of_tokens
+from .mixing_mot import count_cached, find_padding, is_of_tokens, select_columns
 from .modeling_mot import MoTModel, MoTPreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -72,16 +83,22 @@ class MoTLanguageModel(MoTPreTrainedModel):
         config = self.config
         if output_router_logits is None:
             output_router_logits = config.output_router_logits
+        # The other modes need no balancing.
+        balances = output_router_logits and self._resolve_mixing(inputs["mixing"]) == "moe"
+        mask, token_mask = inputs["attention_mask"], inputs["token_mask"]
+        # Before the pass, in which the cache grows.
+        num_cached = count_cached(inputs.get(CACHE_NAME), mask) if balances else 0
         outputs = self.model(**inputs, output_router_logits=output_router_logits, **kwargs)
         kept_columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept_columns, :])
         loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
 
         aux_loss = None
-        # The other modes need no balancing.
-        if outputs.router_logits and self._resolve_mixing(inputs["mixing"]) == "moe":
+        if outputs.router_logits and balances:
             # Padding is routed too, but must not count as load.
-            token_mask = find_padding(outputs.last_hidden_state, inputs["attention_mask"], inputs["token_mask"])
+            if token_mask is None and is_of_tokens(mask):
+                token_mask = select_columns(mask, outputs.last_hidden_state.shape[1], num_cached)
+            token_mask = find_padding(outputs.last_hidden_state, token_mask)
             aux_loss = load_balancing_loss_func(
                 outputs.router_logits, config.num_experts, config.num_experts_per_tok, token_mask
             )
@@ -174,8 +191,7 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "cache": cache,
+            CACHE_NAME: merge_caches(past_key_values, cache, kwargs),
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
             "mixing": mixing,
@@ -188,19 +204,20 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
 
         Args:
             args, kwargs: Arguments of transformers' `generate_batch`.
-            mixing (`str`, *optional*): `"per_sequence"` or `"moe"`. Defaults to the configuration's mode.
+            mixing (`str`, *optional*): `"per_sequence"` or `"moe"`. Defaults to `mixing` of the generation
+                configuration, else to the configuration's mode.
 
         Raises:
             ValueError: An argument or the mode is unknown, or the mode is `cross_example`, which needs several rows:
                 continuous batching puts all requests into one.
         """
-        mode = self._resolve_mixing(mixing)
+        generation_config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        mode = self._resolve_mixing(mixing or self._find_mixing(generation_config))
         if mode == "cross_example":
             raise ValueError(
                 "mixing='cross_example' mixes different rows of the batch, and continuous batching puts all requests "
                 "into one. Pass mixing='per_sequence' or 'moe', or use `generate` on a batch of rows."
             )
-        generation_config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         known = {*inspect.signature(super().generate_batch).parameters, "max_new_tokens", "input_ids"} - {"kwargs"}
         for name in kwargs.keys() - known:
             _refuse_dropped(name, kwargs[name], generation_config)
@@ -215,6 +232,33 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
             finally:
                 setattr(self.config, name, configured)
 
+    def _find_mixing(self, generation_config: GenerationConfig | None) -> str | None:
+        """The mode that a call's generation configuration names, or else the model's, as with any other field."""
+        configs = (generation_config, self.generation_config)
+        return next((mode for config in configs if (mode := getattr(config, "mixing", None)) is not None), None)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        mixing = kwargs.pop("mixing", None) or self._find_mixing(generation_config)
+        # Pyright: no model has all that the protocol of transformers' `self` asks for.
+        prepare = super()._prepare_generation_config  # pyright: ignore[reportAttributeAccessIssue]
+        prepared, model_kwargs = prepare(generation_config, **kwargs)
+        return prepared, model_kwargs | ({} if mixing is None else {"mixing": mixing})
+
+    def _get_logits_processor(
+        self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> LogitsProcessorList:
+        get = super()._get_logits_processor  # pyright: ignore[reportAttributeAccessIssue]  # as above
+        processors = LogitsProcessorList(get(*args, model_kwargs=model_kwargs, **kwargs))
+        mixing = (model_kwargs or {}).get("mixing")
+        for index, processor in enumerate(processors):
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) and processor.model is self:
+                # It runs the model itself. A copy, because the caller may use it again in another mode.
+                processors[index] = processor = copy.copy(processor)
+                processor.model = partial(self, mixing=mixing)
+        return processors
+
     def _sample(
         self, input_ids: Tensor, *args: Any, stopping_criteria: StoppingCriteriaList, **kwargs: Any
     ) -> GenerateNonBeamOutput | Tensor:
@@ -222,8 +266,7 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
         if self._resolve_mixing(kwargs.get("mixing")) == "cross_example":
             stopping_criteria = RowEnds(stopping_criteria, len(input_ids), input_ids.device)
             kwargs["row_ends"] = stopping_criteria
-        # Pyright: no model has all that the protocol of transformers' `self` asks for.
-        sample = super()._sample  # pyright: ignore[reportAttributeAccessIssue]
+        sample = super()._sample  # pyright: ignore[reportAttributeAccessIssue]  # as above
         return sample(input_ids, *args, stopping_criteria=stopping_criteria, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -235,12 +278,23 @@ class MoTForCausalLM(MoTLanguageModel, GenerationMixin):
         tokenizer: Any = None,  # for stop strings: `generate` would pass it on to the model
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Prepare the model's inputs for one step of `generate()`, with a mask of the tokens to mix."""
+        """Prepare the model's inputs for one step of `generate()`, with a mask of the tokens to mix.
+
+        Raises:
+            ValueError: A 2-D `attention_mask` has columns after the tokens, where `generate` adds those of new ones.
+        """
         prepare = super().prepare_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]  # as in `_sample`
         model_inputs = prepare(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        ids, embeddings = model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")
+        num_rows, num_columns = (embeddings if ids is None else ids).shape[:2]
+        if is_of_tokens(attention_mask):
+            num_tokens = count_cached(kwargs.get(CACHE_NAME), attention_mask) + num_columns
+            if attention_mask.shape[1] > num_tokens:
+                raise ValueError(
+                    f"`attention_mask` has {attention_mask.shape[1]} columns, and there are {num_tokens} tokens in a "
+                    "row. `generate` adds the columns of new tokens: give it a mask of the prompt and what is cached."
+                )
         if self._resolve_mixing(kwargs.get("mixing")) == "cross_example":
-            ids, embeddings = model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")
-            num_rows, num_columns = (embeddings if ids is None else ids).shape[:2]
             if num_rows > 1:
                 logger.warning_once(
                     "Generating in mode cross_example: the rows of the batch, beams included, influence one another. "
@@ -364,7 +418,64 @@ class MoTForSequenceClassification(GenericForSequenceClassification, MoTPreTrain
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
-    forward = known_arguments_only(GenericForSequenceClassification.forward, MoTModel.forward)
+    @known_arguments_only
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        mixing: str | None = None,
+        token_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]  # overlaps, as in transformers
+    ) -> SequenceClassifierOutputWithPast:
+        r"""Classify every row by its last token; takes the arguments of [`MoTModel.forward`], and these.
+
+        Args:
+            attention_mask (`torch.Tensor`, *optional*): A 2-D mask says which token is a row's last. Without one it is
+                the last other than `config.pad_token_id`, or of `inputs_embeds` the last column.
+            labels (`torch.Tensor`, *optional*): Numbers of classes `[B]`, or what else `config.problem_type` needs.
+
+        Returns:
+            `SequenceClassifierOutputWithPast`: `loss` (with labels), `logits` `[B, num_labels]`, and what was asked
+            for.
+        """
+        cache = merge_caches(past_key_values, cache, kwargs)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            "mixing": mixing,
+            "token_mask": token_mask,
+            CACHE_NAME: cache,
+            **kwargs,
+        }
+        if not is_of_tokens(attention_mask):
+            return super().forward(labels=labels, **inputs)
+        num_cached = count_cached(cache, attention_mask)  # before the pass, in which the cache grows
+        outputs = self.model(**inputs)
+        hidden_states = outputs.last_hidden_state  # [B, T, D]
+        num_rows, num_columns = hidden_states.shape[:2]
+        is_token = select_columns(attention_mask, num_columns, num_cached).to(hidden_states.device, torch.bool)
+        last = (is_token * torch.arange(num_columns, device=hidden_states.device)).argmax(dim=1)  # [B]
+        logits = self.score(hidden_states[torch.arange(num_rows, device=hidden_states.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
+        )
 
 
 class MoTForTokenClassification(GenericForTokenClassification, MoTPreTrainedModel):
@@ -376,7 +487,8 @@ class MoTForTokenClassification(GenericForTokenClassification, MoTPreTrainedMode
         MoTPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = MoTModel(config)
-        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
+        rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))  # as in the parent
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

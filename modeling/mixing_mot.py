@@ -16,6 +16,7 @@ from typing import Any, TypeGuard, cast, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.utils.generic import maybe_autocast
 from transformers.utils.import_utils import is_tracing
 
@@ -70,7 +71,7 @@ class MixingContext:
 
     def __init__(self, mode: str, buckets: Tensor, token_mask: Tensor | None = None, *, gathers: bool = True) -> None:
         self.mode, self.buckets, self.token_mask = mode, buckets, token_mask
-        self.masks: tuple[Tensor, Any, Tensor | None] | None = None
+        self.masks: tuple[Tensor, Tensor | None] | None = None
         self.groups: Groups | None = None
         self.companions: dict[int, RunningStatistics] = {}
         self.sums: dict[int, GroupSums] | None = {} if gathers else None
@@ -356,13 +357,13 @@ def route_tokens(
 
 
 def find_position_buckets(
-    inputs_embeds: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, num_cached: int
+    inputs_embeds: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, num_cached: int | Tensor
 ) -> Tensor:
     """The position buckets `[B, T]` of this call's tokens, by their positions in their own sequence."""
     num_rows, num_columns = inputs_embeds.shape[:2]
     if position_ids is None and is_of_tokens(attention_mask):
         # Padding on the left does not count: it must not change a row's results.
-        position_ids = attention_mask.long().cumsum(dim=1)[:, -num_columns:] - 1  # [B, T]
+        position_ids = select_columns(attention_mask.long().cumsum(dim=1) - 1, num_columns, num_cached)  # [B, T]
     elif position_ids is None:
         position_ids = torch.arange(num_columns, device=inputs_embeds.device)[None] + num_cached
     later_buckets = torch.arange(1, NUM_POSITION_BUCKETS, device=position_ids.device)  # [P - 1]
@@ -370,10 +371,8 @@ def find_position_buckets(
     return (position_ids[..., None] >= starts).sum(-1).expand(num_rows, -1)
 
 
-def find_padding(inputs_embeds: Tensor, attention_mask: Tensor | None, token_mask: Tensor | None) -> Tensor | None:
+def find_padding(inputs_embeds: Tensor, token_mask: Tensor | None) -> Tensor | None:
     """The mask `[B, T]` of this call's tokens, or `None` if there is known to be no padding."""
-    if token_mask is None and is_of_tokens(attention_mask):
-        token_mask = attention_mask[:, -inputs_embeds.shape[1] :]
     if token_mask is None:
         return None
     token_mask = token_mask.to(inputs_embeds.device, torch.bool)
@@ -385,6 +384,56 @@ def find_padding(inputs_embeds: Tensor, attention_mask: Tensor | None, token_mas
 def is_of_tokens(attention_mask: Any) -> TypeGuard[Tensor]:
     """Whether a mask says of every token whether it is padding; flex attention has masks that are no tensors."""
     return isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+
+
+def count_cached(cache: Any, attention_mask: Any) -> int | Tensor:
+    """The number of columns in a cache: a tensor if the cache is static and no mask of tokens is compared with it."""
+    num_cached = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    if not isinstance(num_cached, Tensor):
+        return num_cached
+    if is_of_tokens(attention_mask) and not is_tracing(num_cached):
+        return int(num_cached)
+    return num_cached.clone()  # the cache counts in place
+
+
+def fit_masks(
+    attention_mask: Tensor | None, token_mask: Tensor | None, num_columns: int, num_cached: int | Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Cut columns after this call's tokens off an attention mask, and take the tokens' own mask from it.
+
+    Args:
+        attention_mask (`torch.Tensor`, *optional*): The mask `[B, past + T]`, or longer, as one that is made once for
+            a static cache. Other masks stay as they are.
+        token_mask (`torch.Tensor` of shape `[B, T]`, *optional*): The tokens' own mask, if the caller gives it.
+        num_columns (`int`): Number T of this call's columns.
+        num_cached (`int` or `torch.Tensor`): Number of columns before them. Without its value, as in a graph, nothing
+            is cut off or refused: attention cuts by itself.
+
+    Returns:
+        `tuple(torch.Tensor, torch.Tensor)`: The attention mask and the tokens' own, each `None` if there is none.
+
+    Raises:
+        ValueError: A mask of tokens is too short.
+    """
+    if not is_of_tokens(attention_mask):
+        return attention_mask, token_mask
+    if not isinstance(num_cached, Tensor):
+        if attention_mask.shape[1] < num_cached + num_columns:
+            raise ValueError(
+                f"`attention_mask` has {attention_mask.shape[1]} columns, and there are {num_cached} cached and "
+                f"{num_columns} new tokens in a row. Give it a column for each of these {num_cached + num_columns}."
+            )
+        attention_mask = attention_mask[:, : num_cached + num_columns]
+    if token_mask is None:
+        token_mask = select_columns(attention_mask, num_columns, num_cached)
+    return attention_mask, token_mask
+
+
+def select_columns(of_mask: Tensor, num_columns: int, num_cached: int | Tensor) -> Tensor:
+    """The columns `[B, T]` of this call's tokens, out of a mask's `[B, past + T]` or more."""
+    if isinstance(num_cached, Tensor):  # a slice would have to know its value
+        return of_mask[:, torch.arange(num_columns, device=of_mask.device) + num_cached.to(of_mask.device)]
+    return of_mask[:, num_cached : num_cached + num_columns]
 
 
 def refuse_flattened_rows(

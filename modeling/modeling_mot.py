@@ -40,8 +40,10 @@ from .mixing_mot import (
     MIXING_MODES,
     MixingContext,
     MoTRouter,
+    count_cached,
     find_padding,
     find_position_buckets,
+    fit_masks,
     gather_from_rows,
     mix_across_examples,
     mix_with_expected_companions,
@@ -369,15 +371,17 @@ class MoTModel(MoTPreTrainedModel):
         Args:
             input_ids (`torch.Tensor` of shape `[B, T]`, *optional*): Token ids; or give `inputs_embeds`.
             attention_mask (`torch.Tensor`, *optional*): 1 for tokens and 0 for padding, over all columns seen so far
-                `[B, past + T]`; or a 4-D mask, which only attention uses.
+                `[B, past + T]`; columns after them, as of a mask made once for a static cache, do not count. Or a 4-D
+                mask, which only attention uses.
             position_ids (`torch.Tensor` of shape `[B, T]`, *optional*): Positions. Defaults to the columns' numbers.
+                Without a cache and a mask, a row is taken for several sequences where they do not rise by 1.
             past_key_values (`Cache`, *optional*): Keys and values of earlier columns.
             inputs_embeds (`torch.Tensor` of shape `[B, T, D]`, *optional*): Embeddings in place of `input_ids`.
             use_cache (`bool`, *optional*): Whether to return a cache. Defaults to `config.use_cache`.
             mixing (`str`, *optional*): Mixing mode of this call. Defaults to `config.mixing` in training and
                 `config.inference_mixing` in evaluation.
             token_mask (`torch.Tensor` of shape `[B, T]`, *optional*): Which of this call's tokens are not padding, for
-                mode `cross_example`. Defaults to the last T columns of a 2-D `attention_mask`, else to all.
+                mode `cross_example`. Defaults to their columns of a 2-D `attention_mask`, else to all.
             cache (`Cache`, *optional*): The name of `past_key_values` in transformers 5.24 and later.
             kwargs: Passed on to attention; also `output_hidden_states`, `output_attentions`, `output_router_logits`.
 
@@ -387,7 +391,8 @@ class MoTModel(MoTPreTrainedModel):
 
         Raises:
             ValueError: An argument is not known, `mixing` is unknown, both or neither of `input_ids` and
-                `inputs_embeds` are given, or mode `cross_example` is given several sequences in one row.
+                `inputs_embeds` are given, a 2-D `attention_mask` lacks columns, or mode `cross_example` is given
+                several sequences in one row.
         """
         cache = merge_caches(past_key_values, cache, kwargs)
         mode = self._resolve_mixing(mixing)
@@ -395,23 +400,20 @@ class MoTModel(MoTPreTrainedModel):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = cast(Tensor, self.embed_tokens(input_ids))
-        num_cached = 0 if cache is None or position_ids is not None else cache.get_seq_length()
+        num_columns, num_cached = inputs_embeds.shape[1], count_cached(cache, attention_mask)
+        attention_mask, token_mask = fit_masks(attention_mask, token_mask, num_columns, num_cached)
         context = MixingContext(mode, find_position_buckets(inputs_embeds, position_ids, attention_mask, num_cached))
         if mode == "cross_example":
             refuse_flattened_rows(inputs_embeds, attention_mask, position_ids, cache, kwargs)
         elif mode == "per_sequence" and not (is_tracing(inputs_embeds) or self._companions_were_checked):
             self._check_companions()
-        self._form_groups(context, inputs_embeds, attention_mask, token_mask)
+        self._form_groups(context, inputs_embeds, token_mask)
 
         if self.training and torch.is_grad_enabled():
             context.companions = self._keep_companions(context)
 
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
-        if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + num_cached
-            position_ids = position_ids.unsqueeze(0)  # [1, T]
-        # Bidirectional if `is_causal` of the call or the configuration is False, whatever this function's name.
+        # Bidirectional if `is_causal` of the call or the configuration is False, whatever this function's name. A new
+        # cache is made after it: beside one, transformers looks for no sequences that are packed into a row.
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -419,6 +421,11 @@ class MoTModel(MoTPreTrainedModel):
             position_ids=position_ids,
             **{CACHE_NAME: cache},
         )
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = torch.arange(num_columns, device=inputs_embeds.device) + num_cached
+            position_ids = position_ids.unsqueeze(0)  # [1, T]
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -451,24 +458,18 @@ class MoTModel(MoTPreTrainedModel):
         needed = context.mode == "per_sequence" or (context.groups is not None and context.groups.present is not None)
         return {index: companions.snapshot() for index, companions in self._companions().items()} if needed else {}
 
-    def _form_groups(
-        self,
-        context: MixingContext,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        token_mask: Tensor | None,
-    ) -> None:
+    def _form_groups(self, context: MixingContext, inputs_embeds: Tensor, token_mask: Tensor | None) -> None:
         """Form the groups that a pass mixes, or whose statistics it gathers."""
         # In mode per_sequence not without gradients: a trainer may let its model generate, or score answers, in
         # training mode.
         is_live = self.training and torch.is_grad_enabled() and self.config.live_companions
         gathers = context.mode == "per_sequence" and (is_live or self.is_calibrated)
         if gathers or context.mode == "cross_example":
-            context.token_mask = find_padding(inputs_embeds, attention_mask, token_mask)
+            context.token_mask = find_padding(inputs_embeds, token_mask)
             context.groups = form_groups(context.buckets, context.token_mask, self.config.group_size)
         else:
             context.sums = None
-            context.masks = (inputs_embeds, attention_mask, token_mask) if self.training else None
+            context.masks = (inputs_embeds, token_mask) if self.training else None
 
     def _check_companions(self) -> None:
         """Warn once per model if the statistics that stand in for other rows were never gathered."""

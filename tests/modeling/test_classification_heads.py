@@ -1,10 +1,12 @@
 """The losses of the classifiers in the stock `Trainer`."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers import Qwen3Config, Qwen3ForTokenClassification
 
 from mot_hf import MoTForSequenceClassification, MoTForTokenClassification
 from tests.models import tiny_config
@@ -24,3 +26,20 @@ def test_losses_of_accumulated_micro_batches_are_averaged(head: type, tmp_path: 
         trainer.train()
         losses.append(losses_of(trainer))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rate"),
+    [
+        ({}, 0.1),
+        ({"classifier_dropout": None}, 0.1),
+        ({"classifier_dropout": 0.0}, 0.0),
+        ({"classifier_dropout": 0.3, "hidden_dropout": 0.5}, 0.3),
+        ({"classifier_dropout": None, "hidden_dropout": 0.5}, 0.5),
+    ],
+    ids=str,
+)
+def test_dropout_before_token_classification_is_that_of_transformers(fields: dict[str, Any], rate: float) -> None:
+    assert MoTForTokenClassification(tiny_config(**fields)).dropout.p == rate
+    qwen3 = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 97, "head_dim": 8}
+    assert Qwen3ForTokenClassification(Qwen3Config(**qwen3, **fields)).dropout.p == rate

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from mot_hf import MoTConfig, MoTForCausalLM
+from mot_hf import MoTConfig, MoTForCausalLM, MoTModel
 from mot_hf.modeling import configuration_mot
 from tests.models import random_ids, tiny_config
 
@@ -267,6 +267,11 @@ def test_wrong_types_and_words_name_the_field(name: str, value: object) -> None:
         ),
         *(({"attention_dropout": value}, ["`attention_dropout`", str(value)]) for value in (-0.5, 1, float("nan"))),
         *(({"companion_momentum": v}, ["`companion_momentum`", str(v)]) for v in (0, 1.5, -0.1, float("nan"))),
+        ({"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, ["`layer_types`", "'sliding_attention'"]),
+        ({"sliding_window": 4}, ["`sliding_window` must be None, got 4"]),
+        ({"sliding_window": 0}, ["`sliding_window` must be None, got 0"]),
+        ({"use_sliding_window": True}, ["`use_sliding_window` must be False, got True"]),
+        ({"attention_chunk_size": 8}, ["`attention_chunk_size` must be None, got 8"]),
     ],
     ids=str,
 )
@@ -318,6 +323,20 @@ def test_values_that_would_trip_others_up_are_refused_at_once(overrides: dict[st
 def test_a_configuration_is_loaded_with_the_dtypes_that_models_are(tmp_path: Path, dtype: Any) -> None:
     tiny_config().save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path, dtype=dtype).hidden_size == 32
+
+
+def test_fields_of_other_models_that_leave_attention_full_are_harmless(tmp_path: Path) -> None:
+    fields = {"use_sliding_window": False, "sliding_window": None, "layer_types": ["full_attention"] * 4}
+    tiny_config(**fields, max_window_layers=28, attention_chunk_size=None).save_pretrained(tmp_path)
+    assert MoTConfig.from_pretrained(tmp_path).layer_types == fields["layer_types"]
+    assert tiny_config(layer_types=None, use_sliding_window=None).num_hidden_layers == 4
+
+
+def test_a_window_set_later_is_refused_when_a_model_is_made() -> None:
+    config = tiny_config()
+    config.sliding_window = 4
+    with pytest.raises(StrictDataclassClassValidationError, match="`sliding_window` must be None, got 4"):
+        MoTModel(config)
 
 
 def test_a_configuration_file_of_endless_layers_is_refused_at_once(tmp_path: Path) -> None:

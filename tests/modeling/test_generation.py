@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,7 +12,14 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, StaticCache, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from mot_hf import MoTForCausalLM
 from tests.models import EOS, MODES, PAD, random_ids, tiny_config, trained
@@ -182,6 +191,70 @@ def test_mixing_of_a_call_reaches_the_layers(model: MoTForCausalLM) -> None:
         model.generate(ids, max_new_tokens=3)
     assert modes == {"moe"}
     assert not hasattr(model.generation_config, "mixing")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("arguments", [{}, {"use_cache": False}, {"num_beams": 2}], ids=str)
+def test_guidance_runs_in_the_mode_of_a_call(model: MoTForCausalLM, mode: str, arguments: dict[str, Any]) -> None:
+    guided = {"max_new_tokens": 3, "min_new_tokens": 3, "guidance_scale": 1.5, **arguments}
+    ids = random_ids(3, 5)
+    with recorded_modes(model) as modes:
+        tokens = model.generate(ids, mixing=mode, do_sample=False, **guided)
+    assert modes == {mode}
+    model.set_mixing(inference_mixing=mode)
+    assert torch.equal(model.generate(ids, do_sample=False, **guided), tokens)
+
+
+def test_a_callers_own_guidance_is_left_as_it_was(model: MoTForCausalLM) -> None:
+    ids = random_ids(2, 5)
+    for mode in ("moe", "per_sequence"):
+        guidance = UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, model)
+        with recorded_modes(model) as modes:
+            model.generate(ids, mixing=mode, max_new_tokens=3, logits_processor=[guidance])
+        assert modes == {mode}
+        assert guidance.model is model
+
+
+def test_a_generation_config_can_name_the_mode(model: MoTForCausalLM, tmp_path: Path) -> None:
+    ids = random_ids(3, 5)
+
+    def modes_of(*arguments: Any, **named: Any) -> set[str]:
+        with recorded_modes(model) as modes:
+            model.generate(ids, *arguments, **({"max_new_tokens": 2} | named))
+        return modes
+
+    config = GenerationConfig(max_new_tokens=2, mixing="moe", guidance_scale=1.5)
+    assert modes_of(config) == modes_of(generation_config=config) == modes_of(config, num_beams=2) == {"moe"}
+    assert modes_of(config, mixing="cross_example") == {"cross_example"}
+    assert modes_of(config, mixing=None) == {"moe"}
+    assert config.mixing == "moe"
+    with pytest.raises(ValueError, match=r"`mixing` must be one of .* got 'both'"):
+        modes_of(GenerationConfig(mixing="both"))
+    assert modes_of() == {"per_sequence"}
+    # The model's own comes after the call's.
+    model.generation_config.mixing = "cross_example"
+    assert modes_of() == {"cross_example"}
+    assert modes_of(config) == modes_of(mixing="moe") == {"moe"}
+    model.generation_config = GenerationConfig(mixing="cross_example")
+    model.save_pretrained(tmp_path)
+    model = MoTForCausalLM.from_pretrained(tmp_path)
+    assert modes_of() == {"cross_example"}
+
+
+def test_calls_from_several_threads_keep_their_modes(model: MoTForCausalLM) -> None:
+    ids = random_ids(1, 5)
+    calls = [{"mixing": mode} for mode in MODES]
+    calls += [{"generation_config": GenerationConfig(mixing=mode)} for mode in MODES]
+
+    def run(call: dict[str, Any]) -> Tensor:
+        common = {"max_new_tokens": 6, "min_new_tokens": 6, "guidance_scale": 1.5, "do_sample": False}
+        output = model.generate(ids, **common, **call, output_scores=True, return_dict_in_generate=True)
+        return torch.stack(output.scores)
+
+    expected = [run(call) for call in calls]
+    assert not any(torch.allclose(expected[0], other) for other in expected[1:3])
+    with ThreadPoolExecutor(6) as pool:
+        torch.testing.assert_close(list(pool.map(run, calls)), expected)
 
 
 @pytest.mark.parametrize("mode", MODES)

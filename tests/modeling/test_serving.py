@@ -269,6 +269,29 @@ def test_continuous_batching_obeys_the_mode_of_a_call(
     assert model.config.inference_mixing == "per_sequence"
 
 
+@pytest.mark.parametrize("entrance", ["generate_batch", "generate"])
+def test_continuous_batching_obeys_the_mode_of_a_generation_config(
+    model: MoTForCausalLM, prompts: list[Tensor], entrance: str
+) -> None:
+    prompt = prompts[2]
+    in_moe = generate(model, prompt[None], mixing="moe")[0].tokens
+
+    def run(mode: str | None) -> list[int]:
+        config = GenerationConfig(max_new_tokens=NUM_NEW_TOKENS, do_sample=False, eos_token_id=EOS, pad_token_id=PAD)
+        config.mixing = mode
+        arguments: dict[str, Any] = {"generation_config": config, "continuous_batching_config": few_small_pages()}
+        if entrance == "generate_batch":
+            return next(iter(model.generate_batch([prompt.tolist()], **arguments).values())).generated_tokens
+        return model.generate(prompt[None], cache_implementation="paged", **arguments)[0, 0, len(prompt) :].tolist()
+
+    assert run("moe") == in_moe
+    with pytest.raises(ValueError, match="continuous batching puts all requests into one"):
+        run("cross_example")
+    model.generation_config.mixing = "moe"
+    assert run(None) == in_moe
+    assert model.config.inference_mixing == "per_sequence"
+
+
 def test_calls_from_several_threads_keep_their_modes(model: MoTForCausalLM, prompts: list[Tensor]) -> None:
     prompt, modes = prompts[2], ["moe", "per_sequence"] * 2
     expected = [generate(model, prompt[None], mixing=mode)[0].tokens for mode in modes]

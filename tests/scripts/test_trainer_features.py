@@ -116,7 +116,10 @@ class TestFeatures:
         assert all(torch.equal(value, saved[name]) for name, value in final.items())
 
     def test_lora(self, folder: Path, script: str) -> None:
-        tuned = run(folder, script, f"{script}_lora", "--lora_rank", "2", "--learning_rate", "0.01")
+        flags = ["--lora_rank", "2", "--learning_rate", "0.01"]
+        if script.startswith("train"):  # adapters are of a trained model
+            flags += ["--model_name_or_path", str(run(folder, script, f"{script}_base"))]
+        tuned = run(folder, script, f"{script}_lora", *flags)
         saved = load_file(tuned / "adapter_model.safetensors")
         assert any("experts" in name and "lora_B" in name and value.any() for name, value in saved.items())
         assert any("companions" in name for name in saved)

@@ -193,7 +193,7 @@ def find_balance(args: Arguments, num_experts: int) -> dict[str, float]:
 def tabulate_counts(counted: dict[str, Any]) -> str:
     """A table of what was counted."""
     lines = [
-        "| processes | all-to-alls | gathers | scatters | sums | KB sent | KB calculated | looks of the host |",
+        "| processes | all-to-alls | gathers | scatters | sums | KB sent | KB calculated | times the host waits |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, pass_ in counted.items():

@@ -37,7 +37,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .arguments_mot import CACHE_NAME, known_arguments_only, merge_caches
 from .configuration_mot import MoTConfig
-from .mixing_mot import count_cached, find_padding, is_of_tokens, select_columns
+from .mixing_mot import count_cached, find_padding, fit_masks, is_of_tokens, select_columns
 from .modeling_mot import MoTModel, MoTPreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -96,8 +96,7 @@ class MoTLanguageModel(MoTPreTrainedModel):
         aux_loss = None
         if outputs.router_logits and balances:
             # Padding is routed too, but must not count as load.
-            if token_mask is None and is_of_tokens(mask):
-                token_mask = select_columns(mask, outputs.last_hidden_state.shape[1], num_cached)
+            _, token_mask = fit_masks(mask, token_mask, outputs.last_hidden_state.shape[1], num_cached)
             token_mask = find_padding(outputs.last_hidden_state, token_mask)
             aux_loss = load_balancing_loss_func(
                 outputs.router_logits, config.num_experts, config.num_experts_per_tok, token_mask

@@ -1,5 +1,6 @@
 """Checks of a run's arguments before anything is read: what would train nothing, fail late or keep the wrong model."""
 
+from collections.abc import Mapping
 from math import inf, isfinite
 from typing import Any
 
@@ -36,10 +37,7 @@ def check_run(args: TrainingArguments, method_args: MethodArguments) -> None:
     """
     refuse_arguments(args)
     _check_length(args)
-    for name in _COUNTS:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}={value}` must be at least 1.")
+    check_counts({name: getattr(args, name) for name in _COUNTS})
     if method_args.early_stopping_patience:
         if args.eval_strategy == IntervalStrategy.NO:
             raise ValueError(
@@ -49,6 +47,20 @@ def check_run(args: TrainingArguments, method_args: MethodArguments) -> None:
         if args.metric_for_best_model is None:
             args.metric_for_best_model, args.greater_is_better = "loss", False
     choose_direction(args)
+
+
+def check_counts(values: Mapping[str, int | None]) -> None:
+    """Refuses numbers below 1.
+
+    Args:
+        values (`Mapping[str, int]`): Arguments by name; `None` for those that are not given.
+
+    Raises:
+        ValueError: A number is below 1.
+    """
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}={value}` must be at least 1.")
 
 
 def choose_direction(args: TrainingArguments) -> None:

@@ -18,6 +18,7 @@ from mot_hf.modeling.parallel_mot import check_sharding
 from mot_hf.sizes import count_flops, count_parameters
 from mot_hf.training.activations import track_activations
 from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArguments
+from mot_hf.training.checks import check_counts
 from mot_hf.training.language_modeling import DEFAULT_VOCAB_SIZE, find_masked, make_config
 from mot_hf.training.layout import Layout, count_gathered_bytes, count_held, count_sent_bytes, count_whole_gradients
 from mot_hf.training.tokenizer_choice import load_named_tokenizer
@@ -151,9 +152,7 @@ def _check_run(training_args: TrainingArguments, method_args: MethodArguments) -
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
     values = {name: getattr(training_args, name) for name in names}
     values |= {name: getattr(method_args, name) for name in ("tp_size", "fsdp_size", "ep_size")}
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"`{name}={value}` must be at least 1.")
+    check_counts(values)
 
 
 def find_vocab_size(corpus_args: CorpusArguments, masked: bool = False) -> int:

@@ -201,10 +201,8 @@ def check_transition(
         ValueError: The checkpoint's last step would have been in another mode.
     """
     share, mode = method_args.transition_share, method_args.transition_mode
-    state_path, config_path = (
-        Path(checkpoint) / TRAINER_STATE_NAME,
-        _description_of(Path(checkpoint)) / "config.json",
-    )
+    state_path = Path(checkpoint) / TRAINER_STATE_NAME
+    config_path = _description_of(Path(checkpoint)) / "config.json"
     if share is None or not state_path.is_file() or not config_path.is_file():
         return
     state = read_object(state_path)

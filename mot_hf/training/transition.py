@@ -58,7 +58,7 @@ class TransitionTuning(TrainerCallback):
         if mode == "moe" and trainer.args.label_smoothing_factor:
             raise ValueError(
                 f"`label_smoothing_factor={trainer.args.label_smoothing_factor}` makes a loss of its own, without the "
-                "load-balancing loss of mode moe: set it to 0, or `router_aux_loss_coef` and it."
+                "load-balancing loss of mode moe: set it to 0."
             )
         self.trainer = trainer
         self.share = share
@@ -79,7 +79,7 @@ class TransitionTuning(TrainerCallback):
             config.mixing, config.inference_mixing = modes
         if state.global_step == switch:
             self.evaluate_modes(model)
-        for config in _configs(model):
+        for config in configs:
             config.output_router_logits = self.mode == "moe" and state.global_step >= switch
 
     def on_step_end(

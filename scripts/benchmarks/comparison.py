@@ -2,6 +2,7 @@
 
 import dataclasses
 import sysconfig
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,7 +158,7 @@ def validation_loss(model: PreTrainedModel, rows: Dataset, batch_size: int, **ar
 
 
 class ValidationCurve(TrainerCallback):
-    """Evaluates the model every `eval_steps` steps, and at the end.
+    """Evaluates the model every `eval_steps` steps, and at the end. A resumed run has the curve from its start.
 
     Args:
         rows (`Dataset`): Validation rows.
@@ -167,6 +168,18 @@ class ValidationCurve(TrainerCallback):
         self.rows = rows
         self.steps: list[int] = []
         self.losses: list[float] = []
+        self.minutes: list[float] = []  # since the evaluation before
+        self.start = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the evaluations from the history of a run that is resumed."""
+        history = [entry for entry in state.log_history if "validation_loss" in entry]
+        self.steps = [int(entry["step"]) for entry in history]
+        self.losses = [entry["validation_loss"] for entry in history]
+        self.minutes = [entry["minutes"] for entry in history]
+        self.start = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -175,8 +188,14 @@ class ValidationCurve(TrainerCallback):
         if state.global_step % int(args.eval_steps or state.max_steps) and state.global_step != state.max_steps:
             return
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-            self.losses.append(validation_loss(kwargs["model"], self.rows, args.per_device_eval_batch_size))
+            loss = validation_loss(kwargs["model"], self.rows, args.per_device_eval_batch_size)
+        now = time.perf_counter()
         self.steps.append(state.global_step)
+        self.losses.append(loss)
+        self.minutes.append((now - self.start) / 60)
+        self.start = now
+        entry = {"step": state.global_step, "validation_loss": loss, "minutes": self.minutes[-1]}
+        state.log_history.append(entry)
 
 
 def train_model(

@@ -235,6 +235,7 @@ def test_the_recipes_compare_the_headlines_models_trained_alike(topic: str, plac
         yaml.safe_load((RECIPES[name].parent / f"{place}.yaml").read_text()) for name in (topic, "headline")
     )
     own = {"output_dir", "max_steps", "architectures", "variants", "learning_rate", "learning_rates", "bf16", "device"}
+    own |= {"save_strategy", "save_steps", "save_total_limit"}
     assert {name: value for name, value in recipe.items() if name not in own} == {
         name: value for name, value in of_headline.items() if name not in own
     }

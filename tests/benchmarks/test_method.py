@@ -1,6 +1,7 @@
 """The benchmark of training methods, at a tiny size."""
 
 import json
+from collections.abc import Callable
 from math import log
 from pathlib import Path
 from types import ModuleType
@@ -8,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from mot_hf import MoTConfig
 from mot_hf.modeling.mixing_mot import MixingContext
 from mot_hf.modeling.modeling_mot import MoTSparseBlock
-from scripts.benchmarks.comparison import ComparisonArguments
+from scripts.benchmarks.comparison import ComparisonArguments, ValidationCurve
 from scripts.benchmarks.headline import run as headline
 from scripts.benchmarks.method import run as method_benchmark
 from scripts.benchmarks.method.grid import Grid, Plan, count_method_flops, make_method_model, prepare_trainer
@@ -182,6 +184,59 @@ def test_runs_of_two_precisions_are_not_compared(tmp_path: Path) -> None:
             assert [each["seed"] for each in grid.read_runs()] == [0]
     with pytest.raises(ValueError, match="bf16 is True there, not set here"):
         grid.read_runs()
+
+
+class InterruptionError(Exception):
+    """Stands for the end of a process."""
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [
+        ("25 % cross_example, then moe", True),
+        ("per_sequence, normalised, balanced by 0.01", False),
+        ("cross_example, half of the groups reduced", False),
+        ("cross_example, logits times 1 to 3", False),
+        ("Qwen3-MoE", True),
+    ],
+)
+def test_an_interrupted_run_goes_on_at_its_checkpoint(
+    name: str, bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.randint(TINY.vocab_size, (96, TINY.block_length), generator=torch.Generator().manual_seed(0))
+    rows = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
+    text = DatasetDict(train=rows, validation=rows.select(range(8)))
+    plan = Plan(name, 0, 1e-2)
+    results = {}
+    for folder, kept in (("whole", "no"), ("parts", "steps")):
+        args = TrainingArguments(
+            str(tmp_path / folder), use_cpu=True, report_to="none", max_steps=12, eval_steps=2, logging_steps=3,
+            per_device_train_batch_size=8, save_strategy=kept, save_steps=6, bf16=bf16, disable_tqdm=True,
+        )  # fmt: skip
+        run = Grid(TINY, args, text, "digest").make_run(plan)
+        if kept == "steps":
+            monkeypatch.setattr(ValidationCurve, "on_step_end", interrupt_at(8, ValidationCurve.on_step_end))
+            with pytest.raises(InterruptionError):
+                run.finish()
+            monkeypatch.undo()
+            assert [path.name for path in (tmp_path / folder).glob("runs/checkpoints/*/*")] == ["checkpoint-6"]
+        results[folder] = run.finish()
+        assert not list((tmp_path / folder).glob("runs/checkpoints/*"))
+    whole, parts = (results[folder] for folder in ("whole", "parts"))
+    assert min(each.pop("minutes") for each in results.values()) > 0
+    assert whole["steps"] == [2, 4, 6, 8, 10, 12]
+    assert parts == whole
+
+
+def interrupt_at(step: int, on_step_end: Callable[..., None]) -> Callable[..., None]:
+    """A callback's method that ends the run after a step."""
+
+    def interrupt(self: Any, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        on_step_end(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            raise InterruptionError
+
+    return interrupt
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

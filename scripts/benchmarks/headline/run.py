@@ -9,10 +9,10 @@ The time of a step is measured for all methods in turn and apart from the traini
 the steps alone and nothing else that the machine did. Close other programs while steps are timed.
 
 Every run is a file in OUTPUT_DIR/runs and is not repeated if the file exists. So you can do a long comparison in
-parts, with `--methods`, `--parts` and `--learning_rates`. A file that was made with other settings is refused: give
-each comparison an `--output_dir` of its own. Writes headline.json, headline.md and headline.png: the numbers, a table
-and both pairs of curves. The text is that of the recipe, or --source. The stored results, on a GPU, steps timed on a
-CPU:
+parts, with `--methods`, `--parts` and `--learning_rates`. A run that is interrupted goes on at its last checkpoint, if
+the recipe saves any. A file that was made with other settings is refused: give each comparison an `--output_dir` of
+its own. Writes headline.json, headline.md and headline.png: the numbers, a table and both pairs of curves. The text is
+that of the recipe, or --source. The stored results, on a GPU, steps timed on a CPU:
 
     python -m scripts.benchmarks.headline.run scripts/benchmarks/headline/recipes/medium.yaml --device cuda --jobs 8 \
         --bf16 true --parts training

@@ -1,12 +1,14 @@
 """Runs of methods, each in a file: one after the other, or several side by side in processes of their own."""
 
+import json
 import os
+import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -14,8 +16,17 @@ from typing import Any, NamedTuple, cast
 import torch
 from datasets import DatasetDict, load_from_disk
 from torch.nn.utils.parametrize import register_parametrization
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
+from mot_hf.storage.checkpoints import find_last_checkpoint
 from mot_hf.training import MixingMonitor, TransitionTuning
 from scripts.benchmarks.comparison import (
     ComparisonArguments,
@@ -70,8 +81,10 @@ class Grid:
         settings = make_settings(self.comparison, self.training_args, self.digest, **changes)
         words = plan.method.replace("%", "").replace(",", "").replace("/", "by").split()
         file = "_".join([*words, f"{plan.learning_rate:g}", str(plan.seed)])
-        path = Path(self.training_args.output_dir) / "runs" / f"{file}.json"
-        return Run(path, settings, lambda: self.train(plan))
+        folder = Path(self.training_args.output_dir) / "runs"
+        digest = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        checkpoints = folder / "checkpoints" / f"{file}_{digest[:16]}"
+        return Run(folder / f"{file}.json", settings, lambda: self.train(plan, checkpoints))
 
     def read_runs(self) -> list[dict[str, Any]]:
         """All runs in the folder, by method, learning rate and seed.
@@ -88,11 +101,11 @@ class Grid:
         order = list(METHODS)
         return sorted(runs, key=lambda run: (order.index(run["method"]), run["learning_rate"], run["seed"]))
 
-    def train(self, plan: Plan) -> dict[str, Any]:
-        """Train a model."""
+    def train(self, plan: Plan, checkpoints: Path) -> dict[str, Any]:
+        """Train a model, from the last of its checkpoints if it has some."""
         method, text = METHODS[plan.method], cast(DatasetDict, self.text)
         changes = {name: value for name, value in plan._asdict().items() if name != "method"}
-        args = replace(self.training_args, **changes)
+        args = replace(self.training_args, output_dir=str(checkpoints), **changes)
         set_seed(plan.seed)
         model = make_method_model(method, self.comparison)
         if args.bf16:
@@ -100,20 +113,19 @@ class Grid:
         num_rows = min(len(text["train"]), int(args.max_steps) * args.train_batch_size)
         rows = [{"input_ids": ids} for ids in text["train"][:num_rows]["input_ids"]]  # read at once, not one by one
         curve = ValidationCurve(text["validation"])
-        trainer = Trainer(model, args, collate_rows, rows, callbacks=[curve])
+        trainer = Trainer(model, args, collate_rows, rows, callbacks=[curve, NoFinalCheckpoint()])
         prepare_trainer(trainer, method)
-        start = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - start
+        trainer.train(resume_from_checkpoint=find_last_checkpoint(checkpoints))
         own = {"mixing": model.config.mixing} if method.architecture == "mot" else {}
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             trained = validation_loss(model, text["validation"], args.per_device_eval_batch_size, **own)
+        shutil.rmtree(checkpoints, ignore_errors=True)
         return plan._asdict() | {
             "steps": curve.steps,
             "losses": curve.losses,
             "loss_as_trained": trained,
             "num_parameters": model.num_parameters(),
-            "minutes": seconds / 60,
+            "minutes": sum(curve.minutes),
             "mixing": list(find_mixing(trainer)),
         }
 
@@ -134,6 +146,16 @@ class Grid:
             with ProcessPoolExecutor(num_jobs, get_context("spawn"), _prepare_process, shared) as pool:
                 for done in as_completed([pool.submit(_finish_run, plan) for plan in plans]):
                     yield done.result()
+
+
+class NoFinalCheckpoint(TrainerCallback):
+    """Saves nothing after the last step, where the result follows at once."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take back what the `Trainer` has decided."""
+        control.should_save &= state.global_step < state.max_steps
 
 
 def check_device(device: str) -> None:

@@ -37,7 +37,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .arguments_mot import CACHE_NAME, known_arguments_only, merge_caches
 from .configuration_mot import MoTConfig
-from .mixing_mot import count_cached, find_padding, fit_masks, is_of_tokens, select_columns
+from .masks_mot import count_cached, find_padding, fit_masks, is_of_tokens, select_columns
 from .modeling_mot import MoTModel, MoTPreTrainedModel
 
 logger = logging.get_logger(__name__)

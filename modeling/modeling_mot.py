@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.moe import batched_mm_experts_forward
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -36,18 +35,15 @@ from .companions_mot import (
 )
 from .configuration_mot import MoTConfig
 from .experts_mot import Mixed, mix_and_run, run_rows
+from .masks_mot import count_cached, find_padding, fit_masks, make_attention_mask, refuse_flattened_rows
 from .mixing_mot import (
     MIXING_MODES,
     MixingContext,
     MoTRouter,
-    count_cached,
-    find_padding,
     find_position_buckets,
-    fit_masks,
     gather_from_rows,
     mix_across_examples,
     mix_with_expected_companions,
-    refuse_flattened_rows,
     route_tokens,
 )
 from .parallel_mot import average_companions, call_experts, check_sharding, name_own_style
@@ -412,15 +408,8 @@ class MoTModel(MoTPreTrainedModel):
         if self.training and torch.is_grad_enabled():
             context.companions = self._keep_companions(context)
 
-        # Bidirectional if `is_causal` of the call or the configuration is False, whatever this function's name. A new
-        # cache is made after it: beside one, transformers looks for no sequences that are packed into a row.
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE_NAME: cache},
-        )
+        # A new cache is made after it: beside one, nobody looks for sequences that are packed into a row.
+        mask = make_attention_mask(self.config, inputs_embeds, attention_mask, position_ids, cache)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
@@ -434,7 +423,7 @@ class MoTModel(MoTPreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 mixing_context=context,
-                attention_mask=causal_mask,
+                attention_mask=mask,
                 position_ids=position_ids,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,

@@ -130,6 +130,23 @@ def test_packed_sequences_get_what_they_get_alone(model: MoTForCausalLM, mode: s
         assert (actual.past_key_values is None) == (use_cache is False)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["per_sequence", "moe"])
+@torch.no_grad()
+def test_packed_sequences_of_masked_models_get_what_they_get_alone(mode: str, attention: str) -> None:
+    model = trained(MoTForMaskedLM(tiny_config(is_causal=False))).eval()
+    model.set_attn_implementation(attention)
+    rows = [random_ids(2, length, seed=length) for length in LENGTHS]
+    expected = torch.cat([model(row, mixing=mode).logits for row in rows], dim=1)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]  # of both rows
+    actual = model(torch.cat(rows, dim=1), position_ids=positions, mixing=mode)
+    torch.testing.assert_close(actual.logits, expected, atol=1e-5, rtol=1e-4)
+    causal = trained(MoTForCausalLM(tiny_config())).eval()
+    asked = causal.model(torch.cat(rows, dim=1), position_ids=positions, mixing=mode, is_causal=False)
+    alone = [causal.model(row, mixing=mode, is_causal=False).last_hidden_state for row in rows]
+    torch.testing.assert_close(asked.last_hidden_state, torch.cat(alone, dim=1), atol=1e-5, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_a_prompt_with_positions_has_a_cache(model: MoTForCausalLM) -> None:
     ids = random_ids(2, 6)

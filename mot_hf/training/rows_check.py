@@ -61,8 +61,8 @@ def describe_rows(dataloader: Any) -> dict[str, Any]:
     rows = getattr(dataloader, "dataset", None)
     if not isinstance(rows, Dataset):
         return {}
-    first = rows.with_format(None)[:_NUM_DIGESTED]
-    digest = hashlib.sha256(json.dumps(first, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    first = cast(Any, rows.with_format("arrow")[:_NUM_DIGESTED])  # as stored: no images, no transforms
+    digest = hashlib.sha256(json.dumps(first.to_pydict(), sort_keys=True, default=str).encode()).hexdigest()[:16]
     collator = dataloader.collate_fn
     masks = {"mlm_probability": collator.mlm_probability} if getattr(collator, "mlm", False) else {}
     return {"num_rows": len(rows), "digest": digest} | masks

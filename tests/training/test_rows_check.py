@@ -1,11 +1,13 @@
 """A resumed run says if its rows are not those that it began with."""
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
+from torch.utils.data import DataLoader
 
 from mot_hf import MoTForCausalLM
 from mot_hf.training import add_callbacks
@@ -67,6 +69,15 @@ def test_changed_files_and_fractions_of_masks_are_warned_of(tmp_path: Path, capl
     train(tmp_path / "run", source, masked=True, corpus={"mlm_probability": 0.3}, resume_from_checkpoint="true")
     assert WARNING + "num_rows=" in caplog.text
     assert "; the first 64 rows are others; mlm_probability=0.3 in place of 0.15." in caplog.text
+
+
+def test_rows_are_described_as_they_are_stored() -> None:
+    rows = Dataset.from_dict({"image": [b"1", b"2"], "day": [date(2026, 1, 1)] * 2, "ids": [[1, 2], [3]]})
+    drawn = rows.with_transform(lambda batch: {"drawn": [object() for _ in batch["ids"]]})
+    described = [describe_rows(DataLoader(each)) for each in (rows, drawn, rows.with_format("numpy"))]
+    assert described == [described[0]] * 3
+    assert described[0] != describe_rows(DataLoader(rows.remove_columns("day")))
+    assert describe_rows(DataLoader(rows.select([]))) != described[0]
 
 
 def test_streamed_rows_are_not_known(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -101,8 +101,9 @@ class MoTLanguageModel(MoTPreTrainedModel):
             aux_loss = load_balancing_loss_func(
                 outputs.router_logits, config.num_experts, config.num_experts_per_tok, token_mask
             )
-            if loss is not None:
-                loss = loss + config.router_aux_loss_coef * cast(Tensor, aux_loss).to(loss.device)
+            if labels is not None and loss is not None:
+                balance = config.router_aux_loss_coef * cast(Tensor, aux_loss).to(loss.device)
+                loss = loss + balance * self._share_of_step(labels.to(loss.device), **kwargs)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -112,6 +113,25 @@ class MoTLanguageModel(MoTPreTrainedModel):
             router_logits=outputs.router_logits,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
+
+    def _share_of_step(
+        self,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        ignore_index: int = -100,
+        **kwargs: Any,
+    ) -> Tensor | float:
+        """This batch's share of the labels of a step whose losses are added up, if the caller gives their number."""
+        if num_items_in_batch is None:
+            return 1.0
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(labels.device)
+        if shift_labels is not None:
+            labels = shift_labels.to(labels.device)
+        elif self.config.is_causal:
+            labels = labels[..., 1:]
+        return (labels != ignore_index).sum() / num_items_in_batch
 
 
 class RowEnds(StoppingCriteriaList):

@@ -7,6 +7,7 @@ from typing import Any, Literal, cast, get_args
 from torch import nn
 from transformers import (
     EarlyStoppingCallback,
+    IntervalStrategy,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -17,6 +18,7 @@ from transformers import (
 from mot_hf.modeling import MoTModel, MoTPreTrainedModel
 from mot_hf.modeling.configuration_mot import find_layers
 from mot_hf.modeling.mixing_mot import MIXING_MODES
+from mot_hf.training.statistics import average_companions
 
 TransitionMode = Literal["moe", "per_sequence"]
 
@@ -64,7 +66,14 @@ class TransitionTuning(TrainerCallback):
         self.share = share
         self.mode = mode
         self.is_evaluating = False
-        self.modes_before: list[tuple[str, str]] | None = None
+        self.evaluated_step: int | None = None
+        self.fields_before: list[tuple[str, str, bool]] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin again."""
+        self.evaluated_step = None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -72,22 +81,23 @@ class TransitionTuning(TrainerCallback):
         """Set the mode of the step, and evaluate before the switch."""
         switch = find_switch(self.share, state.max_steps)
         configs = _configs(model)
-        if self.modes_before is None:
-            self.modes_before = [(config.mixing, config.inference_mixing) for config in configs]
-        for config, before in zip(configs, self.modes_before, strict=True):  # a run may begin again
-            modes = (self.mode, self.mode) if state.global_step >= switch else before
+        if self.fields_before is None:
+            self.fields_before = [(each.mixing, each.inference_mixing, each.output_router_logits) for each in configs]
+        for config, before in zip(configs, self.fields_before, strict=True):  # a run may begin again
+            modes = (self.mode, self.mode) if state.global_step >= switch else before[:2]
             config.mixing, config.inference_mixing = modes
-        if state.global_step == switch:
+        if state.global_step == switch and args.eval_strategy != IntervalStrategy.NO:
             self.evaluate_modes(model)
-        for config in configs:
-            config.output_router_logits = self.mode == "moe" and state.global_step >= switch
+        for config, (*_, before) in zip(configs, self.fields_before, strict=True):
+            config.output_router_logits = self.mode == "moe" if state.global_step >= switch else before
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Switch off the load-balancing loss for evaluation and checkpoints."""
-        for config in _configs(model):
-            config.output_router_logits = False
+        """Switch off the load-balancing loss for evaluation and checkpoints, after the switch."""
+        if state.global_step > find_switch(self.share, state.max_steps):
+            for config in _configs(model):
+                config.output_router_logits = False
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -97,13 +107,15 @@ class TransitionTuning(TrainerCallback):
             self.evaluate_modes(model)
 
     def evaluate_modes(self, model: nn.Module) -> None:
-        """Log the loss in every mode, if there is a data set for evaluation.
+        """Log the loss in every mode, once a step, if there is a data set for evaluation.
 
         Args:
             model (`nn.Module`): The trainer's model.
         """
-        if self.trainer.eval_dataset is None:
+        step = self.trainer.state.global_step
+        if self.trainer.eval_dataset is None or step == self.evaluated_step:
             return
+        average_companions(model)
         self.is_evaluating = True
         # Early stopping looks for the loss of the usual evaluation, and says that it is off where there is none.
         handler = self.trainer.callback_handler
@@ -115,7 +127,8 @@ class TransitionTuning(TrainerCallback):
                     self.trainer.evaluate(metric_key_prefix=f"eval_{mode}")
         finally:
             handler.callbacks = callbacks
-        self.is_evaluating = False
+            self.is_evaluating = False
+        self.evaluated_step = step
 
 
 def find_switch(share: float, max_steps: int) -> int:

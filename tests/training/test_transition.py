@@ -2,16 +2,18 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback, TrainerState
 
 from mot_hf import MoTForCausalLM, MoTForMaskedLM
 from mot_hf.training import GroupSizeCheck, TransitionTuning
 from tests.models import MODES, tiny_config, trained
-from tests.training.trainers import ROWS, losses_of, make_trainer
+from tests.training.trainers import ROWS, losses_of, make_trainer, model_of
 
 
 class ModesSeen(TrainerCallback):
@@ -43,7 +45,7 @@ def test_the_losses_of_all_modes_are_logged_at_the_switch_and_at_every_evaluatio
     trainer.train()
     history = trainer.state.log_history
     for mode in MODES:
-        assert [entry["step"] for entry in history if f"eval_{mode}_loss" in entry] == [3, 3, 6]
+        assert [entry["step"] for entry in history if f"eval_{mode}_loss" in entry] == [3, 6]  # at the switch once
     last = {mode: entry[f"eval_{mode}_loss"] for entry in history for mode in MODES if f"eval_{mode}_loss" in entry}
     ids = torch.tensor(ROWS[:16])
     with torch.no_grad():
@@ -179,3 +181,59 @@ def test_evaluations_at_the_switch_make_no_other_callback_warn(
         trainer.train()
     assert [record.getMessage() for record in caplog.records] == []
     assert any(isinstance(each, EarlyStoppingCallback) for each in trainer.callback_handler.callbacks)
+
+
+def test_several_data_sets_are_evaluated_once_in_every_mode(tmp_path: Path) -> None:
+    settings = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path, **settings)
+    trainer.eval_dataset = {name: cast(Any, trainer.eval_dataset) for name in ("a", "b")}
+    trainer.add_callback(TransitionTuning(trainer, 0.5))
+    trainer.train()
+    for mode in MODES:
+        for name in ("a", "b"):
+            steps = [entry["step"] for entry in trainer.state.log_history if f"eval_{mode}_{name}_loss" in entry]
+            assert steps == [2, 4]
+
+
+def test_a_trainer_that_does_not_evaluate_is_not_made_to(tmp_path: Path) -> None:
+    trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path, max_steps=2)
+    assert trainer.eval_dataset is not None
+    trainer.add_callback(TransitionTuning(trainer, 0.5))
+    trainer.train()
+    assert not [entry for entry in trainer.state.log_history if any("eval" in name for name in entry)]
+
+
+def test_an_evaluation_that_fails_leaves_the_next_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
+    tuning = TransitionTuning(trainer, 0.5)
+    trainer.add_callback(tuning)
+    monkeypatch.setattr(trainer, "evaluate", MagicMock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        tuning.evaluate_modes(model_of(trainer))
+    monkeypatch.undo()
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_moe_loss" in entry] == [1, 2]
+
+
+def test_router_logits_that_were_asked_for_before_the_switch_stay(tmp_path: Path) -> None:
+    seen = ModesSeen()
+    model = MoTForCausalLM(tiny_config(mixing="moe", output_router_logits=True))
+    trainer = make_trainer(model, tmp_path, [seen], max_steps=4)
+    trainer.add_callback(TransitionTuning(trainer, 0.5, "per_sequence"))
+    trainer.train()
+    assert seen.seen == [("moe", True)] * 2 + [("per_sequence", False)] * 2
+
+
+@pytest.mark.parametrize("head", [MoTForCausalLM, MoTForMaskedLM])
+def test_the_load_balancing_loss_does_not_depend_on_accumulation(head: type, tmp_path: Path) -> None:
+    results = []
+    for num_rows, num_parts in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        model = head(tiny_config(mixing="moe", router_aux_loss_coef=1.0, output_router_logits=True))
+        settings = {"per_device_train_batch_size": num_rows, "gradient_accumulation_steps": num_parts}
+        trainer = make_trainer(model, tmp_path, max_steps=1, **settings)
+        row = [[4, 7, 2, 9, 4, 1, 3, 8, 6, 5, 2, 3]] * 8  # the same, so that every part has the loss of all
+        trainer.train_dataset = Dataset.from_dict({"input_ids": row, "labels": row})
+        trainer.train()
+        results.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    assert results[1] == pytest.approx(results[0], rel=1e-4)

@@ -252,6 +252,9 @@ class MoTConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: object) -> None:
         """Derive the fields left at `None`. Those that cannot be derived stay `None`, and validation explains why."""
+        for alias, name in self.attribute_map.items():  # before others are derived from them
+            if alias in kwargs:
+                setattr(self, name, kwargs.pop(alias))
         self._refuse_unfit(kwargs)
         # `max(1, ...)` and `_whole`, because sizes of 0 are refused only after this, by `validate_architecture`.
         if self.num_key_value_heads is None:
@@ -308,8 +311,8 @@ class MoTConfig(PreTrainedConfig):
 
         Args:
             config_dict (`dict[str, Any]`): The saved fields.
-            kwargs: Fields to change. A smaller `num_hidden_layers` keeps the first layers, and `mixing="moe"` changes
-                `inference_mixing` too.
+            kwargs: Fields to change. A smaller `num_hidden_layers` keeps the first layers, and another `mixing` sets
+                `inference_mixing` to its default.
 
         Returns:
             `MoTConfig`: The configuration; with `return_unused_kwargs=True` also the arguments that are not fields.
@@ -321,8 +324,8 @@ class MoTConfig(PreTrainedConfig):
         if isinstance(layer_types, list) and isinstance(num_layers, int):
             kwargs.setdefault("mlp_layer_types", layer_types[:num_layers])
         # The saved `inference_mixing` fits the saved `mixing`, not the new one.
-        if kwargs.get("mixing") == "moe":
-            kwargs.setdefault("inference_mixing", "moe")
+        if (mixing := kwargs.get("mixing")) and (mixing == "moe" or mixing != config_dict.get("mixing", mixing)):
+            kwargs.setdefault("inference_mixing", _mode_of_inference(mixing))
         # `validate_norm_topk_prob` must not warn of a saved value that is changed.
         config_dict = config_dict | {
             name: kwargs[name] for name in ("norm_topk_prob", "num_experts_per_tok") if name in kwargs

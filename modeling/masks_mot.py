@@ -32,7 +32,16 @@ def make_attention_mask(
 
     Without a cache and a mask, a row is taken for several sequences where its positions do not rise by 1, and tokens
     attend to those of their own sequence.
+
+    Raises:
+        ValueError: A bidirectional call continues a cache.
     """
+    num_cached = 0 if cache is None else cache.get_seq_length()
+    if not config.is_causal and isinstance(num_cached, int) and num_cached:
+        raise ValueError(
+            f"The cache holds {num_cached} columns, and with `is_causal=False` their tokens would have to see the new "
+            "ones too: give all columns in one call."
+        )
     packed = None
     if not config.is_causal and attention_mask is None and cache is None and position_ids is not None:
         # For causal masks transformers does it.

@@ -356,13 +356,20 @@ def route_tokens(
 
 
 def find_position_buckets(
-    inputs_embeds: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, num_cached: int | Tensor
+    inputs_embeds: Tensor,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    num_cached: int | Tensor,
+    token_mask: Tensor | None = None,
 ) -> Tensor:
     """The position buckets `[B, T]` of this call's tokens, by their positions in their own sequence."""
     num_rows, num_columns = inputs_embeds.shape[:2]
+    # Padding on the left does not count: it must not change a row's results.
     if position_ids is None and is_of_tokens(attention_mask):
-        # Padding on the left does not count: it must not change a row's results.
-        position_ids = select_columns(attention_mask.long().cumsum(dim=1) - 1, num_columns, num_cached)  # [B, T]
+        columns = attention_mask.bool().cumsum(dim=1) - 1
+        position_ids = select_columns(columns, num_columns, num_cached)  # [B, T]
+    elif position_ids is None and token_mask is not None:
+        position_ids = token_mask.bool().cumsum(dim=1) - 1 + num_cached  # [B, T]
     elif position_ids is None:
         position_ids = torch.arange(num_columns, device=inputs_embeds.device)[None] + num_cached
     later_buckets = torch.arange(1, NUM_POSITION_BUCKETS, device=position_ids.device)  # [P - 1]

@@ -388,7 +388,7 @@ class MoTModel(MoTPreTrainedModel):
         Raises:
             ValueError: An argument is not known, `mixing` is unknown, both or neither of `input_ids` and
                 `inputs_embeds` are given, a 2-D `attention_mask` lacks columns, or mode `cross_example` is given
-                several sequences in one row.
+                several sequences in one row, or a bidirectional call continues a cache.
         """
         cache = merge_caches(past_key_values, cache, kwargs)
         mode = self._resolve_mixing(mixing)
@@ -398,7 +398,8 @@ class MoTModel(MoTPreTrainedModel):
             inputs_embeds = cast(Tensor, self.embed_tokens(input_ids))
         num_columns, num_cached = inputs_embeds.shape[1], count_cached(cache, attention_mask)
         attention_mask, token_mask = fit_masks(attention_mask, token_mask, num_columns, num_cached)
-        context = MixingContext(mode, find_position_buckets(inputs_embeds, position_ids, attention_mask, num_cached))
+        buckets = find_position_buckets(inputs_embeds, position_ids, attention_mask, num_cached, token_mask)
+        context = MixingContext(mode, buckets)
         if mode == "cross_example":
             refuse_flattened_rows(inputs_embeds, attention_mask, position_ids, cache, kwargs)
         elif mode == "per_sequence" and not (is_tracing(inputs_embeds) or self._companions_were_checked):

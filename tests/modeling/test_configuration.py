@@ -72,6 +72,7 @@ def test_docstring_documents_no_other_field() -> None:
         ({"hidden_size": 64}, {"head_dim": 16}),
         ({"moe_intermediate_size": 5, "head_dim": 6}, {"moe_intermediate_size": 5, "head_dim": 6}),
         ({"num_local_experts": 16}, {"num_experts": 16, "num_local_experts": 16}),
+        ({"num_local_experts": 64}, {"num_experts_per_tok": 2, "moe_intermediate_size": 704}),
         ({"rope_theta": 500.0}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
         ({}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
         ({"num_labels": 3}, {"num_labels": 3, "id2label": {i: f"LABEL_{i}" for i in range(3)}}),
@@ -115,8 +116,12 @@ def test_a_model_answers_in_the_mode_that_goes_with_its_training(
 ) -> None:
     assert MoTConfig(mixing=mixing).inference_mixing == inference_mixing
     assert MoTConfig(mixing=mixing, inference_mixing="per_sequence").inference_mixing == "per_sequence"
-    MoTConfig().save_pretrained(tmp_path)
-    assert MoTConfig.from_pretrained(tmp_path, mixing=mixing).inference_mixing == inference_mixing
+    for saved in ("cross_example", "per_sequence", "moe"):
+        MoTConfig(mixing=saved).save_pretrained(tmp_path)
+        assert MoTConfig.from_pretrained(tmp_path, mixing=mixing).inference_mixing == inference_mixing
+    MoTConfig(mixing="per_sequence", inference_mixing="cross_example").save_pretrained(tmp_path)
+    kept = MoTConfig.from_pretrained(tmp_path, mixing="per_sequence")
+    assert kept.inference_mixing == "cross_example"
     both = MoTConfig.from_pretrained(tmp_path, mixing=mixing, inference_mixing="cross_example")
     assert (both.mixing, both.inference_mixing) == (mixing, "cross_example")
 

@@ -148,6 +148,15 @@ def test_packed_sequences_of_masked_models_get_what_they_get_alone(mode: str, at
 
 
 @torch.no_grad()
+def test_a_bidirectional_call_continues_no_cache(model: MoTForCausalLM) -> None:
+    ids = random_ids(2, 6)
+    prefix = model.model(ids[:, :4], is_causal=False, use_cache=True)
+    with pytest.raises(ValueError, match="The cache holds 4 columns, and with `is_causal=False`"):
+        model.model(ids[:, 4:], is_causal=False, past_key_values=prefix.past_key_values)
+    model.model(ids[:, 4:], past_key_values=prefix.past_key_values)  # causal after a bidirectional prefix
+
+
+@torch.no_grad()
 def test_a_prompt_with_positions_has_a_cache(model: MoTForCausalLM) -> None:
     ids = random_ids(2, 6)
     expected = model(ids).logits

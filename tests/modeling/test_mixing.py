@@ -339,6 +339,11 @@ def test_position_buckets_follow_the_positions_of_a_row_whatever_its_padding(num
     buckets = find_position_buckets(embeddings, None, mask, num_cached)
     padded = [naive.bucket_of(position) for position in (columns - 3).clamp(min=0).tolist()]
     assert buckets.tolist() == [expected, padded]
+    assert find_position_buckets(embeddings, None, 7 * mask, num_cached).tolist() == [expected, padded]
+    if not num_cached:
+        four_dimensional = mask[:, None, None, :].expand(-1, -1, 9, -1)
+        buckets = find_position_buckets(embeddings, None, four_dimensional, 0, token_mask=mask)
+        assert buckets.tolist() == [expected, padded]
     position_ids = torch.tensor([[3, 4, 5, 0, 1, 2, 3, 4, 0]])
     restarting = [[naive.bucket_of(position) for position in position_ids[0].tolist()]] * 2
     assert find_position_buckets(embeddings, position_ids, mask, num_cached).tolist() == restarting

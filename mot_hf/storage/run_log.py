@@ -36,7 +36,7 @@ class Run:
     Args:
         folder (`Path`): The run's folder.
         model_dir (`Path`): Folder of its model: the run's folder itself, else the newest checkpoint in it.
-        log_history (`list[dict[str, Any]]`): Entries of the newest log; empty if there is none.
+        log_history (`list[dict[str, Any]]`): Entries of its log; empty if there is none.
         num_steps (`int`): Training steps covered by this log.
         max_steps (`int`): Planned training steps; 0 if unknown.
     """
@@ -49,7 +49,7 @@ class Run:
 
 
 def find_run(folder: str | os.PathLike[str]) -> Run:
-    """Finds the model and the newest readable log of a training run.
+    """Finds the model of a training run and its log: that of its own steps if they are known, else the newest one.
 
     Args:
         folder (`str` or `os.PathLike`): The `output_dir` of a `Trainer`.
@@ -72,8 +72,20 @@ def find_run(folder: str | os.PathLike[str]) -> Run:
             "*.safetensors. Give the `output_dir` of a training run, or the folder of a saved model."
         )
     states = [state for path in candidates if (state := _read_state(path / "trainer_state.json"))]
-    newest = max(states, key=lambda state: (state.num_steps, len(state.log_history)), default=None)
+    newest = _find_newest(states)
+    own = _read_state(folder / "trainer_state.json") if model_dir == folder else None
+    if own and newest and newest.num_steps > own.num_steps:
+        logger.warning(
+            "The model in %s is that of step %d, and the run went on to step %d. The log after its step is left out: "
+            "resume the run to its end, or give the folder of a checkpoint.",
+            *(folder, own.num_steps, newest.num_steps),
+        )
+        newest = _find_newest([state for state in states if state.num_steps <= own.num_steps])
     return Run(folder, model_dir) if newest is None else Run(folder, model_dir, *newest)
+
+
+def _find_newest(states: list[_State]) -> _State | None:
+    return max(states, key=lambda state: (state.num_steps, len(state.log_history)), default=None)
 
 
 def _holds_model(folder: Path) -> bool:

@@ -19,6 +19,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from mot_hf.modeling import MoTConfig, MoTPreTrainedModel
 from mot_hf.storage.checkpoints import read_state
+from mot_hf.training.resuming import description_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +91,8 @@ def settle_run(trainer: Trainer, start: TrainerState, checkpoint: str | None) ->
         origin = state.best_model_checkpoint
     modules = cast(nn.Module, trainer.model).modules()
     models = [module for module in modules if isinstance(module, MoTPreTrainedModel)]
-    if origin and models and (Path(origin) / "config.json").is_file():
-        saved = MoTConfig.from_pretrained(origin)
+    if origin and models and (description := description_of(Path(origin)) / "config.json").is_file():
+        saved = MoTConfig.from_pretrained(description)
         for model in models:
             model.config.mixing, model.config.inference_mixing = saved.mixing, saved.inference_mixing
 

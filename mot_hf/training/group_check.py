@@ -267,7 +267,7 @@ def explain_rows(batch: FirstBatch) -> list[str]:
 
 
 def explain_modes(config: MoTConfig) -> list[str]:
-    """Returns a warning if the model is trained in mode `moe`, but answers in another one.
+    """Returns a warning if the model is trained in mode `moe` and answers in another one, or the other way round.
 
     Args:
         config ([`MoTConfig`]): The model's configuration.
@@ -275,11 +275,13 @@ def explain_modes(config: MoTConfig) -> list[str]:
     Returns:
         `list[str]`: Messages; empty if the modes fit together.
     """
-    if config.mixing != "moe" or config.inference_mixing == "moe":
+    if (config.mixing == "moe") == (config.inference_mixing == "moe"):
         return []
+    fitting = "moe" if config.mixing == "moe" else "per_sequence"
     return [
-        f"The model is trained with mixing='moe', but answers with inference_mixing={config.inference_mixing!r}, "
-        "which it is not trained for. Call model.set_mixing(inference_mixing='moe'), or pass --inference_mixing moe."
+        f"The model is trained with mixing={config.mixing!r}, but answers with "
+        f"inference_mixing={config.inference_mixing!r}, which it is not trained for. Call "
+        f"model.set_mixing(inference_mixing={fitting!r}), or pass --inference_mixing {fitting}."
     ]
 
 

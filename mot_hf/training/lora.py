@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 
 _PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+# PEFT's kind of task by the end of a class's name, for heads that are new to a pretrained model.
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 
 
 def refuse_adapters(model_name_or_path: str) -> None:
@@ -55,7 +61,8 @@ def add_lora(
         alpha (`int` or `float`, *optional*, defaults to 16): Scale of the adapters, which is divided by their rank.
             Must be above 0.
         task_type (`str`, *optional*): PEFT's name for the kind of head: `"CAUSAL_LM"`, `"SEQ_CLS"` or `"TOKEN_CLS"`. A
-            classification head is trained fully, without adapters.
+            classification head is trained fully, without adapters. Defaults to that of the model's class, if it is
+            for classification or question answering.
         new_tokens (`Sequence[int]`, *optional*): Ids of tokens that the model does not know yet: their embeddings are
             trained fully, those of a causal language model's other tokens not at all.
 
@@ -77,6 +84,7 @@ def add_lora(
             "The model already has adapters. Merge them into it first with `PeftModel.from_pretrained(base, "
             "folder).merge_and_unload()`, and save the result in another folder."
         )
+    task_type = task_type or _find_task(model)
     parameters = [name for name, _ in model.named_parameters()]  # PEFT has no module for those of experts
     config = LoraConfig(
         r=rank,
@@ -88,6 +96,12 @@ def add_lora(
         trainable_token_indices=_find_embeddings(model, new_tokens) or None,
     )
     return get_peft_model(model, config)
+
+
+def _find_task(model: PreTrainedModel) -> str | None:
+    """The kind of task whose new head PEFT trains fully, by the name of the model's class."""
+    name = type(model).__name__
+    return next((task for words, task in _TASKS.items() if name.endswith(words)), None)
 
 
 def _find_targets(model: PreTrainedModel) -> list[str]:
@@ -116,7 +130,7 @@ def _find_whole(model: PreTrainedModel, task_type: "TaskType | str | None") -> l
     """Modules that are trained fully, or updated as statistics, and saved as a whole."""
     if isinstance(model, MoTPreTrainedModel):
         return ["companions"] if find_layers(model.config, "sparse") else []
-    if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+    if task_type not in _TASKS.values():
         return []
     # A new head may have more than the one layer that PEFT expects.
     children = {name: child for name, child in model.named_children() if child is not model.base_model}

@@ -137,7 +137,7 @@ def load_checkpoint_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase | None
     Returns:
         `PreTrainedTokenizerBase` or `None`: The tokenizer; `None` if the checkpoint has none.
     """
-    return load_tokenizer(str(_description_of(Path(checkpoint))))
+    return load_tokenizer(str(description_of(Path(checkpoint))))
 
 
 def check_settings(
@@ -155,7 +155,7 @@ def check_settings(
         ValueError: A setting differs.
         OSError: The checkpoint's configuration cannot be read.
     """
-    path = _description_of(Path(checkpoint)) / "config.json"
+    path = description_of(Path(checkpoint)) / "config.json"
     if not path.is_file():
         return
     saved = AutoConfig.from_pretrained(path)
@@ -202,7 +202,7 @@ def check_transition(
     """
     share, mode = method_args.transition_share, method_args.transition_mode
     state_path = Path(checkpoint) / TRAINER_STATE_NAME
-    config_path = _description_of(Path(checkpoint)) / "config.json"
+    config_path = description_of(Path(checkpoint)) / "config.json"
     if share is None or not state_path.is_file() or not config_path.is_file():
         return
     state = read_object(state_path)
@@ -301,7 +301,7 @@ def check_arguments(args: TrainingArguments, checkpoint: str) -> None:
 
 def _compare_arguments(args: TrainingArguments, checkpoint: str) -> dict[str, tuple[Any, Any]]:
     """The arguments that differ, by name: the checkpoint's value and the new one."""
-    folders = (Path(checkpoint), _description_of(Path(checkpoint)))
+    folders = (Path(checkpoint), description_of(Path(checkpoint)))
     path = next((path for folder in folders if (path := folder / TRAINING_ARGS_NAME).is_file()), None)
     if path is None:
         return {}
@@ -344,6 +344,7 @@ def _is_described(folder: Path) -> bool:
     return (folder / "config.json").is_file() and has_tokenizer(folder)
 
 
-def _description_of(checkpoint: Path) -> Path:
+def description_of(checkpoint: Path) -> Path:
+    """Returns the folder that holds the configuration and the tokenizer of a checkpoint: its own, or one inside."""
     described = checkpoint / _DESCRIPTION
     return described if described.is_dir() else checkpoint

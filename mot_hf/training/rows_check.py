@@ -6,6 +6,7 @@ import logging
 from typing import Any, cast
 
 from datasets import Dataset
+from datasets.formatting import query_table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -61,8 +62,9 @@ def describe_rows(dataloader: Any) -> dict[str, Any]:
     rows = getattr(dataloader, "dataset", None)
     if not isinstance(rows, Dataset):
         return {}
-    first = cast(Any, rows.with_format("arrow")[:_NUM_DIGESTED])  # as stored: no images, no transforms
+    # As stored, without images and transforms. `with_format` would copy a transform.
+    first = query_table(rows.data, range(min(_NUM_DIGESTED, len(rows))), indices=rows._indices)
     digest = hashlib.sha256(json.dumps(first.to_pydict(), sort_keys=True, default=str).encode()).hexdigest()[:16]
-    collator = dataloader.collate_fn
-    masks = {"mlm_probability": collator.mlm_probability} if getattr(collator, "mlm", False) else {}
-    return {"num_rows": len(rows), "digest": digest} | masks
+    collator, fraction = dataloader.collate_fn, "mlm_probability"
+    masks = getattr(collator, "mlm", False) and hasattr(collator, fraction)
+    return {"num_rows": len(rows), "digest": digest} | ({fraction: getattr(collator, fraction)} if masks else {})

@@ -52,6 +52,15 @@ class FiniteCheck(TrainerCallback):
         if control.should_save and not all(_is_finite(parameter) for parameter in model.parameters()):
             self._stop(args, state.global_step, "A parameter is not a finite number")
 
+    on_epoch_end = on_step_end  # where some strategies decide to save
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Check the parameters before the final model is saved."""
+        control.should_save = True
+        self.on_step_end(args, state, control, model)
+
     def _stop(self, args: TrainingArguments, step: int, what: str) -> None:
         last = find_last_checkpoint(args.output_dir)
         raise FloatingPointError(

@@ -30,12 +30,15 @@ def test_the_log_is_that_of_the_newest_checkpoint_by_number(tmp_path: Path) -> N
     assert (run.num_steps, run.max_steps) == (200, 300)
 
 
-def test_the_log_of_the_folder_itself_counts_if_it_is_newer(tmp_path: Path) -> None:
+def test_the_log_is_that_of_the_folders_own_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_checkpoint(tmp_path, 250)
     make_checkpoint(tmp_path / "checkpoint-200", 200)
     assert find_run(tmp_path).num_steps == 250
-    make_checkpoint(tmp_path / "checkpoint-300", 300)
-    assert find_run(tmp_path).num_steps == 300
+    assert caplog.text == ""
+    make_checkpoint(tmp_path / "checkpoint-300", 300)  # of a run that was resumed and interrupted
+    run = find_run(tmp_path)
+    assert (run.log_history, run.num_steps) == ([{"step": 250, "loss": 1.0}], 250)
+    assert "is that of step 250, and the run went on to step 300" in caplog.text
 
 
 def test_of_two_logs_that_end_at_the_same_step_the_longer_one_counts(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from mot_hf import MoTConfig, MoTForCausalLM
+from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.training import TransitionTuning, add_lora, run_training
 from mot_hf.training.continuation import mean_loss
+from mot_hf.training.resuming import CheckpointDescription
 from tests.models import tiny_config
 from tests.training.trainers import ROWS, make_trainer, model_of
 
@@ -238,6 +240,16 @@ def test_a_complete_run_keeps_the_mode_that_transition_tuning_gave_it(tmp_path: 
         assert (config.mixing, config.inference_mixing) == ("moe", "moe")
         config = model_of(trainer).config
         assert (config.mixing, config.inference_mixing) == ("moe", "moe")
+
+
+def test_complete_adapters_keep_the_mode_that_transition_tuning_gave_them(tmp_path: Path) -> None:
+    for checkpoint in (None, "checkpoint-8"):
+        model = make_model()
+        described = CheckpointDescription(model.config, "MoTForCausalLM", train_tokenizer(["a text"] * 9, 270))
+        trainer = make_trainer(cast(Any, add_lora(model, rank=1)), tmp_path, [described], **SAVING)
+        trainer.add_callback(TransitionTuning(trainer, 0.5))
+        run_training(trainer, checkpoint and str(tmp_path / checkpoint))
+        assert (model.config.mixing, model.config.inference_mixing) == ("moe", "moe")
 
 
 def test_the_best_model_has_the_mode_that_it_was_saved_with(tmp_path: Path) -> None:

@@ -110,6 +110,13 @@ class TestRuns:
         (message,) = messages_of_run(tmp_path, caplog, config=config)
         assert "answers with inference_mixing='per_sequence', which it is not trained for" in message
 
+    def test_a_model_that_answers_by_token_choice_and_learns_otherwise(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        config = {"mixing": "per_sequence", "inference_mixing": "moe"}
+        (message,) = messages_of_run(tmp_path, caplog, config=config)
+        assert "Call model.set_mixing(inference_mixing='per_sequence')" in message
+
     @pytest.mark.parametrize("config", [{"mixing": "moe"}, {"mlp_layer_types": ["dense"] * 4}])
     def test_where_nothing_is_mixed_nothing_is_said(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture, config: dict[str, Any]

@@ -3,6 +3,7 @@
 import json
 from datetime import date
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -71,9 +72,20 @@ def test_changed_files_and_fractions_of_masks_are_warned_of(tmp_path: Path, capl
     assert "; the first 64 rows are others; mlm_probability=0.3 in place of 0.15." in caplog.text
 
 
+class CannotBeCopied:
+    """A transform with a lock, as a connection to a data base has."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {"drawn": [object() for _ in batch["ids"]]}
+
+
 def test_rows_are_described_as_they_are_stored() -> None:
     rows = Dataset.from_dict({"image": [b"1", b"2"], "day": [date(2026, 1, 1)] * 2, "ids": [[1, 2], [3]]})
-    drawn = rows.with_transform(lambda batch: {"drawn": [object() for _ in batch["ids"]]})
+    drawn = Dataset.from_dict(dict(rows[:]))
+    drawn.set_transform(CannotBeCopied())
     described = [describe_rows(DataLoader(each)) for each in (rows, drawn, rows.with_format("numpy"))]
     assert described == [described[0]] * 3
     assert described[0] != describe_rows(DataLoader(rows.remove_columns("day")))

@@ -30,7 +30,7 @@ from transformers.distributed import DistributedConfig
 
 from mot_hf import MoTForCausalLM
 from mot_hf.data.tokenizer import train_tokenizer
-from mot_hf.training import DiskSpaceCheck, FiniteCheck, add_lora, find_last_checkpoint, run_training
+from mot_hf.training import DiskSpaceCheck, FiniteCheck, add_callbacks, add_lora, find_last_checkpoint, run_training
 from mot_hf.training.safety import explain_failures
 from tests.models import tiny_config
 from tests.processes import pretend, spread
@@ -83,6 +83,25 @@ def test_a_spoilt_model_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="A parameter is not a finite number at step 4; nothing was saved"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+class SpoilLast(TrainerCallback):
+    """Makes a parameter infinite in the last step, after the optimizer."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: MoTForCausalLM, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps - 1:
+            with torch.no_grad():
+                model.lm_head.weight[0, 0] = torch.inf
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "no"])
+def test_a_model_that_is_spoilt_last_is_not_saved(strategy: str, tmp_path: Path) -> None:
+    settings = {"num_train_epochs": 1, "save_strategy": strategy}
+    trainer = make_trainer(MoTForCausalLM(tiny_config()), tmp_path, [SpoilLast()], **settings)
+    add_callbacks(trainer)
+    with pytest.raises(FloatingPointError, match="A parameter is not a finite number at step 8; nothing was saved"):
+        run_training(trainer, None)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_without_a_checkpoint_the_advice_is_to_start_again(tmp_path: Path) -> None:

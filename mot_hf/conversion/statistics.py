@@ -151,10 +151,11 @@ def _calibrate_copy(
                 writer.add(name, reader.load(name))
         for name, value in statistics.items():
             writer.add(name, value)
+        vocabulary_files = set(tokenizer.vocab_files_names.values())
         for path in reader.folder.iterdir():
             if path.name == CHAT_TEMPLATES:
                 shutil.copytree(path, writer.folder / path.name)
-            elif is_model_file(path.name) and not is_weight_file(path.name):
+            elif path.name in vocabulary_files or (is_model_file(path.name) and not is_weight_file(path.name)):
                 shutil.copyfile(path, writer.folder / path.name)
     return calibration
 

@@ -68,6 +68,10 @@ class InstructionArguments:
         """Returns the name of the conversations in a model card."""
         return name_source(self.source)
 
+    def has_form(self, names: Collection[str]) -> bool:
+        """Returns whether there are all columns of one of the two forms."""
+        return set(self.columns(names).values()) <= set(names)
+
     def columns(self, names: Collection[str]) -> dict[str, str]:
         """Returns the columns to read of those that there are, by the arguments that name them."""
         if self.messages_column in names:
@@ -120,7 +124,8 @@ def _load_code_chats(args: InstructionArguments) -> DatasetDict:
 
 def _read_files(files: list[SourceFile], argument: str, args: InstructionArguments) -> Dataset:
     kinds = {file.path: check_is_rows(file, argument, "conversations") for file in files}
-    columns = args.columns(list_columns(files[0].path, kinds[files[0].path]))
+    listed = [names for file in files if (names := list_columns(file.path, kinds[file.path]))]
+    columns = args.columns(next((names for names in listed if args.has_form(names)), listed[0] if listed else []))
     rows = (
         (row.values, f"{file.path!r}, {row.place}")
         for file in files
@@ -156,7 +161,8 @@ def _make_rows(rows: Iterable[tuple[Mapping[str, Any], str]], columns: dict[str,
     if num_skipped:
         names = " and ".join(map(repr, columns.values()))
         logger.warning("Skipping %s of `%s` without an answer in %s.", count(num_skipped, "row"), argument, names)
-    return Dataset.from_list(kept, features=Features({name.removesuffix("_column"): MESSAGES for name in columns}))
+    features = Features({name.removesuffix("_column"): MESSAGES for name in columns})
+    return Dataset.from_dict({name: [row[name] for row in kept] for name in features}, features=features)
 
 
 def _is_answer(message: Mapping[str, str]) -> bool:

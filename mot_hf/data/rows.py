@@ -33,6 +33,8 @@ ROW_KINDS = {
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
+# Rows of JSON in which columns are looked for.
+_NUM_LISTED = 100
 COMPRESSIONS = (".gz", ".gzip", ".bgz", ".bz2", ".xz", ".lzma", ".zst", ".zstd", ".lz4")
 
 _OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {
@@ -149,7 +151,7 @@ def _check_encodable(value: object, where: str) -> None:
 
 
 def list_columns(path: str, kind: str) -> list[str]:
-    """Lists the columns of a file of rows; of JSON, those of its first row.
+    """Lists the columns of a file of rows; of JSON, those of its first rows.
 
     Args:
         path (`str`): The file.
@@ -166,8 +168,8 @@ def list_columns(path: str, kind: str) -> list[str]:
         with _open(path) as file:
             return pq.ParquetFile(io.BytesIO(file.read())).schema_arrow.names
     if kind == "json":
-        _, first, _ = next(_read_values(path), ("", {}, 0))
-        return list(first) if isinstance(first, dict) else []
+        first = [row for _, row, _ in itertools.islice(_read_values(path), _NUM_LISTED) if isinstance(row, dict)]
+        return list(dict.fromkeys(name for row in first for name in row))
     with _open_text(path, newline="") as file:
         _, header = next(_read_cells(path, file, "\t" if kind == "tsv" else ","), (0, []))
         return [_replace_bytes(name)[0] for name in header]

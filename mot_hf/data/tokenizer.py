@@ -74,10 +74,10 @@ def token_byte_counts(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     Raises:
         ValueError: If the tokenizer is not byte-level.
     """
-    if "ByteLevel" not in str(tokenizer.backend_tokenizer.decoder):
-        raise ValueError(
-            f"`tokenizer` must be byte-level BPE, but its decoder is {tokenizer.backend_tokenizer.decoder}."
-        )
+    # Some tokenizers are written in Python.
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    if "ByteLevel" not in str(decoder):
+        raise ValueError(f"`tokenizer` must be byte-level BPE, but its decoder is {decoder}.")
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     added = tokenizer.added_tokens_decoder
     vocab = tokenizer.get_vocab()

@@ -145,7 +145,9 @@ def _find_given(text: str) -> dict[str, str]:
     values: dict[str, Any] = {}
     with suppress(ValueError, YAMLError):
         if text.startswith("---"):
-            values["license"] = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get("license")
+            licenses = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get("license")
+            # The Hub takes a list too. Several are no license that it knows, and so they are refused.
+            values["license"] = ", ".join(map(str, licenses)) or None if isinstance(licenses, list) else licenses
     if comment := re.search(r"^<!-- given: (\{.*\}) -->$", text, re.MULTILINE):
         with suppress(ValueError):
             values |= json.loads(comment[1])

@@ -149,8 +149,9 @@ def measure_losses(
     for mode in modes:
         total, num_correct = 0.0, 0
         for batch, ids in zip(batches, predicted, strict=True):
-            loss, correct = _predict(model, batch, mode)
-            total, num_correct = total + loss * len(ids), num_correct + correct
+            if len(ids):  # the mean loss of no token is not a number
+                loss, correct = _predict(model, batch, mode)
+                total, num_correct = total + loss * len(ids), num_correct + correct
             bar.update()
         loss = total / num_tokens
         bits = None if num_bytes is None else bits_per_byte(loss, num_tokens, num_bytes)

@@ -43,7 +43,7 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
             has some, which a new run would confuse with its own.
         OSError: If the selected checkpoint does not exist.
     """
-    wanted = (args.resume_from_checkpoint or "").strip()
+    wanted = str(args.resume_from_checkpoint or "").strip()  # in Python, True
     if wanted.lower() in ("", "false"):
         if checkpoints := list_checkpoints(args.output_dir):
             raise ValueError(

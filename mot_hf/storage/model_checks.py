@@ -104,9 +104,10 @@ def load_generation_config(reader: CheckpointReader) -> GenerationConfig | None:
     path = find_file(reader.folder, GENERATION_CONFIG_NAME)
     if path is None:
         return None
-    fields = read_object(path)
+    read_object(path)
     try:
-        return GenerationConfig.from_dict(fields)
+        # Not from its fields: settings that were loaded may be saved again where they have no effect.
+        return GenerationConfig.from_pretrained(reader.folder)
     except BAD_SETTINGS as error:
         raise ValueError(f"{str(path)!r} is not valid: {_explain(error)}") from error
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PhobertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mot_hf import MoTForCausalLM
 from mot_hf.calibration import calibrate
@@ -89,6 +89,16 @@ def test_a_copy_has_the_model_and_nothing_else(model_dir: Path, tmp_path: Path) 
     with pytest.raises(OSError, match="copy' is not empty"):
         calibrate_folder(model_dir, load_batches, output_dir=output)
     assert contents(output) == files
+
+
+def test_a_copy_has_the_files_of_a_tokenizer_of_any_kind(tmp_path: Path) -> None:
+    model_dir = tmp_path / "model"
+    trained(MoTForCausalLM(tiny_config(vocab_size=300))).save_pretrained(model_dir)
+    (tmp_path / "vocab.txt").write_text("a 1\nb 2\n")
+    (tmp_path / "bpe.codes").write_text("a b 1\n")
+    PhobertTokenizer(str(tmp_path / "vocab.txt"), str(tmp_path / "bpe.codes")).save_pretrained(model_dir)
+    calibrate_folder(model_dir, load_batches, output_dir=tmp_path / "copy")
+    assert AutoTokenizer.from_pretrained(tmp_path / "copy").get_vocab()["b"] == 5
 
 
 def test_the_models_own_folder_as_output_is_calibrated_in_place(model_dir: Path) -> None:

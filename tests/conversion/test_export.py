@@ -144,6 +144,14 @@ def test_an_export_is_what_transformers_itself_saves(tied: bool, tmp_path: Path)
     assert (settings.temperature, settings.do_sample, settings.eos_token_id) == (0.5, True, [1, 5])
 
 
+def test_settings_without_effect_are_exported(tmp_path: Path) -> None:
+    save_tuned(tmp_path / "mot")
+    settings = json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9})
+    (tmp_path / "mot" / "generation_config.json").write_text(settings)
+    export_qwen3_moe(tmp_path / "mot", tmp_path / "moe")
+    assert GenerationConfig.from_pretrained(tmp_path / "moe").temperature == 0.6
+
+
 GENERATE = """
 import sys
 sys.modules["mot_hf"] = None  # whatever imports it fails

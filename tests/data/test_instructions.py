@@ -96,6 +96,22 @@ def test_rows_without_an_answer_are_skipped_and_other_fields_left_out(
     assert sorted(splits["train"] + splits["validation"], key=str) == sorted(CHATS, key=str)
 
 
+@pytest.mark.parametrize("validation", [[], [{"messages": chat(0)[:1]}]])
+def test_a_validation_split_without_an_answer_is_refused(validation: list[Any], tmp_path: Path) -> None:
+    args = write(tmp_path / "rows.jsonl", CHATS)
+    held_out = write(tmp_path / "validation.jsonl", [*validation, {"messages": None}]).source
+    with pytest.raises(ValueError, match="The validation split of `source` has no text"):
+        load_instruction_data(replace(args, validation_source=held_out))
+
+
+def test_the_form_is_that_of_the_first_row_that_has_one(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "0.jsonl").write_text("")
+    write(tmp_path / "rows" / "1.jsonl", [{"id": 1}, *CHATS])
+    splits = rows_of(load_instruction_data(InstructionArguments("model", source=str(tmp_path / "rows"))))
+    assert sorted(splits["train"] + splits["validation"], key=str) == sorted(CHATS, key=str)
+
+
 def test_one_of_several_answers_may_be_empty(tmp_path: Path) -> None:
     talk = [*chat(0)[:1], {"role": "assistant", "content": ""}, *chat(1)]
     splits = rows_of(load_instruction_data(write(tmp_path / "rows.jsonl", [{"messages": talk}, *CHATS])))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import EvalPrediction, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, EvalPrediction, PreTrainedTokenizerFast
 
 from mot_hf.data.tokenizer import token_byte_counts, train_tokenizer
 from mot_hf.metrics import METRICS, LanguageModelMetrics, TokenTotals, bits_per_byte, load_metric, perplexity
@@ -90,6 +90,11 @@ def test_rows_are_those_of_a_loop_over_tokens(
     expected = naive_sums(logits, labels, token_byte_counts(tokenizer), masked)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-4, rtol=1e-5)
+
+
+def test_bytes_of_a_tokenizer_that_is_written_in_python_are_not_known() -> None:
+    with pytest.raises(ValueError, match="`tokenizer` must be byte-level BPE, but its decoder is None"):
+        token_byte_counts(ByT5Tokenizer())  # pyright: ignore[reportArgumentType]  # that is the point
 
 
 @pytest.mark.parametrize("masked", [False, True])

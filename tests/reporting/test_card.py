@@ -256,7 +256,8 @@ def test_what_was_given_is_kept_when_the_card_is_written_again(tmp_path: Path) -
     ("text", "license_name"),
     [
         ("---\nlicense: gpl-3.0\n---\n# Mine\n", "gpl-3.0"),
-        ("---\nlicense: [mit, gpl-3.0]\n---\n# Mine\n", None),
+        ("---\nlicense: [mit]\n---\n# Mine\n", "mit"),
+        ("---\nlicense: []\n---\n# Mine\n", None),
         ("---\nlicense: {\n---\n# Mine\n", None),
         ("---\n- license\n---\n", None),
         ('# Mine\n<!-- given: {"license": 5, "force": "yes"} -->\n', None),
@@ -270,6 +271,14 @@ def test_the_license_of_a_card_that_is_replaced_by_force_is_kept(
     save(MoTForCausalLM, tmp_path)
     (tmp_path / "README.md").write_text(text)
     assert ModelCard.load(write_card(tmp_path, force=True)).data.license == license_name
+
+
+def test_one_of_several_licenses_must_be_given(tmp_path: Path) -> None:
+    save(MoTForCausalLM, tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: [mit, gpl-3.0]\n---\n# Mine\n")
+    with pytest.raises(ValueError, match=r"`license='mit, gpl-3\.0'` is not a license identifier"):
+        write_card(tmp_path, force=True)
+    assert ModelCard.load(write_card(tmp_path, force=True, license="mit")).data.license == "mit"
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,8 @@ def test_losses_are_means_over_predicted_tokens(head: type[MoTForCausalLM] | typ
         assert result.perplexity == pytest.approx(math.exp(result.loss))
         assert result.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / num_bytes, rel=1e-5)
     assert all(result.bits_per_byte is None for result in measure_losses(model, batches))
+    nothing = {"input_ids": batches[0]["input_ids"], "labels": torch.full_like(batches[0]["labels"], -100)}
+    assert measure_losses(model, [nothing, *batches], counts) == results
 
 
 @pytest.mark.parametrize("batches", [[], [{"input_ids": torch.ones(4, 1, dtype=int), "labels": torch.ones(4, 1)}]])

@@ -21,6 +21,7 @@ _CODE_NAMES = (
     "experts",
     "gates",
     "heads",
+    "masks",
     "mixing",
     "mixing_kernels",
     "modeling",

@@ -36,8 +36,9 @@ def make_attention_mask(
     Raises:
         ValueError: A bidirectional call continues a cache.
     """
-    num_cached = 0 if cache is None else cache.get_seq_length()
-    if not config.is_causal and isinstance(num_cached, int) and num_cached:
+    # The caches of continuous batching are none of these, and causal.
+    num_cached = cache.get_seq_length() if isinstance(cache, Cache) and not config.is_causal else 0
+    if isinstance(num_cached, int) and num_cached:
         raise ValueError(
             f"The cache holds {num_cached} columns, and with `is_causal=False` their tokens would have to see the new "
             "ones too: give all columns in one call."

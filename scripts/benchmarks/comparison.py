@@ -169,7 +169,7 @@ class ValidationCurve(TrainerCallback):
         self.steps: list[int] = []
         self.losses: list[float] = []
         self.minutes: list[float] = []  # since the evaluation before
-        self.start = 0.0
+        self.evaluated_at = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -179,7 +179,7 @@ class ValidationCurve(TrainerCallback):
         self.steps = [int(entry["step"]) for entry in history]
         self.losses = [entry["validation_loss"] for entry in history]
         self.minutes = [entry["minutes"] for entry in history]
-        self.start = time.perf_counter()
+        self.evaluated_at = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -192,8 +192,8 @@ class ValidationCurve(TrainerCallback):
         now = time.perf_counter()
         self.steps.append(state.global_step)
         self.losses.append(loss)
-        self.minutes.append((now - self.start) / 60)
-        self.start = now
+        self.minutes.append((now - self.evaluated_at) / 60)
+        self.evaluated_at = now
         entry = {"step": state.global_step, "validation_loss": loss, "minutes": self.minutes[-1]}
         state.log_history.append(entry)
 

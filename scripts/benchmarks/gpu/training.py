@@ -115,6 +115,7 @@ def make_arguments(args: PartArguments, folder: str) -> tuple[ComparisonArgument
         "vocab_size": max(512, args.scaled(recipe["vocab_size"], step=64)),
         "num_eval_rows": args.scaled(1024, step=32),
         "output_dir": folder,
+        "save_strategy": "no",
         "learning_rate": LEARNING_RATE,
         "per_device_train_batch_size": args.scaled(128, step=32),
         "per_device_eval_batch_size": args.scaled(128, step=32),

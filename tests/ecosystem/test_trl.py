@@ -224,7 +224,8 @@ class TestPreferences:
     ) -> None:
         model = trained(make_model(tokenizer)).set_mixing("per_sequence", inference_mixing="moe")
         trainer = make_dpo(model, tmp_path, tokenizer, per_device_train_batch_size=4, max_steps=1)
-        (message,) = warnings_of(trainer, caplog)
+        of_model, message = warnings_of(trainer, caplog)
+        assert "answers with inference_mixing='moe', which it is not trained for" in of_model
         assert "is trained with mixing='per_sequence', but the answers within a training step" in message
         assert "use mode 'moe'" in message
 

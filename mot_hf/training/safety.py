@@ -49,8 +49,8 @@ class FiniteCheck(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Check the parameters if they are about to be saved."""
-        if control.should_save and not all(_is_finite(parameter) for parameter in model.parameters()):
-            self._stop(args, state.global_step, "A parameter is not a finite number")
+        if control.should_save:
+            self._check_parameters(args, state, model)
 
     on_epoch_end = on_step_end  # where some strategies decide to save
 
@@ -58,8 +58,11 @@ class FiniteCheck(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Check the parameters before the final model is saved."""
-        control.should_save = True
-        self.on_step_end(args, state, control, model)
+        self._check_parameters(args, state, model)
+
+    def _check_parameters(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        if not all(_is_finite(parameter) for parameter in model.parameters()):
+            self._stop(args, state.global_step, "A parameter is not a finite number")
 
     def _stop(self, args: TrainingArguments, step: int, what: str) -> None:
         last = find_last_checkpoint(args.output_dir)

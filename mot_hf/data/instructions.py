@@ -124,14 +124,24 @@ def _load_code_chats(args: InstructionArguments) -> DatasetDict:
 
 def _read_files(files: list[SourceFile], argument: str, args: InstructionArguments) -> Dataset:
     kinds = {file.path: check_is_rows(file, argument, "conversations") for file in files}
-    listed = [names for file in files if (names := list_columns(file.path, kinds[file.path]))]
-    columns = args.columns(next((names for names in listed if args.has_form(names)), listed[0] if listed else []))
+    columns = args.columns(_find_columns(files, kinds, args))
     rows = (
         (row.values, f"{file.path!r}, {row.place}")
         for file in files
         for row in read_rows(file.path, kinds[file.path], columns)
     )
     return _make_rows(rows, columns, argument)
+
+
+def _find_columns(files: list[SourceFile], kinds: Mapping[str, str], args: InstructionArguments) -> list[str]:
+    """The columns of the first file that has one of the two forms, else of the first that has any."""
+    first: list[str] = []
+    for file in files:
+        names = list_columns(file.path, kinds[file.path])
+        if args.has_form(names):
+            return names
+        first = first or names
+    return first
 
 
 def _read_data_set(split: Dataset, argument: str, args: InstructionArguments) -> Dataset:

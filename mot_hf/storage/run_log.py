@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -71,20 +71,19 @@ def find_run(folder: str | os.PathLike[str]) -> Run:
             f"{str(folder)!r} is not a training run: neither it nor a folder checkpoint-N in it has config.json and "
             "*.safetensors. Give the `output_dir` of a training run, or the folder of a saved model."
         )
-    states = [state for path in candidates if (state := _read_state(path / "trainer_state.json"))]
-    newest = _find_newest(states)
-    own = _read_state(folder / "trainer_state.json") if model_dir == folder else None
+    found = {path: state for path in candidates if (state := _read_state(path / "trainer_state.json"))}
+    newest, own = _find_newest(found.values()), found.get(folder) if model_dir == folder else None
     if own and newest and newest.num_steps > own.num_steps:
         logger.warning(
             "The model in %s is that of step %d, and the run went on to step %d. The log after its step is left out: "
             "resume the run to its end, or give the folder of a checkpoint.",
             *(folder, own.num_steps, newest.num_steps),
         )
-        newest = _find_newest([state for state in states if state.num_steps <= own.num_steps])
+        newest = _find_newest(state for state in found.values() if state.num_steps <= own.num_steps)
     return Run(folder, model_dir) if newest is None else Run(folder, model_dir, *newest)
 
 
-def _find_newest(states: list[_State]) -> _State | None:
+def _find_newest(states: Iterable[_State]) -> _State | None:
     return max(states, key=lambda state: (state.num_steps, len(state.log_history)), default=None)
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from mot_hf.modeling import MoTConfig, MoTForCausalLM, MoTForMaskedLM
 from mot_hf.modeling.configuration_mot import find_layers
@@ -77,9 +78,10 @@ def export_qwen3_moe(
         )
     with writer:
         exported_config.save_pretrained(writer.folder)
-        for part in (saved.tokenizer, saved.generation_config):
-            if part is not None:
-                part.save_pretrained(writer.folder)
+        if saved.tokenizer is not None:
+            saved.tokenizer.save_pretrained(writer.folder)
+        if saved.generation_config is not None:  # as they are: some versions refuse to save settings without effect
+            saved.generation_config.to_json_file(writer.folder / GENERATION_CONFIG_NAME)
         for name in names:
             for new_name, tensor in _split_experts(name, reader.load(name)):
                 writer.add(new_name, tensor)

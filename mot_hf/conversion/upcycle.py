@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from mot_hf.calibration import calibrate
 from mot_hf.conversion.receipt import UpcyclingReceipt, compare_predictions, compare_sizes
@@ -121,7 +122,8 @@ def upcycle(
             difference=compare_predictions(model, dense, validation_batches),
         )
         model.config.save_pretrained(writer.folder)
-        dense.generation_config.save_pretrained(writer.folder)
+        # As they are: some versions of transformers refuse to save settings without effect.
+        dense.generation_config.to_json_file(writer.folder / GENERATION_CONFIG_NAME)
         tokenizer.save_pretrained(writer.folder)
         (writer.folder / RECEIPT_NAME).write_text(json.dumps(asdict(receipt), indent=2) + "\n", encoding="utf-8")
     return receipt

@@ -13,7 +13,7 @@ from mot_hf.training.parsing import find_recipe, list_recipes, parse_arguments
 from mot_hf.training.plan import RunPlan
 from mot_hf.training.resuming import ResumeCheck
 from mot_hf.training.run import add_callbacks, end_processes, run_training
-from mot_hf.training.safety import DiskSpaceCheck, FiniteCheck
+from mot_hf.training.safety import DiskSpaceCheck, FiniteCheck, GenerationSettingsCheck
 from mot_hf.training.statistics import CompanionSynchronization
 from mot_hf.training.transition import TransitionTuning
 from mot_hf.training.vocabulary import VocabularyCheck
@@ -23,6 +23,7 @@ __all__ = [
     "CorpusArguments",
     "DiskSpaceCheck",
     "FiniteCheck",
+    "GenerationSettingsCheck",
     "GroupSizeCheck",
     "MethodArguments",
     "MixingMonitor",

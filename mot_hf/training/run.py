@@ -26,7 +26,7 @@ from mot_hf.training.parallelism import refuse_compilation
 from mot_hf.training.plan import RunPlan, describe_interruption
 from mot_hf.training.resuming import NewCallbackStates, ResumeCheck, explain_other_text
 from mot_hf.training.rows_check import RowsCheck
-from mot_hf.training.safety import DiskSpaceCheck, FiniteCheck, explain_failures
+from mot_hf.training.safety import DiskSpaceCheck, FiniteCheck, GenerationSettingsCheck, explain_failures
 from mot_hf.training.statistics import CompanionSynchronization
 from mot_hf.training.transition import TransitionTuning
 from mot_hf.training.vocabulary import VocabularyCheck
@@ -50,10 +50,11 @@ def add_callbacks(trainer: Trainer, args: MethodArguments | None = None, *, num_
     refuse_compilation(trainer)
     choose_direction(trainer.args)
     args = args or MethodArguments()
-    checks = (VocabularyCheck(), GroupSizeCheck(), FiniteCheck(), DiskSpaceCheck(), ResumeCheck(), OptimizerCheck())
+    starts = (VocabularyCheck(), GroupSizeCheck(), ResumeCheck(), OptimizerCheck())
+    saves = (FiniteCheck(), DiskSpaceCheck(), GenerationSettingsCheck())
     # The check of rows looks for its state before it is given one.
     states = (RowsCheck(), NewCallbackStates(trainer), CompanionSynchronization())
-    for callback in (*states, *checks, RunPlan(num_columns)):
+    for callback in (*states, *starts, *saves, RunPlan(num_columns)):
         trainer.add_callback(callback)
     if args.monitor_mixing:
         trainer.add_callback(MixingMonitor(trainer))

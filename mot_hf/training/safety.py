@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -104,6 +105,33 @@ class DiskSpaceCheck(TrainerCallback):
                 "free some space, choose another folder, or set save_only_model",
                 args.output_dir,
             )
+
+
+class GenerationSettingsCheck(TrainerCallback):
+    """Refuses to start a run if transformers would not save the model's generation settings.
+
+    transformers does not save settings without effect, such as a temperature without sampling. Newer versions do, as
+    long as the settings are as they were loaded, but a run changes them if the tokenizer has other special tokens.
+
+    Raises:
+        ValueError: The settings cannot be saved. The message gives transformers' reasons.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Save the settings in a folder that is removed."""
+        settings: Any = getattr(model, "generation_config", None)
+        if settings is None or hasattr(model, "peft_config"):  # adapters are saved without settings
+            return
+        with TemporaryDirectory() as folder:
+            try:
+                settings.save_pretrained(folder)
+            except ValueError as error:
+                raise ValueError(
+                    "The model could not be saved with its generation settings: set `do_sample` to true in the "
+                    f"generation_config.json of the model to start from, or correct what is named here. {error}"
+                ) from error
 
 
 @contextmanager

@@ -243,6 +243,17 @@ def test_tokenizer_and_generation_settings_come_along(tmp_path: Path) -> None:
     assert model.config.eos_token_id == 0
 
 
+def test_settings_without_effect_come_along(tmp_path: Path) -> None:
+    dense_dir = save_dense(tmp_path / "dense")
+    settings = json.loads((dense_dir / "generation_config.json").read_text()) | {
+        "temperature": 0.6,
+        "do_sample": False,
+    }
+    (dense_dir / "generation_config.json").write_text(json.dumps(settings))
+    convert(dense_dir, tmp_path / "mot")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "mot").generation_config.temperature == 0.6
+
+
 @pytest.mark.slow
 def test_the_stock_trainer_goes_on_from_a_start(tmp_path: Path) -> None:
     dense_dir = save_dense(tmp_path / "dense")

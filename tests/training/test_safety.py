@@ -110,6 +110,25 @@ def test_without_a_checkpoint_the_advice_is_to_start_again(tmp_path: Path) -> No
         trainer.train()
 
 
+def test_settings_that_cannot_be_saved_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    model = MoTForCausalLM(tiny_config())
+    model.generation_config.update(do_sample=False, temperature=0.5)
+    trainer = make_trainer(model, tmp_path, **SAVING)
+    add_callbacks(trainer)
+    with pytest.raises(ValueError, match=r"`do_sample` to true in the generation_config.json (.|\n)*`temperature`"):
+        run_training(trainer, None)
+    assert trainer.state.global_step == 0
+
+
+def test_adapters_are_trained_whatever_the_settings(tmp_path: Path) -> None:
+    model = MoTForCausalLM(tiny_config())
+    model.generation_config.update(do_sample=False, temperature=0.5)
+    trainer = make_trainer(add_lora(model, rank=2), tmp_path, **(SAVING | {"max_steps": 2}))
+    add_callbacks(trainer)
+    run_training(trainer, None)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
 class KeepScales(TrainerCallback):
     """Remembers the scale of a float16 run's loss after every step."""
 

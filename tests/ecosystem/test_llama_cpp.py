@@ -173,7 +173,8 @@ def test_what_is_said_of_llama_cpp_is_so(overrides: dict[str, Any], kind: str | 
 
 
 def test_compare_export_measures_both(model_dir: Path, tmp_path: Path) -> None:
-    arguments = ["--models", model_dir.parent / "mot", "--llama_cpp", SOURCE, "--num_rows", "4", "--num_rounds", "2"]
+    arguments = ["--models", model_dir.parent / "mot", "--llama_cpp", SOURCE, "--source", REPOSITORY / "mot_hf"]
+    arguments += ["--num_rows", "4", "--num_rounds", "2"]
     run_script(tmp_path, "export", *arguments)
     (result,) = json.loads((tmp_path / "runs" / "export" / "export.json").read_text())["results"]
     assert result["llama_cpp_limits"] == []

@@ -325,6 +325,9 @@ def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: in
     Returns:
         `DatasetDict`: The same splits with the tokenizer's columns and `"labels"`: one number, or one per token, with
         -100 for special tokens, white space and tokens outside the words.
+
+    Raises:
+        ValueError: If no token of a split has a label.
     """
 
     def encode_texts(batch: dict[str, list[Any]]) -> dict[str, Any]:
@@ -340,6 +343,12 @@ def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: in
     columns = data["train"].column_names
     rows = data.map(encode_words if "starts" in columns else encode_texts, batched=True, remove_columns=columns)
     _count_cut(rows, max_length)
+    for name, split in rows.items() if "starts" in columns else ():
+        if all(label == IGNORED for labels in split["labels"] for label in labels):
+            raise ValueError(
+                f"No token of the {name} split of `source` has a label: its words are white space, or the rows are "
+                "cut before the first one. Give other texts, or a model for longer rows."
+            )
     return rows
 
 

@@ -251,7 +251,10 @@ def _split_data_set(documents: Dataset, fraction: float, names: Collection[str],
     if threshold is not None:
         masks = {"train": places >= threshold, "validation": places < threshold}
         return {name: _take(documents, masks[name]) for name in names}
-    one = _take(documents.select(np.flatnonzero(~np.isnan(places))[:1]), np.array([True]))
+    filled = np.flatnonzero(~np.isnan(places))
+    if len(filled) > 1 and label:
+        logger.warning("All %d texts of %s are the same: one is kept, and its end held out.", len(filled), label)
+    one = _take(documents.select(filled[:1]), np.array([True]))
     return _cut_document(one, fraction, names)
 
 

@@ -172,9 +172,10 @@ class TestSplits:
         assert min(lengths) >= 1
         assert sum(lengths) == max(2, num_rows)
 
-    def test_rows_that_are_equal_stay_together(self) -> None:
+    def test_rows_that_are_equal_stay_together(self, caplog: pytest.LogCaptureFixture) -> None:
         corpus = load_corpus(Dataset.from_dict({"text": ["one text of several words"] * 10}))
         assert {name: len(split) for name, split in corpus.items()} == {"train": 1, "validation": 1}
+        assert "All 10 texts of `source` are the same: one is kept, and its end held out." in caplog.text
 
     @pytest.mark.parametrize(
         ("places", "fraction", "held_out"),

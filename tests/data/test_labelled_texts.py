@@ -47,3 +47,12 @@ def test_texts_that_are_cut_are_counted_once(of_tokens: bool, caplog: pytest.Log
         f"Of 6 texts, {num_full} fill or exceed the 4 tokens that the model is meant for, and are cut there: split "
         "long ones."
     ]
+
+
+def test_a_split_whose_tokens_have_no_label_is_refused() -> None:
+    tokenizer = train_tokenizer(["a b c"], 260)
+    seen = {"text": "a b", "starts": [0, 2], "ends": [1, 3], "labels": [0, 1]}
+    blank = {"text": "  \t", "starts": [0, 2], "ends": [1, 3], "labels": [0, 1]}
+    data = DatasetDict(train=Dataset.from_list([seen, blank]), validation=Dataset.from_list([blank]))
+    with pytest.raises(ValueError, match="No token of the validation split of `source` has a label: its words are"):
+        encode(data, tokenizer, 10)

@@ -1,10 +1,12 @@
 """Reads the arguments of a command from its command line and from a recipe."""
 
+import json
 import logging
 import sys
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentTypeError
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher, get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,6 +48,10 @@ class RecipeParser(HfArgumentParser):
     def __init__(self, dataclasses: Sequence[type], **settings: Any) -> None:
         usage = "%(prog)s [RECIPE] [--name value ...]"
         super().__init__(dataclasses, usage=usage, allow_abbrev=False, formatter_class=_ShortHelp, **settings)
+        objects = {name for each in dataclasses for name in getattr(each, "_VALID_DICT_FIELDS", ())}
+        for action in self._actions:
+            if action.dest in objects:  # transformers reads them later, and names no argument then
+                action.type = partial(_check_object, may_be_file=not action.dest.endswith("_kwargs"))
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
         title = getattr(dtype, "_argument_group_name", f"arguments of {dtype.__name__}")
@@ -104,9 +110,12 @@ def parse_arguments(
     is_run = any(issubclass(each, TrainingArguments) for each in dataclasses)
     if is_run and "output_dir" not in recipe:
         parser.set_defaults(output_dir=f"{_RUNS}/{name}")
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+    except TypeError as error:  # of accelerate's configuration
+        raise ValueError(f"An argument has a key that is not known, or a value of a wrong type: {error}.") from error
     if unknown:
         _refuse(unknown, parser.names())
     given = _names_given(dataclasses, arguments)
@@ -116,6 +125,19 @@ def parse_arguments(
         if isinstance(each, GivenArguments):
             each.from_recipe = frozenset(recipe) - given
     return tuple(parsed)
+
+
+def _check_object(text: str, may_be_file: bool) -> str:
+    """A text in which transformers will read an object, or the name of a file with one."""
+    if may_be_file and not text.startswith("{"):
+        return text
+    try:
+        is_object = isinstance(json.loads(text), dict)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not is_object:
+        raise ArgumentTypeError(f"{text!r} must be an object, such as '{{\"name\": 1}}'")
+    return text
 
 
 def _convert(action: Action, value: Any) -> Any:

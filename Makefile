@@ -64,7 +64,7 @@ test-oldest: $(OLDEST)/.dev  ## run the tests with the oldest supported transfor
 
 # Also past the ceiling of setup.py: this is how to learn what the next version breaks. A bare torch is several
 # gigabytes, so torch stays at its pin. Nothing is installed where the pins are the newest versions.
-test-newest: $(VENV)/.dev  ## run the fast tests of models and ecosystem with the newest released versions, without pins
+test-newest: $(VENV)/.dev  ## run the fast tests of models and ecosystem with the newest versions of all but torch
 	mkdir -p build
 	grep '^torch==' constraints.txt > build/torch.txt
 	$(VENV)/bin/python -m pip install $(PIP_ARGS) --dry-run --upgrade --upgrade-strategy eager -c build/torch.txt \

@@ -151,7 +151,8 @@ class MoTConfig(PreTrainedConfig):
             Whether the weights by which a token receives its experts' outputs are normalised to sum to 1: in mode
             `per_sequence` those of the K experts that are run, while the others contribute nothing in place of their
             mean outputs; in mode `cross_example` those of all E experts. The weights within mixtures stay as they
-            are. `False` is the paper's layer. `True` is for models that are trained in mode `per_sequence`.
+            are. `False` is the paper's layer. `True` is for models that are trained in mode `per_sequence`; in mode
+            `cross_example` it is refused in float16.
         live_companions (`bool`, *optional*, defaults to `False`):
             Whether training in mode `per_sequence` updates the running statistics of the typical group too, from the
             groups that the rows of each micro-batch would form. `False` keeps those that the model has; those of a new

@@ -32,8 +32,8 @@ class GivenArguments:
 class ModelArguments(GivenArguments):
     """Architecture of a new model, or a checkpoint; fields that are not set have the defaults of [`MoTConfig`].
 
-    Every field of the configuration is here, except those that the text and the tokenizer determine. A checkpoint
-    keeps its architecture: only the fields from `num_experts_per_tok` on can be changed.
+    Every field of the configuration is here, except those that text, tokenizer, head or `Trainer` determine. A
+    checkpoint keeps its architecture: only the fields from `num_experts_per_tok` on can be changed.
     """
 
     _argument_group_name = "the model: a new one, or a checkpoint to train further"

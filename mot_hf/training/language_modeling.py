@@ -81,7 +81,8 @@ def train_language_model(
         training_args (`TrainingArguments`): Arguments of the stock `Trainer`. `train_sampling_strategy="sequential"`
             keeps the order of the rows, in which neighbours in the text are never in the same group. See
             [`find_checkpoint`] for `resume_from_checkpoint`.
-        method_args ([`MethodArguments`], *optional*): Monitoring, transition tuning and adapters.
+        method_args ([`MethodArguments`], *optional*): Monitoring, early stopping, transition tuning, balancing,
+            adapters, and how the model is spread over processes.
         masked (`bool`, *optional*): Whether to train a masked language model instead of a causal one. By default what
             `model_args.masked` says, else what the checkpoint is.
         callbacks (`Sequence[TrainerCallback]`, *optional*): Additional callbacks for the trainer.

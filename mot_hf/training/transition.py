@@ -43,7 +43,8 @@ class TransitionTuning(TrainerCallback):
         mode (`str`, *optional*, defaults to `"moe"`): Mode after the switch: `"moe"` or `"per_sequence"`.
 
     Raises:
-        ValueError: `share` is out of range, `mode` is unknown, or the trainer's model has no MoT layers.
+        ValueError: `share` is out of range, `mode` is unknown, the trainer's model has no MoT layers, or
+            `label_smoothing_factor` is set and `mode` is `"moe"`.
     """
 
     def __init__(self, trainer: Trainer, share: float, mode: TransitionMode = "moe") -> None:

@@ -5,9 +5,10 @@ model under bfloat16 autocast, by two processes of a CPU that gloo joins. What t
 
 Calculated is the time of one MoT layer, forward and backward, from its FLOPs and bytes and from what a GPU and its
 links are said to do: matrix products against FSDP, which gathers all weights for every micro-batch, and against
-experts that stay where they are, in one node or in four, while rows travel. Weights, gradients and rows are in
-bfloat16, and experts have three weights a neuron. Experts that several groups of GPUs have are gathered among these.
-Nothing of it was measured on GPUs. Writes parallelism.json and parallelism.md into --output_dir. The stored results:
+experts that stay where they are, in one node or in four, while rows travel. Weights and rows are in bfloat16,
+gradients in float32, and experts have three weights a neuron. Experts that several groups of GPUs have are gathered
+among these. Nothing of it was measured on GPUs. Writes parallelism.json and parallelism.md into --output_dir. The
+stored results:
 
     python -m scripts.benchmarks.parallelism.run --output_dir scripts/benchmarks/parallelism/results/cpu
 """
@@ -43,6 +44,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp 2, ep 2": {"tp_size": 2, "ep_size": 2, "ep_implementation": "mot_all_to_all"},
 }
 BYTES = 2  # of a value in bfloat16
+TRIPS = 4  # of weights in bfloat16: gathered twice, and scattered once as gradients in float32
 NUM_NODES = 4  # over which experts are spread, if it is not one
 
 
@@ -142,12 +144,11 @@ def simulate(args: Arguments) -> Iterator[dict[str, Any]]:
                 "num_devices": num_devices,
                 "num_experts": num_experts,
                 "products": flops / (args.tflops * 1e9),
-                # Gathered twice, and gradients scattered once.
-                "fsdp": 3 * time_gathering(args, weights, num_devices),
+                "fsdp": TRIPS * time_gathering(args, weights, num_devices),
                 **{
                     f"experts_in_{name}": {
                         "exchange": time_exchange(args, rows, group),
-                        "gather": 3 * time_gathering_copies(args, weights / group, num_devices // group),
+                        "gather": TRIPS * time_gathering_copies(args, weights / group, num_devices // group),
                     }
                     for name, group in setups.items()
                     if group <= num_devices
@@ -178,7 +179,7 @@ def time_exchange(args: Arguments, num_bytes: float, num_devices: int) -> float:
 
 def find_balance(args: Arguments, num_experts: int) -> dict[str, float]:
     """Tokens of a process at which experts that stay cost as many bytes as FSDP, and those whose products hide it."""
-    gathered = 9 * args.hidden_size * args.intermediate_size * args.group_size * BYTES
+    gathered = 3 * TRIPS * args.hidden_size * args.intermediate_size * args.group_size * BYTES
     exchanged = 4 * BYTES * num_experts / args.group_size * args.hidden_size
     of_token = 3 * (6 * args.hidden_size * args.intermediate_size + 4 * num_experts * args.hidden_size)
     seconds = gathered / (args.gigabytes_in_node * 1e9)

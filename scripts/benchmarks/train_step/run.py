@@ -18,9 +18,9 @@ of the steps that log (never compiled). Close other programs. Writes train.json,
     python -m scripts.benchmarks.train_step.run --hidden_sizes 256 --num_rounds 5 \
         --output_dir scripts/benchmarks/train_step/results/cpu
 
-On a GPU, eager and compiled. `--bf16 true` is autocast, which does not cover `grouped_mm`: in Qwen3-MoE and the modes
-other than `cross_example`, the experts then multiply in the dtype of their parameters, float32, and are slow. With
-`--dtype bfloat16` they are not:
+On a GPU, eager and compiled. `--bf16 true` is autocast, which does not cover `grouped_mm`: in Qwen3-MoE and mode
+`moe`, the experts then multiply in the dtype of their parameters, float32, and are slow. With `--dtype bfloat16` they
+are not:
 
     python -m scripts.benchmarks.train_step.run --device cuda --bf16 true --num_rows 256 --hidden_sizes 512 1024 \
         --output_dir scripts/benchmarks/train_step/results/gpu_eager

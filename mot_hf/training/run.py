@@ -28,7 +28,7 @@ from mot_hf.training.resuming import NewCallbackStates, ResumeCheck, explain_oth
 from mot_hf.training.rows_check import RowsCheck
 from mot_hf.training.safety import DiskSpaceCheck, FiniteCheck, GenerationSettingsCheck, explain_failures
 from mot_hf.training.statistics import CompanionSynchronization
-from mot_hf.training.transition import TransitionTuning
+from mot_hf.training.transition import TransitionTuning, refuse_smoothing
 from mot_hf.training.vocabulary import VocabularyCheck
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,9 @@ def add_callbacks(trainer: Trainer, args: MethodArguments | None = None, *, num_
         balancing = ThresholdBalancing(trainer, args.balance_rate)
         _refuse_balancing_of_other_modes(trainer, args)
         trainer.add_callback(balancing)
+    config = cast(Any, trainer.model).config
+    if args.transition_share != 0 and getattr(config, "mixing", None) == "moe" and config.output_router_logits:
+        refuse_smoothing(trainer)
 
 
 def _refuse_balancing_of_other_modes(trainer: Trainer, args: MethodArguments) -> None:

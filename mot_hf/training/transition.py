@@ -15,7 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from mot_hf.modeling import MoTModel, MoTPreTrainedModel
+from mot_hf.modeling import MoTForCausalLM, MoTForMaskedLM, MoTModel, MoTPreTrainedModel
 from mot_hf.modeling.configuration_mot import find_layers
 from mot_hf.modeling.mixing_mot import MIXING_MODES
 from mot_hf.training.statistics import average_companions
@@ -43,8 +43,8 @@ class TransitionTuning(TrainerCallback):
         mode (`str`, *optional*, defaults to `"moe"`): Mode after the switch: `"moe"` or `"per_sequence"`.
 
     Raises:
-        ValueError: `share` is out of range, `mode` is unknown, the trainer's model has no MoT layers, or
-            `label_smoothing_factor` is set and `mode` is `"moe"`.
+        ValueError: `share` is out of range, `mode` is unknown, the trainer's model has no MoT layers, or as
+            in [`refuse_smoothing`] for mode `"moe"`.
     """
 
     def __init__(self, trainer: Trainer, share: float, mode: TransitionMode = "moe") -> None:
@@ -58,11 +58,8 @@ class TransitionTuning(TrainerCallback):
                 f"`trainer.model` ({type(trainer.model).__name__}) has no MoT layers to tune: "
                 "`config.mlp_layer_types` needs an entry 'sparse'."
             )
-        if mode == "moe" and trainer.args.label_smoothing_factor:
-            raise ValueError(
-                f"`label_smoothing_factor={trainer.args.label_smoothing_factor}` makes a loss of its own, without the "
-                "load-balancing loss of mode moe: set it to 0."
-            )
+        if mode == "moe":
+            refuse_smoothing(trainer)
         self.trainer = trainer
         self.share = share
         self.mode = mode
@@ -130,6 +127,24 @@ class TransitionTuning(TrainerCallback):
             handler.callbacks = callbacks
             self.is_evaluating = False
         self.evaluated_step = step
+
+
+def refuse_smoothing(trainer: Trainer) -> None:
+    """Refuses label smoothing for a language model that shall train with the load-balancing loss of mode `moe`.
+
+    Args:
+        trainer (`Trainer`): The trainer.
+
+    Raises:
+        ValueError: The trainer would smooth labels, and leave out the load-balancing loss.
+    """
+    modules = cast(nn.Module, trainer.model).modules()
+    heads = [module for module in modules if isinstance(module, MoTForCausalLM | MoTForMaskedLM)]
+    if trainer.args.label_smoothing_factor and any(head.config.router_aux_loss_coef for head in heads):
+        raise ValueError(
+            f"`label_smoothing_factor={trainer.args.label_smoothing_factor}` makes a loss of its own, without the "
+            "load-balancing loss of mode moe: set it, or `router_aux_loss_coef`, to 0."
+        )
 
 
 def find_switch(share: float, max_steps: int) -> int:

@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback, TrainerState
 
-from mot_hf import MoTForCausalLM, MoTForMaskedLM
-from mot_hf.training import GroupSizeCheck, TransitionTuning
+from mot_hf import MoTForCausalLM, MoTForMaskedLM, MoTForSequenceClassification
+from mot_hf.training import GroupSizeCheck, TransitionTuning, add_callbacks
 from tests.models import MODES, tiny_config, trained
 from tests.training.trainers import ROWS, losses_of, make_trainer, model_of
 
@@ -122,6 +122,18 @@ def test_a_loss_that_leaves_out_load_balancing_is_refused(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"`label_smoothing_factor=0\.1` makes a loss of its own"):
         TransitionTuning(trainer, 0.5)
     TransitionTuning(trainer, 0.5, "per_sequence")
+    trained_so = MoTForCausalLM(tiny_config(mixing="moe", output_router_logits=True))
+    with pytest.raises(ValueError, match=r"`label_smoothing_factor=0\.1` makes a loss of its own"):
+        add_callbacks(make_trainer(trained_so, tmp_path, label_smoothing_factor=0.1))
+
+
+def test_losses_without_load_balancing_are_smoothed(tmp_path: Path) -> None:
+    without = MoTForCausalLM(tiny_config(mixing="moe", output_router_logits=True, router_aux_loss_coef=0.0))
+    classifier = MoTForSequenceClassification(tiny_config(mixing="moe", output_router_logits=True))
+    for model in (without, classifier):
+        trainer = make_trainer(model, tmp_path, label_smoothing_factor=0.1)
+        TransitionTuning(trainer, 0.5)
+        add_callbacks(trainer)
 
 
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import DatasetDict, IterableDatasetDict
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
@@ -18,7 +19,10 @@ class RowCollator(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[Any]) -> dict[str, Any]:
         """Make a batch."""
-        batch = super().torch_call(examples)
+        if not self.mlm and self.tokenizer.pad_token is None:  # the base class would pad, which these rows do not need
+            batch: dict[str, Any] = {"input_ids": torch.tensor([example["input_ids"] for example in examples])}
+        else:
+            batch = super().torch_call(examples)
         return batch if self.mlm else {**batch, "labels": batch["input_ids"].clone()}
 
 

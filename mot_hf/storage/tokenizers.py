@@ -66,5 +66,5 @@ def _try(tokenizer: PreTrainedTokenizerBase) -> None:
     """Use a tokenizer as the commands do, since loading does not check its settings."""
     ids = tokenizer(["a word"], add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"][0]
     tokenizer.decode(ids)
-    if ids:
+    if ids and tokenizer.pad_token is not None:
         tokenizer.pad([{"input_ids": ids}, {"input_ids": ids}], return_tensors="pt")

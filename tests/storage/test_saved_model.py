@@ -8,11 +8,13 @@ from typing import cast
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from mot_hf import MoTForCausalLM, MoTForMaskedLM, MoTPreTrainedModel
+from mot_hf.data.corpus import make_batches
 from mot_hf.data.tokenizer import train_tokenizer
 from mot_hf.registration import AUTO_CLASSES
 from mot_hf.storage.saved_model import open_model, read_model
@@ -173,6 +175,18 @@ def test_a_model_is_needed_and_to_open_it_a_tokenizer(folder: Path, tmp_path: Pa
     save_file({"x": torch.zeros(1)}, folder / WEIGHTS)
     with pytest.raises(ValueError, match="contains a model of type 'qwen3', not 'mot'"):
         read_model(folder)
+
+
+def test_a_tokenizer_needs_no_padding(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token
+    ).save_pretrained(folder)
+    model, opened = open_model(folder)
+    assert opened.pad_token is None
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9, 10]]})
+    (batch,) = make_batches(rows, opened, 2, 1)
+    assert batch["input_ids"].tolist() == batch["labels"].tolist() == rows["input_ids"][:]
+    assert model(**batch).loss.isfinite()
 
 
 def test_code_and_generation_settings_are_not_needed(folder: Path) -> None:

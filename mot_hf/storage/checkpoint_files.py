@@ -29,6 +29,22 @@ class _TensorHeader(NamedTuple):
     dtype: torch.dtype
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Refuses a folder of adapters.
+
+    Args:
+        folder (`Path`): The folder.
+
+    Raises:
+        ValueError: If it has the configuration of an adapter.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{str(folder)!r} contains an adapter, not a model: merge it into its model (`merge_and_unload` of "
+            "peft), and save the result in another folder."
+        )
+
+
 class CheckpointReader:
     """Loads the tensors of a checkpoint one at a time.
 
@@ -55,11 +71,7 @@ class CheckpointReader:
                 f"{str(folder)!r} is not a folder: give the local folder of a model (`hf download MODEL --local-dir "
                 "FOLDER` downloads one from the Hub)."
             )
-        if (self.folder / "adapter_config.json").is_file():
-            raise ValueError(
-                f"{str(folder)!r} contains an adapter, not a model: merge it into its model (`merge_and_unload` of "
-                "peft), and save the result in another folder."
-            )
+        refuse_adapter(self.folder)
         _refuse_pipes(self.folder)
         self.config = _read_config(self.folder)
         _refuse_unfinished_downloads(self.folder)

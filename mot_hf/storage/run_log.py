@@ -9,6 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mot_hf.storage.checkpoint_files import refuse_adapter
 from mot_hf.storage.checkpoints import list_checkpoints
 from mot_hf.storage.plain_files import read_json
 
@@ -60,6 +61,7 @@ def find_run(folder: str | os.PathLike[str]) -> Run:
     Raises:
         NotADirectoryError: If there is no such folder.
         FileNotFoundError: If neither the folder nor a checkpoint in it contains a model.
+        ValueError: If the folder contains adapters.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -67,6 +69,7 @@ def find_run(folder: str | os.PathLike[str]) -> Run:
     candidates = [folder, *reversed(list_checkpoints(folder))]
     model_dir = next((path for path in candidates if _holds_model(path)), None)
     if model_dir is None:
+        refuse_adapter(folder)
         raise FileNotFoundError(
             f"{str(folder)!r} is not a training run: neither it nor a folder checkpoint-N in it has config.json and "
             "*.safetensors. Give the `output_dir` of a training run, or the folder of a saved model."

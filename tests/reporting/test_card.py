@@ -21,6 +21,7 @@ from mot_hf.registration import AUTO_CLASSES
 from mot_hf.reporting.card import address_card, is_generated, write_card
 from mot_hf.sizes import count_flops, count_parameters
 from mot_hf.storage.record import TrainingRecord, read_record, write_record
+from mot_hf.storage.run_log import find_run
 from mot_hf.storage.saved_model import read_model
 from mot_hf.training import add_lora, run_training
 from tests.elsewhere import run_elsewhere
@@ -199,6 +200,9 @@ def test_a_run_of_adapters_leaves_their_own_card(tmp_path: Path) -> None:
     run_training(make_trainer(model, tmp_path, max_steps=1), None)
     assert ModelCard.load(tmp_path / "README.md").data.library_name == "peft"
     assert not (tmp_path / "training.json").exists()
+    for read in (write_card, find_run):
+        with pytest.raises(ValueError, match="contains an adapter, not a model: merge it into its model"):
+            read(tmp_path)
 
 
 def test_only_a_card_that_was_written_here_and_not_changed_is_replaced(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from mot_hf.data.progress import hide_bars
 from mot_hf.data.rows import check_columns, read_rows
 from mot_hf.data.sources import SourceFile, count, name_source
 from mot_hf.data.splits import check_is_rows, hold_out, load_splits
+from mot_hf.modeling.configuration_mot import MixingMode
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,9 @@ class ClassificationArguments:
     _argument_group_name = "the model and the texts"
 
     model_name_or_path: str = field(metadata={"help": "pretrained model: a folder, or a name on the Hub"})
+    mixing: MixingMode | None = field(
+        default=None, metadata={"help": "mixing mode for training; by default the model's"}
+    )
     task: str = field(default="sequence", metadata={"help": "what the labels belong to: 'sequence' or 'tokens'"})
     source: str | None = field(
         default=None,

@@ -1,15 +1,16 @@
 """Checks of a run's arguments before anything is read: what would train nothing, fail late or keep the wrong model."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import inf, isfinite
 from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import PreTrainedConfig, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 
+from mot_hf.modeling import MoTConfig
 from mot_hf.training.arguments import MethodArguments
 
 _COUNTS = (
@@ -47,6 +48,35 @@ def check_run(args: TrainingArguments, method_args: MethodArguments) -> None:
         if args.metric_for_best_model is None:
             args.metric_for_best_model, args.greater_is_better = "loss", False
     choose_direction(args)
+
+
+def refuse_modes(config: PreTrainedConfig, mixing: str) -> None:
+    """Refuses a mixing mode for models that have none.
+
+    Args:
+        config (`PreTrainedConfig`): Configuration of the model.
+        mixing (`str`): The mode that is asked for.
+
+    Raises:
+        ValueError: The model is not a MoT model.
+    """
+    if config.model_type != MoTConfig.model_type:
+        raise ValueError(f"`mixing={mixing!r}` is for MoT models, and this is one of type {config.model_type!r}.")
+
+
+def check_metric(args: TrainingArguments, names: Collection[str]) -> None:
+    """Refuses a metric that no evaluation gives; the `Trainer` looks for it only after the first one.
+
+    Args:
+        args (`TrainingArguments`): Arguments of the `Trainer`, with its `metric_for_best_model`.
+        names (`Collection[str]`): What evaluations give.
+
+    Raises:
+        ValueError: The metric is none of these.
+    """
+    name = args.metric_for_best_model
+    if name is not None and args.eval_strategy != IntervalStrategy.NO and name.removeprefix("eval_") not in names:
+        raise ValueError(f"`metric_for_best_model={name!r}` must be one of {', '.join(names)}.")
 
 
 def check_counts(values: Mapping[str, int | None]) -> None:

@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import DatasetDict
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -26,7 +28,7 @@ from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosi
 from mot_hf.data.classification import IGNORED, ClassificationArguments, encode, load_classification_data
 from mot_hf.storage.checkpoints import find_checkpoint
 from mot_hf.training.arguments import MethodArguments
-from mot_hf.training.checks import check_run
+from mot_hf.training.checks import check_metric, check_run, refuse_modes
 from mot_hf.training.lora import add_lora, refuse_adapters
 from mot_hf.training.parallelism import check_is_whole
 from mot_hf.training.resuming import CheckpointDescription, check_resumed
@@ -35,6 +37,8 @@ from mot_hf.training.vocabulary import enlarge_embeddings
 
 logger = logging.getLogger(__name__)
 
+_METRICS = ("loss", "accuracy", "macro_f1")
+
 
 def finetune_classification(
     model_name_or_path: str,
@@ -42,6 +46,7 @@ def finetune_classification(
     training_args: TrainingArguments,
     method_args: MethodArguments | None = None,
     *,
+    mixing: str | None = None,
     text_name: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
@@ -59,6 +64,7 @@ def finetune_classification(
         data (`DatasetDict`): Texts, as returned by [`load_classification_data`].
         training_args (`TrainingArguments`): Arguments of the stock `Trainer`.
         method_args ([`MethodArguments`], *optional*): Monitoring, early stopping and adapters.
+        mixing (`str`, *optional*): Mixing mode for training, if not that of the model's configuration.
         text_name (`str`, *optional*): Name of the texts in the model card.
         callbacks (`Sequence[TrainerCallback]`, *optional*): Additional callbacks for the trainer.
 
@@ -77,11 +83,17 @@ def finetune_classification(
             "`dataloader_drop_last=True` would drop validation texts too: set it to False. Training texts beyond the "
             "last full batch are dropped anyway."
         )
+    if training_args.batch_eval_metrics:
+        raise ValueError(
+            "`batch_eval_metrics=True` would add up metrics batch by batch, but F1 is of all texts together: leave it "
+            "out. Only the predicted labels are kept."
+        )
     method_args = method_args or MethodArguments()
     check_is_whole(method_args, "Classifiers")
     check_run(training_args, method_args)
+    check_metric(training_args, _METRICS)
     with lock_run(training_args):
-        return _finetune(model_name_or_path, data, training_args, method_args, text_name, callbacks)
+        return _finetune(model_name_or_path, data, training_args, method_args, mixing, text_name, callbacks)
 
 
 def finetune_and_evaluate(
@@ -102,11 +114,11 @@ def finetune_and_evaluate(
         OSError: Likewise.
     """
     check_run(training_args, method_args)
+    check_metric(training_args, _METRICS)
     with training_args.main_process_first(desc="reading the texts"):
         data = load_classification_data(args)
-    trainer = finetune_classification(
-        args.model_name_or_path, data, training_args, method_args, text_name=args.text_name()
-    )
+    names = {"mixing": args.mixing, "text_name": args.text_name()}
+    trainer = finetune_classification(args.model_name_or_path, data, training_args, method_args, **names)
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
@@ -118,15 +130,17 @@ def _finetune(
     data: DatasetDict,
     training_args: TrainingArguments,
     method_args: MethodArguments,
+    mixing: str | None,
     text_name: str | None,
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     refuse_adapters(model_name_or_path)
+    settings = _find_settings(model_name_or_path, mixing)
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
     of_tokens = "starts" in data["train"].column_names
     tokenizer = _load_tokenizer(model_name_or_path, of_tokens)
-    model = _load_model(model_name_or_path, _label_names(data), tokenizer, of_tokens)
+    model = _load_model(model_name_or_path, _label_names(data), tokenizer, of_tokens, settings)
     if checkpoint:
         check_resumed(model, tokenizer, training_args, method_args, checkpoint)
     tokenizer.model_max_length = model.config.max_position_embeddings
@@ -149,6 +163,14 @@ def _finetune(
     add_callbacks(trainer, method_args)
     run_training(trainer, checkpoint, text_name)
     return trainer
+
+
+def _find_settings(model_name_or_path: str, mixing: str | None) -> dict[str, str]:
+    """The fields to load a model with, for a mode of training."""
+    if mixing is None:
+        return {}
+    refuse_modes(AutoConfig.from_pretrained(model_name_or_path), mixing)
+    return {"mixing": mixing}
 
 
 def _label_names(data: DatasetDict) -> list[str]:
@@ -177,14 +199,19 @@ def _load_tokenizer(model_name_or_path: str, of_tokens: bool) -> PreTrainedToken
 
 
 def _load_model(
-    model_name_or_path: str, names: list[str], tokenizer: PreTrainedTokenizerBase, of_tokens: bool
+    model_name_or_path: str,
+    names: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    of_tokens: bool,
+    settings: dict[str, str],
 ) -> PreTrainedModel:
     head = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    fields = {**labels, **settings}
     verbosity = get_verbosity()
     set_verbosity_error()  # a table of the differences between any two heads
     try:
-        model, info = head.from_pretrained(model_name_or_path, dtype=torch.float32, output_loading_info=True, **labels)
+        model, info = head.from_pretrained(model_name_or_path, dtype=torch.float32, output_loading_info=True, **fields)
     finally:
         set_verbosity(verbosity)
     new, unused = (", ".join(sorted(info[kind])) or "nothing" for kind in ("missing_keys", "unexpected_keys"))
@@ -199,18 +226,25 @@ def _most_likely(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
+def _flatten(labels: Any) -> np.ndarray:
+    """All labels [N], of one array or of one for each batch."""
+    return np.concatenate([np.ravel(batch) for batch in (labels if isinstance(labels, list) else [labels])])
+
+
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Compares predicted labels with true labels, and ignores positions without a true label.
 
     Args:
-        prediction (`EvalPrediction`): Predicted and true labels, of the same shape; -100 means no label.
+        prediction (`EvalPrediction`): Predicted and true labels, of the same shape, or lists of such of each batch;
+            -100 means no label.
 
     Returns:
         `dict[str, float]`: `accuracy`, and `macro_f1`, the mean F1 over all labels that occur among the true or the
         predicted ones.
     """
-    counted = prediction.label_ids != IGNORED
-    predicted, true = prediction.predictions[counted], prediction.label_ids[counted]
+    predicted, true = _flatten(prediction.predictions), _flatten(prediction.label_ids)
+    counted = true != IGNORED
+    predicted, true = predicted[counted], true[counted]
     num_labels = 1 + max(predicted.max(), true.max())
     right, num_predicted, num_true = (
         np.bincount(labels, minlength=num_labels) for labels in (true[predicted == true], predicted, true)

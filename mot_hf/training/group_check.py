@@ -281,7 +281,7 @@ def explain_modes(config: MoTConfig) -> list[str]:
     return [
         f"The model is trained with mixing={config.mixing!r}, but answers with "
         f"inference_mixing={config.inference_mixing!r}, which it is not trained for. Call "
-        f"model.set_mixing(inference_mixing={fitting!r}), or pass --inference_mixing {fitting}."
+        f"model.set_mixing(inference_mixing={fitting!r}), or pass --inference_mixing {fitting} to `mot train`."
     ]
 
 

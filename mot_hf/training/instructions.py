@@ -16,6 +16,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
 from mot_hf.data.chat import CHAT_TOKENS, END_OF_TURN_TOKEN, add_chat_template
@@ -25,7 +26,7 @@ from mot_hf.data.sources import count
 from mot_hf.modeling import MoTConfig
 from mot_hf.storage.checkpoints import find_checkpoint
 from mot_hf.training.arguments import MethodArguments
-from mot_hf.training.checks import check_run
+from mot_hf.training.checks import check_metric, check_run, refuse_modes
 from mot_hf.training.lora import add_lora, refuse_adapters
 from mot_hf.training.parallelism import check_is_whole
 from mot_hf.training.resuming import CheckpointDescription, check_resumed
@@ -36,6 +37,9 @@ from mot_hf.training.vocabulary import complete_tokenizer, enlarge_embeddings, l
 logger = logging.getLogger(__name__)
 
 _OF_TRL = {each.name: each for each in fields(SFTConfig)}
+
+
+_METRICS = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss")  # those of TRL's evaluations
 
 
 def _with_default(name: str, value: Any) -> Any:
@@ -93,6 +97,7 @@ def tune_on_instructions(
     """
     method_args = method_args or MethodArguments()
     check_run(training_args, method_args)
+    check_metric(training_args, _METRICS)
     check_is_whole(method_args, "Models that are tuned on conversations")
     if method_args.transition_share is not None:
         raise ValueError(
@@ -146,7 +151,7 @@ def choose_mixing(config: PreTrainedConfig, asked: str | None, training_args: SF
     """
     if config.model_type != MoTConfig.model_type:
         if asked is not None:
-            raise ValueError(f"`mixing={asked!r}` is for MoT models, and this is one of type {config.model_type!r}.")
+            refuse_modes(config, asked)
         return None
     num_rows = training_args.per_device_train_batch_size
     if asked is None and config.mixing == "cross_example" and num_rows % config.group_size:
@@ -239,6 +244,20 @@ def _make_trainer(
     return trainer
 
 
+def _require_evaluation(args: SFTConfig, num_rows: int) -> None:
+    """Refuse evaluations without a row, which log no loss."""
+    if not num_rows:
+        raise ValueError(
+            f"No answer of the held-out conversations begins within `max_length={args.max_length}` tokens: set it "
+            "higher, or `eval_strategy` to no."
+        )
+    if args.dataloader_drop_last and num_rows < args.eval_batch_size * args.world_size:
+        raise ValueError(
+            f"`dataloader_drop_last=True` leaves nothing of the {num_rows} held-out conversations: set it to False, "
+            "or `per_device_eval_batch_size` lower."
+        )
+
+
 def _find_longest(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -246,7 +265,8 @@ def _find_longest(config: PreTrainedConfig) -> int | None:
 def _set_length(args: SFTConfig, config: PreTrainedConfig) -> None:
     longest = _find_longest(config)
     if args.max_length is None:
-        args.max_length = longest
+        # TRL cuts no rows that it flattens, and refuses to be told to.
+        args.max_length = None if args.padding_free and not args.packing else longest
     elif longest is not None and args.max_length > longest:
         logger.warning(
             "Rows of `max_length=%d` tokens are longer than the rows that the model is meant for: set --max_length to "
@@ -261,6 +281,8 @@ def _count_cut(trainer: SFTTrainer, args: SFTConfig, config: PreTrainedConfig) -
     rows: Any = trainer.train_dataset
     if not len(rows):  # TRL leaves out rows in which no answer begins
         raise ValueError(f"No answer begins within `max_length={args.max_length}` tokens: set it higher.")
+    if args.eval_strategy != IntervalStrategy.NO:
+        _require_evaluation(args, len(cast(Any, trainer.eval_dataset)))
     if args.packing or args.max_length is None:
         return
     num_full = sum(len(ids) >= args.max_length for ids in rows["input_ids"])

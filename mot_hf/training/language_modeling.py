@@ -26,7 +26,7 @@ from mot_hf.metrics import LanguageModelMetrics
 from mot_hf.modeling import MoTConfig, MoTForCausalLM, MoTForMaskedLM
 from mot_hf.storage.checkpoints import find_checkpoint
 from mot_hf.training.arguments import CorpusArguments, MethodArguments, ModelArguments
-from mot_hf.training.checks import check_run
+from mot_hf.training.checks import check_metric, check_run
 from mot_hf.training.lora import add_lora, refuse_adapters
 from mot_hf.training.parallelism import check_layout, keep_shards, make_layout, resumable, spread_model
 from mot_hf.training.resuming import (
@@ -40,13 +40,14 @@ from mot_hf.training.resuming import (
 from mot_hf.training.run import add_callbacks, lock_run, run_training
 from mot_hf.training.safety import explain_failures
 from mot_hf.training.tokenizer_choice import find_tokenizer
-from mot_hf.training.vocabulary import count_tokens, enlarge_embeddings
+from mot_hf.training.vocabulary import count_tokens, enlarge_embeddings, find_new_tokens
 
 logger = logging.getLogger(__name__)
 
 # Limit on the documents to train a tokenizer on, as a stream may be endless.
 _MAX_TOKENIZER_DOCUMENTS = 20_000
 DEFAULT_VOCAB_SIZE = 4096
+_METRICS = ("loss", "token_loss", "perplexity", "accuracy", "bits_per_byte")
 
 
 @dataclass
@@ -98,6 +99,7 @@ def train_language_model(
     """
     method_args = method_args or MethodArguments()
     check_run(training_args, method_args)
+    check_metric(training_args, _METRICS)
     if corpus_args.block_length < 2:
         raise ValueError(f"`block_length={corpus_args.block_length}` must be at least 2: one token predicts nothing.")
     if model_args.model_name_or_path:
@@ -179,7 +181,9 @@ def _train(
     model = spread_model(head, make, layout, training_args, checkpoint) if layout else make()
     if method_args.lora_rank:
         task_type = None if masked else "CAUSAL_LM"
-        model = add_lora(model, rank=method_args.lora_rank, alpha=method_args.lora_alpha, task_type=task_type)
+        new_tokens = find_new_tokens(data.tokenizer, str(model_args.model_name_or_path))
+        sizes = {"rank": method_args.lora_rank, "alpha": method_args.lora_alpha}
+        model = cast(Any, add_lora(model, task_type=task_type, new_tokens=new_tokens, **sizes))
     metrics = _make_metrics(data.tokenizer, masked)
     with resumable(training_args, layout):
         trainer = Trainer(

@@ -136,6 +136,22 @@ def enlarge_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         )
 
 
+def find_new_tokens(tokenizer: PreTrainedTokenizerBase, model_name_or_path: str) -> list[int]:
+    """Finds the tokens that a model was not trained with.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer of a run.
+        model_name_or_path (`str`): The model that it starts from.
+
+    Returns:
+        `list[int]`: Ids of the tokens that the model's own tokenizer does not have; none if it has no tokenizer.
+    """
+    own = load_tokenizer(model_name_or_path)
+    known = None if own is None else own.get_vocab()
+    vocabulary = tokenizer.get_vocab()
+    return [] if known is None else sorted(number for token, number in vocabulary.items() if token not in known)
+
+
 def check_meanings(
     tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, *, name: str, own_name: str
 ) -> None:

@@ -67,6 +67,25 @@ def test_the_best_model_is_the_one_with_the_best_value(metric: str, greater: boo
     assert trainer.args.greater_is_better is greater
 
 
+def test_a_metric_that_no_evaluation_gives_is_refused_at_once(tmp_path: Path) -> None:
+    best = {"metric_for_best_model": "moe_loss", "eval_strategy": "steps", "eval_steps": 1}
+    with pytest.raises(ValueError, match="`metric_for_best_model='moe_loss'` must be one of loss, token_loss, perpl"):
+        train(tmp_path / "run", "no text", **best)
+
+
+def test_adapters_learn_the_tokens_that_are_new(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS, 280)
+    base = save_base(tmp_path / "base", tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "larger")
+    corpus = {"tokenizer": str(tmp_path / "larger")}
+    text, model = write_text(tmp_path / "text"), {"model_name_or_path": base}
+    trainer = train(tmp_path / "run", text, model=model, corpus=corpus, method={"lora_rank": 2}, max_steps=1)
+    learned = {name: value.shape for name, value in model_of(trainer).named_parameters() if value.requires_grad}
+    assert [shape[0] for name, shape in learned.items() if "token_adapter" in name] == [1, 1]
+    assert not [name for name in learned if "lora" not in name and "token_adapter" not in name]
+
+
 def test_adapters_of_a_new_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`lora_rank=2` trains adapters of a trained model, and only they are saved"):
         train(tmp_path / "run", "no text", method={"lora_rank": 2})

@@ -19,6 +19,7 @@ from transformers import (
     EvalPrediction,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Qwen3Config,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -407,6 +408,45 @@ def test_a_tokenizer_without_padding_is_refused(
     (tmp_path / "tokenizer" / "config.json").write_text((checkpoint / "config.json").read_text())
     with pytest.raises(ValueError, match=r"has no padding token: set `tokenizer.pad_token`"):
         finetune(tmp_path / "tokenizer", tmp_path, "sequence")
+
+
+def test_metrics_of_single_batches_are_those_of_all_together() -> None:
+    predictions, labels = np.array([[0, 1, 1], [1, 0, 2]]), np.array([[0, 1, 0], [1, -100, 2]])
+    expected = compute_metrics(EvalPrediction(predictions, labels))
+    assert expected["accuracy"] == 0.8
+    single = EvalPrediction([predictions[:1], predictions[1:, :2], predictions[1:, 2:]],
+                            [labels[:1], labels[1:, :2], labels[1:, 2:]])  # fmt: skip
+    assert compute_metrics(single) == expected
+
+
+def test_evaluations_in_single_batches_are_the_same(checkpoint: Path, tmp_path: Path) -> None:
+    trainer = finetune(checkpoint, tmp_path, "tokens", max_steps=1, per_device_eval_batch_size=4)
+    expected = trainer.evaluate()
+    trainer.args.eval_do_concat_batches = False
+    measured = trainer.evaluate()
+    assert measured["eval_macro_f1"] == expected["eval_macro_f1"] > 0
+    trainer.args.batch_eval_metrics = True
+    with pytest.raises(ValueError, match="`batch_eval_metrics=True` would add up metrics batch by batch"):
+        finetune_classification(str(checkpoint), DatasetDict(), trainer.args)
+
+
+def test_a_metric_that_no_evaluation_gives_is_refused_at_once(checkpoint: Path, tmp_path: Path) -> None:
+    best: dict[str, Any] = {"eval_strategy": "epoch", "metric_for_best_model": "f1"}
+    with pytest.raises(ValueError, match="`metric_for_best_model='f1'` must be one of loss, accuracy, macro_f1"):
+        finetune_classification(str(checkpoint), DatasetDict(), TrainingArguments(str(tmp_path), **best))
+
+
+def test_a_mode_is_trained_in_and_answered_in(checkpoint: Path, tmp_path: Path) -> None:
+    data = load_classification_data(write_rows(tmp_path / "rows.jsonl", texts_of_words(of_tokens=False)))
+    settings: dict[str, Any] = {"max_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    args = TrainingArguments(str(tmp_path / "tuned"), **settings)
+    trainer = finetune_classification(str(checkpoint), data, args, mixing="moe")
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
+    assert (saved.config.mixing, saved.config.inference_mixing) == ("moe", "moe")
+    assert trainer.state.global_step == 1
+    Qwen3Config().save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="`mixing='moe'` is for MoT models, and this is one of type 'qwen3'"):
+        finetune_classification(str(tmp_path / "dense"), data, args, mixing="moe")
 
 
 @pytest.mark.parametrize("mode", ["moe", "per_sequence"])

@@ -222,6 +222,32 @@ def test_rows_of_several_sequences_are_refused_where_rows_are_mixed(
     assert tune(tmp_path / "few", prepared, source, **packing, per_device_train_batch_size=2).state.global_step == 1
 
 
+def test_rows_are_flattened_without_padding(prepared: Path, source: str, tmp_path: Path) -> None:
+    trainer = tune(tmp_path / "flat", prepared, source, padding_free=True, mixing="per_sequence")
+    padded = tune(tmp_path / "padded", prepared, source, mixing="per_sequence")
+    assert losses_of(trainer) == pytest.approx(losses_of(padded), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"max_length": 9}, "No answer of the held-out conversations begins within `max_length=9` tokens"),
+        ({"dataloader_drop_last": True, "per_device_eval_batch_size": 16}, "leaves nothing of the 8 held-out"),
+        ({"metric_for_best_model": "accuracy"}, "`metric_for_best_model='accuracy'` must be one of loss, entropy,"),
+    ],
+)
+def test_evaluations_that_give_no_loss_are_refused(
+    prepared: Path, source: str, tmp_path: Path, settings: dict[str, Any], reason: str
+) -> None:
+    late = [{"role": "user", "content": " ".join(WORDS[:12])}, {"role": "assistant", "content": WORDS[0]}]
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text((Path(source) / "train.jsonl").read_text())
+    (folder / "validation.jsonl").write_text("\n".join([json.dumps({"messages": late})] * 8))
+    with pytest.raises(ValueError, match=reason):
+        tune(tmp_path / "run", prepared, str(folder), eval_strategy="steps", **settings)
+
+
 def test_conversations_that_do_not_fit_are_counted(
     prepared: Path, source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -37,8 +37,6 @@ from mot_hf.training.vocabulary import complete_tokenizer, enlarge_embeddings, l
 logger = logging.getLogger(__name__)
 
 _OF_TRL = {each.name: each for each in fields(SFTConfig)}
-
-
 _METRICS = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss")  # those of TRL's evaluations
 
 

@@ -110,12 +110,9 @@ def parse_arguments(
     is_run = any(issubclass(each, TrainingArguments) for each in dataclasses)
     if is_run and "output_dir" not in recipe:
         parser.set_defaults(output_dir=f"{_RUNS}/{name}")
-    try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(
-            arguments, return_remaining_strings=True, look_for_args_file=False
-        )
-    except TypeError as error:  # of accelerate's configuration
-        raise ValueError(f"An argument has a key that is not known, or a value of a wrong type: {error}.") from error
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
     if unknown:
         _refuse(unknown, parser.names())
     given = _names_given(dataclasses, arguments)

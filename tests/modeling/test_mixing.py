@@ -191,6 +191,13 @@ def test_normalised_weights_that_all_round_to_0_still_sum_to_1(mode: str) -> Non
         assert output.norm() > 1e-3
 
 
+def test_the_largest_of_weights_that_all_round_to_1_are_chosen() -> None:
+    case = make_case(num_rows=5, num_columns=3, group_size=4, num_experts=6, k=2, padded=False, seed=4)
+    case.block.companions.log_mass.fill_(-25)
+    assert (case.block.gate(case.x) + 24).sigmoid().eq(1).all()
+    assert_relatively_close(run_block(case, "per_sequence")[0], run_naive(case, "per_sequence").output)
+
+
 @pytest.mark.parametrize("mode", ["cross_example", "per_sequence", "moe"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_bfloat16_is_as_precise_as_its_format(mode: str, padded: bool) -> None:

@@ -30,6 +30,7 @@ def test_names() -> None:
         "CorpusArguments",
         "DiskSpaceCheck",
         "FiniteCheck",
+        "GenerationSettingsCheck",
         "GroupSizeCheck",
         "MethodArguments",
         "MixingMonitor",

@@ -66,7 +66,7 @@ def add_callbacks(trainer: Trainer, args: MethodArguments | None = None, *, num_
         balancing = ThresholdBalancing(trainer, args.balance_rate)
         _refuse_balancing_of_other_modes(trainer, args)
         trainer.add_callback(balancing)
-    config = cast(Any, trainer.model).config
+    config: Any = getattr(trainer.model, "config", None)  # other models have none, or no modes
     if args.transition_share != 0 and getattr(config, "mixing", None) == "moe" and config.output_router_logits:
         refuse_smoothing(trainer)
 

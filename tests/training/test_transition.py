@@ -8,10 +8,17 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from mot_hf import MoTForCausalLM, MoTForMaskedLM, MoTForSequenceClassification
-from mot_hf.training import GroupSizeCheck, TransitionTuning, add_callbacks
+from mot_hf.training import GroupSizeCheck, MethodArguments, TransitionTuning, add_callbacks
 from tests.models import MODES, tiny_config, trained
 from tests.training.trainers import ROWS, losses_of, make_trainer, model_of
 
@@ -134,6 +141,11 @@ def test_losses_without_load_balancing_are_smoothed(tmp_path: Path) -> None:
         trainer = make_trainer(model, tmp_path, label_smoothing_factor=0.1)
         TransitionTuning(trainer, 0.5)
         add_callbacks(trainer)
+
+
+def test_a_model_without_a_configuration_gets_its_callbacks(tmp_path: Path) -> None:
+    trainer = Trainer(torch.nn.Linear(2, 2), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+    add_callbacks(trainer, MethodArguments(monitor_mixing=False))
 
 
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:

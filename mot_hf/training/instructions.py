@@ -147,9 +147,9 @@ def choose_mixing(config: PreTrainedConfig, asked: str | None, training_args: SF
     Raises:
         ValueError: The model has no modes, or mode `cross_example` would mix rows of several sequences.
     """
+    if asked is not None:
+        refuse_modes(config, asked)
     if config.model_type != MoTConfig.model_type:
-        if asked is not None:
-            refuse_modes(config, asked)
         return None
     num_rows = training_args.per_device_train_batch_size
     if asked is None and config.mixing == "cross_example" and num_rows % config.group_size:
